@@ -1,0 +1,107 @@
+"""Rows of an archive: scans, cases, pairs and splits, and how they are written and read.
+
+Every shape, spacing and box is in (D, H, W) order; affines map a (D, H, W) index to RAS millimetres.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from medseg_ssl.types import Triple, TripleMm
+
+
+class Row(BaseModel):
+    """Base of all rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Statistics(Row):
+    """Intensities of a scan in physical units, over valid foreground voxels.
+
+    Attributes:
+        foreground_threshold: physical value above which a voxel counts as body.
+    """
+
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    p005: float
+    median: float
+    p995: float
+    foreground_threshold: float
+    foreground_fraction: float
+
+
+class ScanRow(Row):
+    """One scan of the archive (``manifest.jsonl``).
+
+    Attributes:
+        key: salted hash, the scan's name everywhere.
+        shape: voxels in the archive.
+        affine_44: archive index (D, H, W, 1) to RAS millimetres.
+        frame: salted hash of the frame of reference, ``""`` unknown.
+        unit: ``HU``, ``SUV`` or ``raw``.
+        scale: physical value = stored int16 · scale + offset; stored −32768 is no data.
+        content_hash: sha256 of the source volume as float32 C-order (D, H, W) little-endian bytes; free of the salt,
+            so splits drawn from it are the same in every archive of the same data.
+        original_shape: grid of the source file after reorientation to RAS+.
+        foreground_box: [start, stop) of the body in archive voxels.
+    """
+
+    key: str
+    subject: str
+    study: str
+    modality: str
+    contrast: str
+    unit: str
+    shape: Triple
+    spacing_mm: TripleMm
+    affine_44: tuple[tuple[float, float, float, float], ...]
+    frame: str
+    scale: float
+    offset: float
+    content_hash: str
+    original_shape: Triple
+    original_spacing_mm: TripleMm
+    foreground_box: tuple[Triple, Triple]
+    statistics: Statistics
+    quality: tuple[str, ...] = ()
+    source: str = ""
+    generation: int = 1
+
+
+class CaseRow(Row):
+    """Scans that go in together, in channel order, with one label or none (``cases.jsonl``).
+
+    Attributes:
+        labeled: a label exists as ``labels/<case>`` on the archive grid of the first scan.
+        known_classes: per class (background first), whether the annotator stated it in this case.
+    """
+
+    case: str
+    subject: str
+    scans: tuple[str, ...]
+    labeled: bool
+    known_classes: tuple[bool, ...] = ()
+
+
+class PairRow(Row):
+    """Two scans of one subject and how they relate (``pairs.jsonl``)."""
+
+    scan_a: str
+    scan_b: str
+    relation: Literal["registered", "same_frame", "same_study", "same_subject"]
+
+
+class Split(Row):
+    """A split by subject (``splits/NAME.json``). A subject stands in exactly one of the three lists."""
+
+    name: str
+    seed: int
+    train: tuple[str, ...]
+    development: tuple[str, ...]
+    test: tuple[str, ...]

@@ -1,0 +1,115 @@
+"""The contract of a source: a raw set on disk in, rows of scans and labels out; it reads no voxels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from medseg_ssl.config import Record, UserError
+
+
+class SourceConfig(Record):
+    """Options every source has; each file's ``Config`` adds its own."""
+
+
+@dataclass(frozen=True)
+class RawScan:
+    """One file that claims to be a scan.
+
+    Attributes:
+        path: the file.
+        subject: the source's own subject name (hashed before it leaves ``prepare``).
+        study: the source's own study name, ``""`` where there is one study only.
+        modality: one of ``types.MODALITIES``.
+        contrast: ``T1w``, ``FDG``, … or ``""`` for unknown.
+        unit: ``HU``, ``SUV`` or ``raw``.
+        frame: name of the frame of reference within the subject, ``""`` for unknown.
+        channel: position in the case's channel order.
+        volume: index in the fourth dimension of a file that holds several channels; None for a 3D file.
+        token: the source's own name of this kind of scan (``MR_T1``), to which declared relations refer.
+    """
+
+    path: Path
+    subject: str
+    modality: str
+    study: str = ""
+    contrast: str = ""
+    unit: str = "raw"
+    frame: str = ""
+    channel: int = 0
+    volume: int | None = None
+    token: str = ""
+
+
+@dataclass(frozen=True)
+class RawRelation:
+    """The declared relation between two scans of one subject."""
+
+    scan_a: RawScan
+    scan_b: RawScan
+    relation: str
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """Scans that go in together, in channel order, with one label file (or none)."""
+
+    name: str
+    scans: tuple[RawScan, ...]
+    label: Path | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source found.
+
+    Attributes:
+        cases: one per labeled or unlabeled case; an unlabeled scan is a case of its own.
+        classes: label value to name, 0 is background; empty without labels.
+        relation: declared relation between scans of one study (``registered`` …), None: derived from geometry.
+        relations: relations declared pair by pair; they go before ``relation`` and before geometry.
+        unknown_when_absent: label values that nobody stated in a case where they do not occur (not contoured there),
+            in place of being known as absent.
+        ignored_values: label values of voxels that nobody classified (nnU-Net's ``ignore``).
+        rejected: files that cannot be a scan, with the reason.
+        test_subjects: subjects a source reserves for test (a public test split), never used for training.
+    """
+
+    cases: tuple[RawCase, ...]
+    classes: dict[int, str] = field(default_factory=dict)
+    relation: str | None = None
+    relations: tuple[RawRelation, ...] = ()
+    unknown_when_absent: frozenset[int] = frozenset()
+    ignored_values: frozenset[int] = frozenset()
+    rejected: tuple[tuple[Path, str], ...] = ()
+    test_subjects: frozenset[str] = frozenset()
+
+
+class Source(ABC):
+    """A layout of raw data on disk."""
+
+    Config: ClassVar[type[SourceConfig]]
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def list(self, root: Path) -> Listing:
+        """List a root without reading voxels.
+
+        Raises:
+            UserError: the root is missing, empty, or not of this layout; the message says what was expected.
+        """
+
+    def files(self, root: Path) -> Iterator[Path]:
+        """Every file under a root, in a stable order.
+
+        Raises:
+            UserError: there is no such folder.
+        """
+        if not Path(root).is_dir():
+            raise UserError(f"no folder {root}")
+        return (p for p in sorted(Path(root).rglob("*")) if p.is_file())

@@ -1,0 +1,416 @@
+"""Networks of an encoder file, applied: a segmenter to whole scans, an encoder to crops.
+
+A segmenter sees what it was trained on: the card's intensity policy and voxel spacing, zero where there is no data.
+Its probabilities go back to the label's or input's own grid (linear, class by class) before the largest one wins.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medseg_ssl.config import UserError
+from medseg_ssl.data import intensity, nifti
+from medseg_ssl.data.resample import grid_for_spacing, resample, resample_valid, same_grid, spacing_of
+from medseg_ssl.types import Triple, TripleMm
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.nets.encoder_file import Card
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "bf16"]
+NO_DATA = -32768
+SPACING_TOLERANCE = 0.01
+"""Relative difference of voxel sizes below which a scan is not resampled for a network."""
+STITCH_ON_DEVICE_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One scan in physical units, before the network's grid and intensity policy.
+
+    Attributes:
+        valid: False where there is no data; None means data everywhere.
+        line: the clipped line that makes physical values the network's.
+    """
+
+    array_DHW: np.ndarray
+    valid: np.ndarray | None
+    affine_44: np.ndarray
+    line: intensity.Linear
+
+
+class NetworkInput(NamedTuple):
+    """Normalised channels on one grid; ``empty`` where no channel holds anything but one value."""
+
+    image_CDHW: np.ndarray
+    affine_44: np.ndarray
+    empty: bool
+
+
+class Prediction(NamedTuple):
+    """A label map (uint8) on the target grid and, where asked for, the probabilities (float32) of every class."""
+
+    label_DHW: np.ndarray
+    probabilities_KDHW: np.ndarray | None
+
+
+class FilePrediction(NamedTuple):
+    """A prediction and the grid of the file it belongs to, for ``nifti.write_nifti``."""
+
+    prediction: Prediction
+    original: nifti.OriginalGrid
+
+
+class Predictor:
+    """A segmenter on whole scans.
+
+    Args:
+        segmenter: module ``(image_BCDHW, spacing_mm_B3) -> logits_BKDHW`` at input size.
+        card: what the segmenter was trained on (classes, crop size, spacing, intensity policy, modality per channel).
+        device: torch device the segmenter runs on.
+        precision: ``bf16`` runs under autocast.
+        overlap: share of a window that the next one covers again.
+        window_batch: windows (or whole small volumes) per forward pass; below 2 the CPU's 3D convolutions are slow.
+        whole_volume: a volume of at most this many times the crop's voxels goes through in one pass.
+        stride: the network's largest stride per axis; whole volumes are padded to its multiples.
+    """
+
+    def __init__(
+        self,
+        segmenter: nn.Module,
+        card: Card,
+        *,
+        device: str = "cpu",
+        precision: Precision = "fp32",
+        overlap: float = 0.5,
+        window_batch: int = 4,
+        whole_volume: float = 2.0,
+        stride: Triple = (1, 1, 1),
+    ) -> None:
+        self.segmenter = segmenter.to(device).eval()
+        self.card = card
+        self.device = torch.device(device)
+        self.precision = precision
+        self.overlap = overlap
+        self.window_batch = max(2, window_batch)
+        self.whole_volume = whole_volume
+        self.stride = stride
+
+    @classmethod
+    def load(cls, path: Path, *, device: str = "cpu", precision: Precision = "fp32", **options: Any) -> Predictor:
+        """Read ``segmenter.safetensors``.
+
+        Raises:
+            UserError: the file holds an encoder alone, or is no encoder file.
+        """
+        from medseg_ssl.nets import encoder_file
+
+        loaded = encoder_file.build(Path(path))
+        if loaded.card.kind != "segmenter":
+            raise UserError(
+                f"{Path(path).name} holds a {loaded.card.kind}, not a segmenter; `medseg-ssl finetune` makes one"
+            )
+        return cls(
+            loaded.segmenter(),
+            loaded.card,
+            device=device,
+            precision=precision,
+            stride=largest_stride(loaded.encoder.strides),
+            **options,
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, background first."""
+        return tuple(self.card.classes)
+
+    # -- archive cases -----------------------------------------------------------------------------------------------
+
+    def predict_case(self, archive: Archive, case: str) -> np.ndarray:
+        """Label map (uint8) of a case on its label's own grid (on the archive grid where it has no label)."""
+        return next(iter(self.predict_cases(archive, [case])))[1]
+
+    def predict_cases(self, archive: Archive, cases: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """``predict_case`` of many cases, in their order; small volumes of one padded shape share a forward pass."""
+        for start in range(0, len(cases), self.window_batch):
+            group = cases[start : start + self.window_batch]
+            inputs = [self._case_input(archive, case) for case in group]
+            for case, given, probabilities in zip(group, inputs, self._probabilities(inputs, group), strict=True):
+                row = archive.cases[case]
+                if row.labeled:
+                    label_DHW, affine_44 = archive.original_label(case)
+                    shape = label_DHW.shape
+                else:
+                    first = archive.scans[row.scans[0]]
+                    shape, affine_44 = first.shape, np.asarray(first.affine_44)
+                yield case, self._to_grid(probabilities, given.affine_44, shape, np.asarray(affine_44)).label_DHW
+
+    def _case_input(self, archive: Archive, case: str) -> NetworkInput:
+        row = archive.cases[case]
+        self._check_channels(len(row.scans), f"case {case}")
+        return self._input([archive_channel(archive, key, self.card.intensity) for key in row.scans])
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def predict_nifti(self, paths: Sequence[Path], *, probabilities: bool = False) -> FilePrediction:
+        """Prediction of one case, a file per channel in the card's order, on the grid of the first file.
+
+        Raises:
+            BadScan: a file that is no usable 3D image.
+            UserError: more or fewer files than the segmenter has channels.
+        """
+        self._check_channels(len(paths), paths[0].name if paths else "no file")
+        volumes = [nifti.read_nifti(path) for path in paths]
+        channels = [
+            self._file_channel(v, modality) for v, modality in zip(volumes, self.card.modalities, strict=True)
+        ]
+        given = self._input(channels)
+        (found,) = self._probabilities([given], [paths[0].name])
+        first = volumes[0]
+        prediction = self._to_grid(found, given.affine_44, first.array.shape, first.affine_44, keep=probabilities)
+        return FilePrediction(prediction, first.original)
+
+    def _file_channel(self, volume: nifti.Volume, modality: str) -> Channel:
+        """A file read and measured the way ``prepare`` does it, on its own grid or on the network's."""
+        policy = policy_for(self.card.intensity, modality)
+        unit = {"CT": "HU", "PT": "SUV"}.get(modality, "raw")
+        missing = intensity.no_data_region(volume.array, modality, unit=unit)
+        if volume.no_data is not None:
+            missing = volume.no_data if missing is None else missing | volume.no_data
+        array, valid, affine_44 = volume.array, None if missing is None else ~missing, volume.affine_44
+        shape, to_affine_44 = self._network_grid(array.shape, affine_44)
+        if not same_grid(array.shape, affine_44, shape, to_affine_44):
+            array, valid = resample_valid(array, valid, affine_44, shape, to_affine_44)
+            affine_44 = to_affine_44
+        if valid is not None and not valid.any():
+            return Channel(np.zeros_like(array), valid, affine_44, intensity.Linear(0.0, 0.0, 0.0, 1.0))
+        statistics = intensity.statistics(array, valid, modality=modality, unit=unit)
+        return Channel(array, valid, affine_44, intensity.linear(policy, statistics, unit=unit))
+
+    # -- the way there and back --------------------------------------------------------------------------------------
+
+    def _check_channels(self, count: int, where: str) -> None:
+        if count != self.card.channels_in:
+            wanted = ", ".join(self.card.modalities)
+            raise UserError(f"{where} has {count} channel(s), the segmenter takes {self.card.channels_in} ({wanted})")
+
+    def _network_grid(self, shape: Sequence[int], affine_44: np.ndarray) -> tuple[Triple, np.ndarray]:
+        """The grid the network wants a scan on: its own one, or the card's spacing over the same field of view."""
+        own = (int(shape[0]), int(shape[1]), int(shape[2]))
+        if self.card.spacing_mm is None or close_spacing(spacing_of(affine_44), self.card.spacing_mm):
+            return own, np.asarray(affine_44)
+        return grid_for_spacing(own, affine_44, self.card.spacing_mm)
+
+    def _input(self, channels: Sequence[Channel]) -> NetworkInput:
+        """Normalise the channels on the first one's network grid; zero where a channel has no data."""
+        first = channels[0]
+        shape, affine_44 = self._network_grid(first.array_DHW.shape, first.affine_44)
+        image_CDHW = np.zeros((len(channels), *shape), np.float32)
+        empty = True
+        for image_DHW, channel in zip(image_CDHW, channels, strict=True):
+            array, valid = channel.array_DHW, channel.valid
+            if not same_grid(array.shape, channel.affine_44, shape, affine_44):
+                array, valid = resample_valid(array, valid, channel.affine_44, shape, affine_44)
+            seen = array if valid is None else array[valid]
+            empty &= seen.size == 0 or bool(seen.min() == seen.max())
+            image_DHW[...] = channel.line(array)
+            if valid is not None:
+                image_DHW[~valid] = 0.0
+        return NetworkInput(image_CDHW, affine_44, empty)
+
+    def _to_grid(
+        self,
+        probabilities_KDHW: np.ndarray | None,
+        affine_44: np.ndarray,
+        shape: Sequence[int],
+        to_affine_44: np.ndarray,
+        *,
+        keep: bool = False,
+    ) -> Prediction:
+        """The most probable class on a target grid; background beyond the network's field of view."""
+        target = (int(shape[0]), int(shape[1]), int(shape[2]))
+        if probabilities_KDHW is None:
+            kept = np.zeros((len(self.classes), *target), np.float32) if keep else None
+            if kept is not None:
+                kept[0] = 1.0
+            return Prediction(np.zeros(target, np.uint8), kept)
+        if same_grid(probabilities_KDHW.shape[1:], affine_44, target, to_affine_44):
+            label_DHW = probabilities_KDHW.argmax(axis=0).astype(np.uint8)
+            return Prediction(label_DHW, probabilities_KDHW if keep else None)
+        label_DHW, best_DHW, kept = np.zeros(target, np.uint8), None, []
+        for k, volume_DHW in enumerate(probabilities_KDHW):
+            moved_DHW = resample(volume_DHW, affine_44, target, to_affine_44, order=1, fill=float(k == 0))
+            if best_DHW is None:
+                best_DHW = moved_DHW.copy()
+            else:
+                wins = moved_DHW > best_DHW
+                label_DHW[wins] = k
+                np.maximum(best_DHW, moved_DHW, out=best_DHW)
+            if keep:
+                kept.append(moved_DHW)
+        return Prediction(label_DHW, np.stack(kept) if keep else None)
+
+    # -- the network -------------------------------------------------------------------------------------------------
+
+    def _probabilities(self, inputs: Sequence[NetworkInput], names: Sequence[str]) -> list[np.ndarray | None]:
+        """Probabilities (K, D, H, W) of each input; None for an empty one, which is all background."""
+        out: list[np.ndarray | None] = [None] * len(inputs)
+        shared: dict[Triple, list[int]] = {}
+        for i, (given, name) in enumerate(zip(inputs, names, strict=True)):
+            if given.empty:
+                logger.warning("%s is empty (no data, or one constant value): predicted as background", name)
+                continue
+            padded = self._one_pass_shape(given.image_CDHW.shape[1:])
+            if padded is None:
+                out[i] = self._by_windows(given)
+            else:
+                shared.setdefault(padded, []).append(i)
+        for padded, members in shared.items():
+            for i, probabilities in zip(members, self._together([inputs[m] for m in members], padded), strict=True):
+                out[i] = probabilities
+        return out
+
+    def _one_pass_shape(self, shape: Sequence[int]) -> Triple | None:
+        """The padded shape of a volume that goes through whole: at least the crop, as training padded it."""
+        d, h, w = (
+            max(c, math.ceil(n / s) * s) for n, c, s in zip(shape, self.card.crop_size, self.stride, strict=True)
+        )
+        return (d, h, w) if d * h * w <= self.whole_volume * math.prod(self.card.crop_size) else None
+
+    def _together(self, inputs: Sequence[NetworkInput], padded: Triple) -> list[np.ndarray]:
+        """Volumes of one padded shape in one forward pass, centred in the padding."""
+        batch_BCDHW = np.zeros((len(inputs), len(inputs[0].image_CDHW), *padded), np.float32)
+        boxes = []
+        for one_CDHW, given in zip(batch_BCDHW, inputs, strict=True):
+            starts = [(p - n) // 2 for p, n in zip(padded, given.image_CDHW.shape[1:], strict=True)]
+            ends = [a + n for a, n in zip(starts, given.image_CDHW.shape[1:], strict=True)]
+            box = (slice(None), *(slice(a, b) for a, b in zip(starts, ends, strict=True)))
+            one_CDHW[box] = given.image_CDHW
+            boxes.append(box)
+        spacing_B3 = torch.tensor([spacing_of(g.affine_44) for g in inputs], dtype=torch.float32)
+        logits_BKDHW = self._forward(torch.from_numpy(batch_BCDHW), spacing_B3)
+        probabilities = logits_BKDHW.softmax(dim=1).cpu().numpy()
+        return [np.ascontiguousarray(p[box]) for p, box in zip(probabilities, boxes, strict=True)]
+
+    def _by_windows(self, given: NetworkInput) -> np.ndarray:
+        """Overlapping windows, blended with Gaussian weights."""
+        from monai.inferers.utils import sliding_window_inference
+
+        image_BCDHW = torch.from_numpy(given.image_CDHW)[None]
+        spacing_3 = torch.tensor(spacing_of(given.affine_44), dtype=torch.float32)
+        stitched = 8 * len(self.classes) * given.image_CDHW[0].size
+        with torch.inference_mode():
+            logits_BKDHW = sliding_window_inference(
+                image_BCDHW,
+                roi_size=self.card.crop_size,
+                sw_batch_size=self.window_batch,
+                predictor=lambda window_BCDHW: self._forward(window_BCDHW, spacing_3.expand(len(window_BCDHW), 3)),
+                overlap=self.overlap,
+                mode="gaussian",
+                sw_device=self.device,
+                device=self.device if stitched <= STITCH_ON_DEVICE_BYTES else torch.device("cpu"),
+            )
+        assert isinstance(logits_BKDHW, Tensor)
+        return logits_BKDHW[0].softmax(dim=0).cpu().numpy()
+
+    @torch.inference_mode()
+    def _forward(self, image_BCDHW: Tensor, spacing_mm_B3: Tensor) -> Tensor:
+        """Float32 logits; a lone CPU window runs twice, since batch 1 falls back to a slow convolution there."""
+        alone = len(image_BCDHW) == 1 and self.device.type == "cpu" and self.precision == "fp32"
+        if alone:
+            image_BCDHW, spacing_mm_B3 = image_BCDHW.expand(2, -1, -1, -1, -1), spacing_mm_B3.expand(2, 3)
+        with autocast(self.device, self.precision):
+            logits_BKDHW = self.segmenter(image_BCDHW.to(self.device), spacing_mm_B3.to(self.device))
+        return (logits_BKDHW[:1] if alone else logits_BKDHW).float()
+
+
+class FrozenEncoder:
+    """An encoder on crops: one vector per crop.
+
+    Args:
+        encoder: module that returns the pyramid of an image, finest level first.
+        card: what it was trained on.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, card: Card, *, device: str = "cpu", precision: Precision = "fp32"
+    ) -> None:
+        self.encoder = encoder.to(device).eval()
+        self.card = card
+        self.device = torch.device(device)
+        self.precision = precision
+
+    @classmethod
+    def load(cls, path: Path, *, device: str = "cpu", precision: Precision = "fp32") -> FrozenEncoder:
+        """Read an encoder file (of a segmenter, its encoder)."""
+        from medseg_ssl.nets import encoder_file
+
+        loaded = encoder_file.build(Path(path))
+        return cls(loaded.encoder, loaded.card, device=device, precision=precision)
+
+    @torch.inference_mode()
+    def pooled(
+        self, crops_NCDHW: np.ndarray, *, spacing_mm: TripleMm, levels: Sequence[int], batch_size: int
+    ) -> np.ndarray:
+        """Means over the voxels of the maps at ``levels`` (negative counts from the deepest), joined: (N, E)."""
+        out = []
+        for start in range(0, len(crops_NCDHW), batch_size):
+            image_BCDHW = torch.from_numpy(crops_NCDHW[start : start + batch_size]).to(self.device)
+            spacing_B3 = torch.tensor([spacing_mm], dtype=torch.float32, device=self.device)
+            with autocast(self.device, self.precision):
+                maps = self.encoder(image_BCDHW, spacing_B3.expand(len(image_BCDHW), 3))
+            out.append(torch.cat([maps[i].float().mean(dim=(2, 3, 4)) for i in levels], dim=1).cpu().numpy())
+        return np.concatenate(out)
+
+
+def autocast(device: torch.device, precision: Precision):
+    """The context of a forward pass at ``precision``."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def largest_stride(strides: Sequence[Triple]) -> Triple:
+    """Per axis, the largest stride of a pyramid."""
+    d, h, w = (max(axis) for axis in zip(*strides, strict=True))
+    return d, h, w
+
+
+def close_spacing(spacing_mm: Sequence[float], other_mm: Sequence[float]) -> bool:
+    """Whether two voxel sizes are the same but for rounding."""
+    return all(abs(a - b) <= SPACING_TOLERANCE * b for a, b in zip(spacing_mm, other_mm, strict=True))
+
+
+def policy_for(policies: Mapping[str, Any], modality: str) -> intensity.Policy:
+    """The card's intensity policy of a modality.
+
+    Raises:
+        UserError: the network never saw this modality.
+    """
+    if modality not in policies:
+        raise UserError(f"the network knows no modality {modality!r}; its card names {', '.join(sorted(policies))}")
+    return intensity.Policy.model_validate(policies[modality])
+
+
+def archive_channel(
+    archive: Archive, key: str, policies: Mapping[str, Any], *, start: Triple = (0, 0, 0), size: Triple | None = None
+) -> Channel:
+    """A box of a scan in physical units (the whole scan by default), with the card's line for it."""
+    row = archive.scans[key]
+    stored_DHW = archive.read(key, start, row.shape if size is None else size)
+    valid_DHW = stored_DHW != NO_DATA
+    affine_44 = np.array(row.affine_44, dtype=np.float64)
+    affine_44[:3, 3] += affine_44[:3, :3] @ np.asarray(start, dtype=np.float64)
+    line = intensity.linear(policy_for(policies, row.modality), row.statistics, unit=row.unit)
+    array_DHW = stored_DHW.astype(np.float32) * np.float32(row.scale) + np.float32(row.offset)
+    return Channel(array_DHW, None if valid_DHW.all() else valid_DHW, affine_44, line)

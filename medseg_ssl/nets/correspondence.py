@@ -1,0 +1,118 @@
+"""The same physical place in two views: sampling points, reading features there, and the dense InfoNCE loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from medseg_ssl import draws
+from medseg_ssl.types import Batch, Triple, View
+
+
+class Points(NamedTuple):
+    """Points of one physical place each, seen in two views.
+
+    Attributes:
+        index_a_BN3: float32 voxel index (D, H, W) in view a.
+        index_b_BN3: float32 voxel index (D, H, W) in view b.
+        mm_BN3: float32 RAS millimetres, relative to the mean of the sample's points.
+        usable_BN: bool; False where a sample has fewer common points than asked for.
+    """
+
+    index_a_BN3: Tensor
+    index_b_BN3: Tensor
+    mm_BN3: Tensor
+    usable_BN: Tensor
+
+
+def affine_between(from_B44: Tensor, to_B44: Tensor) -> Tensor:
+    """Affine (B, 4, 4), float64, from voxel indices of one view to voxel indices of another."""
+    return torch.linalg.solve(to_B44.double(), from_B44.double())
+
+
+def transform(affine_B44: Tensor, points_BN3: Tensor) -> Tensor:
+    """Apply an affine to points (B, N, 3), in float64."""
+    points = points_BN3.double()
+    return points @ affine_B44[:, :3, :3].transpose(1, 2) + affine_B44[:, None, :3, 3]
+
+
+def common_points(a: View, b: View, batch: Batch, *, count: int, purpose: str) -> Points:
+    """Draw ``count`` body voxels of view a that are body in view b too.
+
+    The draw is a function of (seed, sample index, purpose) and made on the CPU, so every device sees the same points.
+    """
+    device = a.image_BCDHW.device
+    a_to_b = affine_between(a.affine_B44, b.affine_B44)
+    grids, mapped, usable = [], [], []
+    size_a, size_b = a.foreground_BDHW.shape[1:], b.foreground_BDHW.shape[1:]
+    limit_b = torch.tensor([s - 1 for s in size_b], dtype=torch.float64, device=device)
+    # A coarse pool of candidates keeps the work independent of the crop size.
+    pool = min(8 * count, size_a[0] * size_a[1] * size_a[2])
+    for i, sample in enumerate(batch.sample_index_B.tolist()):
+        generator = draws.torch_generator(batch.seed, sample, purpose)
+        chosen = torch.randperm(size_a[0] * size_a[1] * size_a[2], generator=generator)[:pool].to(device)
+        index_a = torch.stack(torch.unravel_index(chosen, size_a), dim=-1)
+        index_b = transform(a_to_b[i : i + 1], index_a[None])[0]
+        inside = ((index_b >= -0.01) & (index_b <= limit_b + 0.01)).all(-1)
+        near = index_b.round().long().clamp(min=torch.zeros(3, dtype=torch.long, device=device), max=limit_b.long())
+        good = inside & a.foreground_BDHW[i][tuple(index_a.T)] & b.foreground_BDHW[i][tuple(near.T)]
+        # A stable sort keeps the drawn order among the usable ones without a shape that depends on the data.
+        first = torch.sort((~good).to(torch.int8), stable=True).indices[:count]
+        grids.append(index_a[first])
+        mapped.append(index_b[first])
+        usable.append(good[first])
+    index_a_BN3, usable_BN = torch.stack(grids), torch.stack(usable)
+    mm = transform(a.affine_B44.double(), index_a_BN3)
+    mm = mm - mm.mean(dim=1, keepdim=True)
+    return Points(index_a_BN3.float(), torch.stack(mapped).float(), mm.float(), usable_BN)
+
+
+def read_features(map_BCDHW: Tensor, index_BN3: Tensor, stride: Triple) -> Tensor:
+    """Trilinear features (B, N, C) of a map at voxel indices of its input.
+
+    A map of stride s has its cell i centred at input voxel (i + 0.5)·s − 0.5.
+    """
+    size = torch.tensor(map_BCDHW.shape[2:], device=index_BN3.device, dtype=torch.float32)
+    steps = torch.tensor(stride, device=index_BN3.device, dtype=torch.float32)
+    cell = (index_BN3 + 0.5) / steps - 0.5
+    # grid_sample without align_corners: −1 and 1 are the outer faces; its last axis is (x, y, z) = (W, H, D).
+    unit = ((cell + 0.5) / size * 2.0 - 1.0).flip(-1)
+    grid = unit[:, :, None, None, :].to(map_BCDHW.dtype)
+    read = functional.grid_sample(map_BCDHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return read[:, :, :, 0, 0].transpose(1, 2)
+
+
+def dense_info_nce(
+    a_BNE: Tensor, b_BNE: Tensor, points: Points, *, temperature: float, radius_mm: float
+) -> tuple[Tensor, Tensor]:
+    """Symmetric voxel InfoNCE (DenseCL, arXiv 2011.09157; PixPro, arXiv 2011.10043), in float32.
+
+    Positives are the same point in both views; negatives are all other points of the batch, except points of the same
+    sample nearer than ``radius_mm`` (they show nearly the same tissue, and registration is never exact).
+
+    Returns:
+        The loss and the share of points whose nearest neighbour among all candidates is their partner; both are 0 when
+        no sample has a usable point.
+    """
+    batch, count, _ = a_BNE.shape
+    a = functional.normalize(a_BNE.float(), dim=-1).reshape(batch * count, -1)
+    b = functional.normalize(b_BNE.float(), dim=-1).reshape(batch * count, -1)
+    usable = points.usable_BN.reshape(-1)
+    near_BNN = torch.cdist(points.mm_BN3, points.mm_BN3) < radius_mm
+    ignored = torch.block_diag(*near_BNN) | ~usable[None, :]
+    diagonal = torch.eye(batch * count, dtype=torch.bool, device=a.device)
+    ignored = ignored & ~diagonal
+    logits = (a @ b.T / temperature).masked_fill(ignored, float("-inf"))
+    logits_t = (b @ a.T / temperature).masked_fill(ignored, float("-inf"))
+    wanted = torch.arange(batch * count, device=a.device)
+    both = functional.cross_entropy(logits, wanted, reduction="none") + functional.cross_entropy(
+        logits_t, wanted, reduction="none"
+    )
+    weight = usable.float()
+    total = weight.sum().clamp(min=1.0)
+    loss = 0.5 * (both * weight).sum() / total
+    hits = ((logits.argmax(dim=1) == wanted) * weight).sum() / total
+    return loss, hits.detach()

@@ -1,0 +1,87 @@
+"""The contract of an objective: everything a training method is, and nothing of devices, optimizers or logging."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from medseg_ssl.config import Record
+from medseg_ssl.nets.decoders.base import Decoder
+from medseg_ssl.nets.encoders.base import Encoder
+from medseg_ssl.types import Batch, Facts, ViewPlan
+
+
+class ObjectiveConfig(Record):
+    """Options every objective has; each file's ``Config`` adds its own."""
+
+
+class StepOutput(NamedTuple):
+    """Result of one forward pass (a NamedTuple, since Fabric rejects frozen dataclasses as module outputs).
+
+    Attributes:
+        loss: scalar float32 to be minimised.
+        logs: detached scalars by name; the loop writes them as ``train/<name>``.
+        features_BE: detached pooled features of the encoder, for the rank and collapse alarm; None where there are none.
+    """
+
+    loss: Tensor
+    logs: dict[str, Tensor]
+    features_BE: Tensor | None = None
+
+
+class Exported(NamedTuple):
+    """What a trained objective ships: live modules, student or teacher as the method knows best.
+
+    Attributes:
+        encoder: always.
+        decoder: where the objective trained one.
+        head: the 1×1×1 convolution from ``decoder``'s finest features to class scores, of a supervised objective.
+    """
+
+    encoder: Encoder
+    decoder: Decoder | None
+    head: nn.Module | None = None
+
+
+class Objective(nn.Module, ABC):
+    """A training method.
+
+    Subclasses are final and hold a nested ``Config``. Random draws (hidden regions, sampled points) are made with
+    ``medseg_ssl.draws`` from (seed, global sample index, purpose), never from global state.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]]
+    needs: ClassVar[type[Encoder]] = Encoder
+
+    def __init__(self, config: ObjectiveConfig, encoder: Encoder, facts: Facts) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.facts = facts
+
+    @staticmethod
+    @abstractmethod
+    def views(config: ObjectiveConfig) -> ViewPlan:
+        """The views this method asks the loader for."""
+
+    @staticmethod
+    def relations(config: ObjectiveConfig) -> tuple[str, ...]:
+        """Relations of pairs this method can use; empty for methods that use single scans."""
+        return ()
+
+    @abstractmethod
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        """Loss of a batch; every schedule is a function of ``progress`` in [0, 1]."""
+
+    def after_step(self, progress: float) -> None:  # noqa: B027 - most methods have nothing to do here
+        """Update teachers and queues after the optimizer stepped."""
+
+    @abstractmethod
+    def export(self) -> Exported:
+        """The modules worth keeping."""
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures for the recorder: name to a float tensor (B, D, H, W) or (B, C, D, H, W)."""
+        return {}

@@ -1,0 +1,158 @@
+"""Cross-modal contrast: scans of one subject in two modalities agree, as wholes and, where aligned, voxel by voxel.
+
+The global term is a symmetric InfoNCE with a learned temperature (CLIP, arXiv 2103.00020; ConVIRT, arXiv 2010.00747);
+it needs no alignment. The voxel term (DenseCL, arXiv 2011.09157, across modalities) takes pairs whose voxels share
+physical coordinates; negatives nearer than ``radius_mm`` are left out, since a real registration is off by millimetres.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from medseg_ssl.config import Block, ConfigError
+from medseg_ssl.nets.contrast import pair_info_nce
+from medseg_ssl.nets.correspondence import common_points, dense_info_nce, read_features
+from medseg_ssl.nets.decoders.base import Decoder
+from medseg_ssl.nets.encoders.base import Encoder
+from medseg_ssl.nets.heads import projection_head
+from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
+from medseg_ssl.types import Batch, Facts, Triple, ViewPlan, ViewSpec
+
+ALIGNED = ("registered", "same_frame")
+"""Relations whose scans share physical coordinates."""
+GLOBAL = ("registered", "same_frame", "same_study")
+"""Relations of scans of one time; a scan of another day may show another body."""
+
+
+class Paired(Objective):
+    """Global and voxel InfoNCE between two modalities of one study; one encoder serves all modalities."""
+
+    class Config(ObjectiveConfig):
+        """Options.
+
+        Attributes:
+            size: crop (D, H, W).
+            augment: augmentation, drawn independently for each scan.
+            overlap: smallest share of each axis that the two crops have in common (aligned pairs).
+            relations: relations of pairs to train on; ``same_subject`` is refused.
+            global_weight: weight of the loss between pooled views.
+            dense_weight: weight of the voxel term (aligned pairs only); 0 leaves it out.
+            temperature: where the learned temperature of the global term starts; it never falls below 0.01.
+            embedding: length of the projected vectors.
+            points: points per sample of the voxel term.
+            dense_temperature: temperature of the voxel term.
+            radius_mm: points of one pair nearer than this are no negatives.
+            decoder: block on the shelf of decoders, for the voxel term.
+        """
+
+        size: Triple = (64, 64, 64)
+        augment: str = "strong"
+        overlap: float = Field(0.5, ge=0.0, le=1.0)
+        relations: tuple[Literal["registered", "same_frame", "same_study", "same_subject"], ...] = GLOBAL
+        global_weight: float = Field(1.0, ge=0.0)
+        dense_weight: float = Field(1.0, ge=0.0)
+        temperature: float = Field(0.1, gt=0.0)
+        embedding: int = Field(128, ge=2)
+        points: int = Field(256, ge=2)
+        dense_temperature: float = Field(0.1, gt=0.0)
+        radius_mm: float = Field(8.0, ge=0.0)
+        decoder: Block = Field(default_factory=lambda: Block(name="unet"))
+
+        @model_validator(mode="after")
+        def _usable(self) -> Paired.Config:
+            if "same_subject" in self.relations:
+                raise ValueError(
+                    "relations holds 'same_subject', which paired cannot use: the body may have changed between the "
+                    f"days; choose from {', '.join(GLOBAL)}"
+                )
+            if not self.relations:
+                raise ValueError(f"relations is empty; choose from {', '.join(GLOBAL)}")
+            if self.global_weight == 0 and not set(self.relations) & set(ALIGNED):
+                raise ValueError(
+                    f"global_weight is 0 and the voxel term cannot use {', '.join(self.relations)}; "
+                    f"it takes {', '.join(ALIGNED)}"
+                )
+            return self
+
+    config: Config
+
+    def __init__(self, config: Config, encoder: Encoder, facts: Facts) -> None:
+        super().__init__(config, encoder, facts)
+        if not set(facts.relations) & set(config.relations):
+            there = ", ".join(facts.relations) or "none"
+            raise ConfigError(
+                f"paired needs pairs of relation {', '.join(config.relations)}; the archive has: {there}"
+            )
+        self.project = projection_head(encoder.channels[-1], config.embedding)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
+        self.decoder: Decoder | None = None
+        if config.dense_weight > 0:
+            decoder, options = config.decoder.resolve(
+                "medseg_ssl.nets.decoders", Decoder, prefix="objective.decoder"
+            )
+            self.decoder = decoder(options, encoder.channels, encoder.strides)
+            self.dense_head = nn.Conv3d(self.decoder.channels_out[0], config.embedding, kernel_size=1)
+
+    @staticmethod
+    def views(config: Config) -> ViewPlan:
+        """A crop of each scan of a pair, over one physical box where the pair is aligned."""
+        return {
+            "pair": ViewSpec(
+                count=2, size=config.size, augment=config.augment, pair="same_box", overlap=config.overlap
+            )
+        }
+
+    @staticmethod
+    def relations(config: Config) -> tuple[str, ...]:
+        """The relations this run trains on."""
+        return tuple(config.relations)
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        """Weighted sum of the global and the voxel term."""
+        refused = sorted(set(batch.relation_B) - set(self.config.relations))
+        if refused:
+            raise ValueError(f"paired got relation {refused[0]!r}; it accepts {', '.join(self.config.relations)}")
+        a, b = batch.views["pair"]
+        maps = self.encoder(
+            torch.cat([a.image_BCDHW, b.image_BCDHW]), torch.cat([a.spacing_mm_B3, b.spacing_mm_B3])
+        )
+        pooled_BE = maps[-1].float().mean(dim=(2, 3, 4))
+        vector_a, vector_b = self.project(pooled_BE).chunk(2)
+        device = vector_a.device
+        subjects = torch.tensor([zlib.crc32(s.encode()) for s in batch.subject_B], device=device)
+        used = torch.ones(len(subjects), dtype=torch.bool, device=device)
+        scale = self.log_scale.clamp(max=math.log(100.0)).exp()
+        global_loss, hits = pair_info_nce(vector_a, vector_b, subjects, used, scale=scale)
+        loss = self.config.global_weight * global_loss
+        logs = {"global_loss": global_loss.detach(), "top1": hits, "temperature": 1.0 / scale.detach()}
+        if self.decoder is not None:
+            points = common_points(a, b, batch, count=self.config.points, purpose="paired/points")
+            aligned = torch.tensor([r in ALIGNED for r in batch.relation_B], device=device)
+            points = points._replace(usable_BN=points.usable_BN & aligned[:, None])
+            read_a, read_b = self.dense_head(self.decoder(maps)[0]).chunk(2)
+            stride = self.decoder.strides_out[0]
+            dense_loss, dense_hits = dense_info_nce(
+                read_features(read_a, points.index_a_BN3, stride),
+                read_features(read_b, points.index_b_BN3, stride),
+                points,
+                temperature=self.config.dense_temperature,
+                radius_mm=self.config.radius_mm,
+            )
+            loss = loss + self.config.dense_weight * dense_loss
+            logs |= {"dense_loss": dense_loss.detach(), "dense_top1": dense_hits}
+        return StepOutput(loss, logs, pooled_BE.detach())
+
+    def export(self) -> Exported:
+        """Encoder, and the decoder where the voxel term trained it."""
+        return Exported(self.encoder, self.decoder)
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """The two modalities of the first samples."""
+        a, b = batch.views["pair"]
+        return {"scan_a": a.image_BCDHW[:, 0].float(), "scan_b": b.image_BCDHW[:, 0].float()}

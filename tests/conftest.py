@@ -1,0 +1,25 @@
+"""Fixtures every test shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["WANDB_MODE"] = "disabled"
+os.environ.setdefault("WANDB_SILENT", "true")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_cores():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real volumes; the test is skipped, with the reason, where there is none."""
+    folder = Path(os.environ.get("MEDSEG_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real volumes: set MEDSEG_DATA or put them at ../shared/data ({folder.name} not found)")
+    return folder

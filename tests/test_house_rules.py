@@ -1,0 +1,121 @@
+"""The house rules that are not a matter of taste: floors, doors for guests, shelves, words."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from medseg_ssl.config import ConfigError, find, shelf
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "medseg_ssl"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "pretrain").glob("*.py"), *(ROOT / "finetune").glob("*.py")])
+
+ALLOWED = {
+    "ground": {"ground"},
+    "data": {"data", "ground"},
+    "nets": {"nets", "ground"},
+    "objectives": {"objectives", "nets", "ground"},
+    "inference": {"inference", "nets", "data", "ground"},
+    "train": {"train", "objectives", "ground"},
+    "evaluations": {"evaluations", "inference", "objectives", "nets", "data", "ground"},
+}
+DOORS = {
+    "wandb": {"medseg_ssl/train/recorder.py"},
+    "nibabel": {"medseg_ssl/data/nifti.py"},
+    "ray": {"medseg_ssl/fanout.py"},
+    "lightning": {"medseg_ssl/train/runtime.py", "medseg_ssl/train/loop.py"},
+    "lightning_fabric": {"medseg_ssl/train/runtime.py", "medseg_ssl/train/loop.py"},
+}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    if len(parts) > 1 and parts[1] in {"data", "nets", "objectives", "train", "evaluations", "inference"}:
+        return parts[1]
+    return "ground"
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if PACKAGE in p.parents], ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down_only(path):
+    here = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if path.name in {"cli.py"}:
+        return
+    for module in imports(path):
+        if module.startswith("medseg_ssl.") and module.count(".") >= 1:
+            there = room(module)
+            assert there in ALLOWED[here], f"{path.name} on floor '{here}' imports {module}"
+
+
+def test_loop_cannot_name_a_method():
+    from_objectives = {m for m in imports(PACKAGE / "train" / "loop.py") if m.startswith("medseg_ssl.objectives")}
+    assert all(m.startswith("medseg_ssl.objectives.base") for m in from_objectives)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_one_door_per_guest(path):
+    for module in imports(path):
+        top = module.split(".")[0]
+        if top in DOORS:
+            assert str(path.relative_to(ROOT)) in DOORS[top], f"{path} imports {top}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_print_no_star_no_pickle(path):
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    calls = [n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    assert "print" not in calls
+    assert not re.search(r"^from .* import \*", text, re.M)
+    assert not {"pickle", "dill", "joblib"} & {m.split(".")[0] for m in imports(path)}
+    assert not re.search(r"weights_only\s*=\s*False", text)
+
+
+def test_no_rooms_without_a_name():
+    names = {p.stem for p in SOURCES}
+    assert not names & {"utils", "util", "misc", "common", "helpers"}
+
+
+def test_objectives_do_not_see_each_other():
+    names = shelf("medseg_ssl.objectives")
+    for path in (PACKAGE / "objectives").glob("*.py"):
+        others = {f"medseg_ssl.objectives.{n}" for n in names if n != path.stem}
+        assert not imports(path) & others
+
+
+@pytest.mark.parametrize("wrong", ["maee", "simclrr", "nonsense"])
+def test_unknown_name_lists_the_shelf(wrong):
+    from medseg_ssl.objectives.base import Objective
+
+    with pytest.raises(ConfigError, match=rf"no objective named '{wrong}'.*known: .*mae"):
+        find("medseg_ssl.objectives", wrong, Objective)
+
+
+def test_shelves_can_be_extended_from_outside(tmp_path, monkeypatch):
+    folder = tmp_path / "objectives"
+    folder.mkdir()
+    source = (PACKAGE / "objectives" / "mae.py").read_text(encoding="utf-8").replace("class MAE(", "class Mine(")
+    (folder / "mine_from_outside.py").write_text(source.replace("-> MAE.Config", "-> Mine.Config"), encoding="utf-8")
+    monkeypatch.setenv("MEDSEG_SHELVES", str(tmp_path))
+    from medseg_ssl.objectives.base import Objective
+
+    assert "mine_from_outside" in shelf("medseg_ssl.objectives")
+    assert find("medseg_ssl.objectives", "mine_from_outside", Objective).__name__ == "Mine"
+
+
+def test_no_path_or_index_host_in_tracked_files():
+    for path in [*SOURCES, *ROOT.glob("configs/*/*.yaml"), ROOT / "constraints.txt", ROOT / "pyproject.toml", ROOT / "Makefile"]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"(/root/|/work/|/home/)", text), path
+        assert not re.search(r"index-url|find-links", text), path
