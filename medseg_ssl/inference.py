@@ -25,7 +25,9 @@ from medseg_ssl.types import Triple, TripleMm
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.manifest import ScanRow
     from medseg_ssl.nets.encoder_file import Card
+    from medseg_ssl.nets.encoders.base import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +111,9 @@ class Predictor:
         self.stride = stride
 
     @classmethod
-    def load(cls, path: Path, *, device: str = "cpu", precision: Precision = "fp32", **options: Any) -> Predictor:
+    def load(
+        cls, path: Path, *, device: str = "cpu", precision: Precision = "fp32", **options: Any
+    ) -> Predictor:
         """Read ``segmenter.safetensors``.
 
         Raises:
@@ -147,7 +151,9 @@ class Predictor:
         for start in range(0, len(cases), self.window_batch):
             group = cases[start : start + self.window_batch]
             inputs = [self._case_input(archive, case) for case in group]
-            for case, given, probabilities in zip(group, inputs, self._probabilities(inputs, group), strict=True):
+            for case, given, probabilities in zip(
+                group, inputs, self._probabilities(inputs, group), strict=True
+            ):
                 row = archive.cases[case]
                 if row.labeled:
                     label_DHW, affine_44 = archive.original_label(case)
@@ -155,7 +161,10 @@ class Predictor:
                 else:
                     first = archive.scans[row.scans[0]]
                     shape, affine_44 = first.shape, np.asarray(first.affine_44)
-                yield case, self._to_grid(probabilities, given.affine_44, shape, np.asarray(affine_44)).label_DHW
+                yield (
+                    case,
+                    self._to_grid(probabilities, given.affine_44, shape, np.asarray(affine_44)).label_DHW,
+                )
 
     def _case_input(self, archive: Archive, case: str) -> NetworkInput:
         row = archive.cases[case]
@@ -172,14 +181,16 @@ class Predictor:
             UserError: more or fewer files than the segmenter has channels.
         """
         self._check_channels(len(paths), paths[0].name if paths else "no file")
-        volumes = [nifti.read_nifti(path) for path in paths]
+        volumes = [nifti.read_nifti(path, allow_constant=True) for path in paths]
         channels = [
             self._file_channel(v, modality) for v, modality in zip(volumes, self.card.modalities, strict=True)
         ]
         given = self._input(channels)
         (found,) = self._probabilities([given], [paths[0].name])
         first = volumes[0]
-        prediction = self._to_grid(found, given.affine_44, first.array.shape, first.affine_44, keep=probabilities)
+        prediction = self._to_grid(
+            found, given.affine_44, first.array.shape, first.affine_44, keep=probabilities
+        )
         return FilePrediction(prediction, first.original)
 
     def _file_channel(self, volume: nifti.Volume, modality: str) -> Channel:
@@ -204,7 +215,9 @@ class Predictor:
     def _check_channels(self, count: int, where: str) -> None:
         if count != self.card.channels_in:
             wanted = ", ".join(self.card.modalities)
-            raise UserError(f"{where} has {count} channel(s), the segmenter takes {self.card.channels_in} ({wanted})")
+            raise UserError(
+                f"{where} has {count} channel(s), the segmenter takes {self.card.channels_in} ({wanted})"
+            )
 
     def _network_grid(self, shape: Sequence[int], affine_44: np.ndarray) -> tuple[Triple, np.ndarray]:
         """The grid the network wants a scan on: its own one, or the card's spacing over the same field of view."""
@@ -278,14 +291,17 @@ class Predictor:
             else:
                 shared.setdefault(padded, []).append(i)
         for padded, members in shared.items():
-            for i, probabilities in zip(members, self._together([inputs[m] for m in members], padded), strict=True):
+            for i, probabilities in zip(
+                members, self._together([inputs[m] for m in members], padded), strict=True
+            ):
                 out[i] = probabilities
         return out
 
     def _one_pass_shape(self, shape: Sequence[int]) -> Triple | None:
         """The padded shape of a volume that goes through whole: at least the crop, as training padded it."""
         d, h, w = (
-            max(c, math.ceil(n / s) * s) for n, c, s in zip(shape, self.card.crop_size, self.stride, strict=True)
+            max(c, math.ceil(n / s) * s)
+            for n, c, s in zip(shape, self.card.crop_size, self.stride, strict=True)
         )
         return (d, h, w) if d * h * w <= self.whole_volume * math.prod(self.card.crop_size) else None
 
@@ -316,7 +332,9 @@ class Predictor:
                 image_BCDHW,
                 roi_size=self.card.crop_size,
                 sw_batch_size=self.window_batch,
-                predictor=lambda window_BCDHW: self._forward(window_BCDHW, spacing_3.expand(len(window_BCDHW), 3)),
+                predictor=lambda window_BCDHW: self._forward(
+                    window_BCDHW, spacing_3.expand(len(window_BCDHW), 3)
+                ),
                 overlap=self.overlap,
                 mode="gaussian",
                 sw_device=self.device,
@@ -340,13 +358,20 @@ class FrozenEncoder:
     """An encoder on crops: one vector per crop.
 
     Args:
-        encoder: module that returns the pyramid of an image, finest level first.
+        encoder: returns the pyramid of an image, finest level first.
         card: what it was trained on.
+
+    Raises:
+        UserError: the encoder takes several channels; a crop here is of one scan.
     """
 
     def __init__(
-        self, encoder: nn.Module, card: Card, *, device: str = "cpu", precision: Precision = "fp32"
+        self, encoder: Encoder, card: Card, *, device: str = "cpu", precision: Precision = "fp32"
     ) -> None:
+        if card.channels_in != 1:
+            raise UserError(
+                f"the encoder takes {card.channels_in} channels; frozen features need one of a single channel"
+            )
         self.encoder = encoder.to(device).eval()
         self.card = card
         self.device = torch.device(device)
@@ -359,6 +384,11 @@ class FrozenEncoder:
 
         loaded = encoder_file.build(Path(path))
         return cls(loaded.encoder, loaded.card, device=device, precision=precision)
+
+    @property
+    def levels(self) -> int:
+        """Maps of the pyramid."""
+        return len(self.encoder.channels)
 
     @torch.inference_mode()
     def pooled(
@@ -398,12 +428,19 @@ def policy_for(policies: Mapping[str, Any], modality: str) -> intensity.Policy:
         UserError: the network never saw this modality.
     """
     if modality not in policies:
-        raise UserError(f"the network knows no modality {modality!r}; its card names {', '.join(sorted(policies))}")
+        raise UserError(
+            f"the network knows no modality {modality!r}; its card names {', '.join(sorted(policies))}"
+        )
     return intensity.Policy.model_validate(policies[modality])
 
 
 def archive_channel(
-    archive: Archive, key: str, policies: Mapping[str, Any], *, start: Triple = (0, 0, 0), size: Triple | None = None
+    archive: Archive,
+    key: str,
+    policies: Mapping[str, Any],
+    *,
+    start: Triple = (0, 0, 0),
+    size: Triple | None = None,
 ) -> Channel:
     """A box of a scan in physical units (the whole scan by default), with the card's line for it."""
     row = archive.scans[key]
@@ -414,3 +451,49 @@ def archive_channel(
     line = intensity.linear(policy_for(policies, row.modality), row.statistics, unit=row.unit)
     array_DHW = stored_DHW.astype(np.float32) * np.float32(row.scale) + np.float32(row.offset)
     return Channel(array_DHW, None if valid_DHW.all() else valid_DHW, affine_44, line)
+
+
+def network_spacing(card: Card, row: ScanRow) -> TripleMm:
+    """Voxel size a scan has in front of the network: its own where the card states none or the same."""
+    if card.spacing_mm is None or close_spacing(row.spacing_mm, card.spacing_mm):
+        return row.spacing_mm
+    return card.spacing_mm
+
+
+class Crop(NamedTuple):
+    """A normalised crop (zero where invalid), where it has data, and where it shows body."""
+
+    image_DHW: np.ndarray
+    valid_DHW: np.ndarray
+    body_DHW: np.ndarray
+
+
+def network_crop(
+    archive: Archive, key: str, card: Card, *, start: Sequence[float], size: Sequence[int]
+) -> Crop:
+    """A crop of ``size`` voxels at the network's spacing whose first voxel lies at ``start`` (scan voxels).
+
+    Where the scan has the network's spacing, ``start`` is rounded and nothing is interpolated.
+    """
+    row = archive.scans[key]
+    factor = np.array(network_spacing(card, row)) / np.array(row.spacing_mm)
+    own = close_spacing(factor, (1.0, 1.0, 1.0))
+    low = np.rint(start) if own else np.floor(start) - 1
+    high = low + np.array(size) if own else np.ceil(np.array(start) + (np.array(size) - 1) * factor) + 2
+    first, box = _triple(low), _triple(high - low)
+    channel = archive_channel(archive, key, card.intensity, start=first, size=box)
+    array, valid = channel.array_DHW, channel.valid
+    if not own:
+        to_affine_44 = np.array(row.affine_44, dtype=np.float64)
+        to_affine_44[:3, 3] += to_affine_44[:3, :3] @ np.asarray(start, dtype=np.float64)
+        to_affine_44[:3, :3] *= factor
+        array, valid = resample_valid(array, valid, channel.affine_44, _triple(size), to_affine_44, order=1)
+    if valid is None:
+        valid = np.ones(array.shape, dtype=bool)
+    image_DHW = np.where(valid, channel.line(array), 0.0).astype(np.float32)
+    return Crop(image_DHW, valid, valid & (array > row.statistics.foreground_threshold))
+
+
+def _triple(values: Sequence[float] | np.ndarray) -> Triple:
+    d, h, w = (int(v) for v in values)
+    return d, h, w

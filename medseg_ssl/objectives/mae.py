@@ -17,6 +17,7 @@ from torch.nn import functional
 from medseg_ssl.config import Block
 from medseg_ssl.nets.decoders.base import Decoder
 from medseg_ssl.nets.encoders.base import Encoder
+from medseg_ssl.nets.heads import VoxelHead, pool
 from medseg_ssl.nets.hiding import hidden_blocks
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, View, ViewPlan, ViewSpec
@@ -65,7 +66,7 @@ class MAE(Objective):
         super().__init__(config, encoder, facts)
         decoder, options = config.decoder.resolve("medseg_ssl.nets.decoders", Decoder, prefix="objective.decoder")
         self.decoder = decoder(options, encoder.channels, encoder.strides)
-        self.head = nn.Conv3d(self.decoder.channels_out[0], encoder.channels_in, kernel_size=1)
+        self.head = VoxelHead(self.decoder.channels_out[0], encoder.channels_in)
         self.fill = nn.Parameter(torch.zeros(encoder.channels_in), requires_grad=config.fill == "learned")
 
     @staticmethod
@@ -102,7 +103,7 @@ class MAE(Objective):
             counted = counted & view.foreground_BDHW
         loss = self.error(restored, view.target_BCDHW, counted)
         logs = {"counted_share": counted.float().mean()}
-        return StepOutput(loss, logs, maps[-1].detach().float().mean(dim=(2, 3, 4)))
+        return StepOutput(loss, logs, pool(maps[-1].detach(), view.valid_BDHW))
 
     def error(self, restored_BCDHW: Tensor, target_BCDHW: Tensor, counted_BDHW: Tensor) -> Tensor:
         """Mean of the chosen error over the counted voxels, in float32; 0 when there are none."""

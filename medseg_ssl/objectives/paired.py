@@ -20,7 +20,7 @@ from medseg_ssl.nets.contrast import pair_info_nce
 from medseg_ssl.nets.correspondence import common_points, dense_info_nce, read_features
 from medseg_ssl.nets.decoders.base import Decoder
 from medseg_ssl.nets.encoders.base import Encoder
-from medseg_ssl.nets.heads import projection_head
+from medseg_ssl.nets.heads import VoxelHead, pool, projection_head
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, ViewPlan, ViewSpec
 
@@ -89,7 +89,10 @@ class Paired(Objective):
             raise ConfigError(
                 f"paired needs pairs of relation {', '.join(config.relations)}; the archive has: {there}"
             )
-        self.project = projection_head(encoder.channels[-1], config.embedding)
+        self.project = projection_head(
+            # no batch norm: the loss must not depend on how many devices share the batch
+            "simclr", encoder.channels[-1], hidden=2 * config.embedding, channels_out=config.embedding, batch_norm=False
+        )
         self.log_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
         self.decoder: Decoder | None = None
         if config.dense_weight > 0:
@@ -97,7 +100,7 @@ class Paired(Objective):
                 "medseg_ssl.nets.decoders", Decoder, prefix="objective.decoder"
             )
             self.decoder = decoder(options, encoder.channels, encoder.strides)
-            self.dense_head = nn.Conv3d(self.decoder.channels_out[0], config.embedding, kernel_size=1)
+            self.dense_head = VoxelHead(self.decoder.channels_out[0], config.embedding)
 
     @staticmethod
     def views(config: Config) -> ViewPlan:
@@ -122,7 +125,8 @@ class Paired(Objective):
         maps = self.encoder(
             torch.cat([a.image_BCDHW, b.image_BCDHW]), torch.cat([a.spacing_mm_B3, b.spacing_mm_B3])
         )
-        pooled_BE = maps[-1].float().mean(dim=(2, 3, 4))
+        # hidden from the pool: the shape of the field of view would give the subject away
+        pooled_BE = pool(maps[-1], torch.cat([a.valid_BDHW, b.valid_BDHW]))
         vector_a, vector_b = self.project(pooled_BE).chunk(2)
         device = vector_a.device
         subjects = torch.tensor([zlib.crc32(s.encode()) for s in batch.subject_B], device=device)

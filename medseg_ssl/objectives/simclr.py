@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from medseg_ssl.config import Block
 from medseg_ssl.nets.correspondence import common_points, dense_info_nce, read_features
 from medseg_ssl.nets.decoders.base import Decoder
 from medseg_ssl.nets.encoders.base import Encoder
-from medseg_ssl.nets.heads import projection_head
+from medseg_ssl.nets.heads import VoxelHead, pool, projection_head
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, ViewPlan, ViewSpec
 
@@ -59,14 +59,17 @@ class SimCLR(Objective):
         from lightly.loss import NTXentLoss  # takes seconds to import
 
         self.nt_xent = NTXentLoss(temperature=config.temperature, gather_distributed=True)
-        self.project = projection_head(encoder.channels[-1], config.embedding)
+        self.project = projection_head(
+            # no batch norm: the loss must not depend on how many devices share the batch
+            "simclr", encoder.channels[-1], hidden=2 * config.embedding, channels_out=config.embedding, batch_norm=False
+        )
         self.decoder: Decoder | None = None
         if config.dense_weight > 0:
             decoder, options = config.decoder.resolve(
                 "medseg_ssl.nets.decoders", Decoder, prefix="objective.decoder"
             )
             self.decoder = decoder(options, encoder.channels, encoder.strides)
-            self.dense_head = nn.Conv3d(self.decoder.channels_out[0], config.embedding, kernel_size=1)
+            self.dense_head = VoxelHead(self.decoder.channels_out[0], config.embedding)
 
     @staticmethod
     def views(config: Config) -> ViewPlan:
@@ -78,7 +81,8 @@ class SimCLR(Objective):
         a, b = batch.views["pair"]
         images = torch.cat([a.image_BCDHW, b.image_BCDHW])
         maps = self.encoder(images, torch.cat([a.spacing_mm_B3, b.spacing_mm_B3]))
-        pooled_BE = maps[-1].float().mean(dim=(2, 3, 4))
+        # hidden from the pool: the shape of the field of view would give the subject away
+        pooled_BE = pool(maps[-1], torch.cat([a.valid_BDHW, b.valid_BDHW]))
         vector_a, vector_b = self.project(pooled_BE).chunk(2)
         # A second crop of the same subject is a fair negative (CT-FM): "which scanner was it" must not solve the task.
         global_loss = self.nt_xent(vector_a.float(), vector_b.float())

@@ -1,0 +1,100 @@
+import pytest
+import torch
+
+from medseg_ssl.config import ConfigError, parse
+from medseg_ssl.nets.hiding import hidden_blocks
+from medseg_ssl.objectives.mae import MAE
+from medseg_ssl.types import Facts
+from tests.objectives.conftest import make_batch, make_view
+
+
+def build(encoder, **options):
+    config = parse(MAE.Config, {"size": [16, 24, 32], "block": [4, 8, 8], **options})
+    torch.manual_seed(1)
+    return MAE(config, encoder, Facts())
+
+
+def one_batch(size=(16, 24, 32), **kwargs):
+    return make_batch({"crop": [make_view(size, **kwargs)]})
+
+
+def test_hidden_blocks_known_answer_on_a_non_cubic_crop():
+    batch = one_batch()
+    hidden = hidden_blocks(batch, (16, 24, 32), block=(4, 8, 8), ratio=(0.5, 0.5), purpose="t")
+    assert hidden.shape == (2, 16, 24, 32)
+    blocks = hidden.reshape(2, 4, 4, 3, 8, 4, 8).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+    assert ((blocks.all(-1)) | (~blocks.any(-1))).all(), "a block is hidden whole or not at all"
+    assert (blocks.all(-1).flatten(1).sum(1) == 24).all()
+    assert (hidden[0] != hidden[1]).any()
+
+
+def test_hidden_blocks_of_a_crop_the_block_does_not_divide():
+    hidden = hidden_blocks(one_batch((9, 10, 11)), (9, 10, 11), block=(4, 4, 4), ratio=(0.6, 0.75), purpose="t")
+    assert hidden.shape == (2, 9, 10, 11)
+
+
+def test_hidden_depends_on_seed_and_sample_index_alone(encoder):
+    mae = build(encoder)
+    a = make_batch({"crop": [make_view((16, 24, 32), seed=1)]}, first=6)
+    b = make_batch({"crop": [make_view((16, 24, 32), seed=2)]}, first=7)
+    assert torch.equal(mae.hidden(a)[1], mae.hidden(b)[0])
+
+
+def test_loss_region_is_the_hidden_foreground_and_nothing_else(encoder):
+    """A change of the target outside hidden body voxels changes nothing, inside it does (a peer got this wrong)."""
+    mae = build(encoder).eval()
+    batch = one_batch()
+    view = batch.views["crop"][0]
+    view.foreground_BDHW[:, :4] = False
+    view.valid_BDHW[:, :, :4] = False
+    view.clean_BCDHW = view.image_BCDHW.clone()
+    hidden = mae.hidden(batch)
+    counted = hidden & view.valid_BDHW & view.foreground_BDHW
+    before = mae(batch, 0.0).loss
+    view.clean_BCDHW[~counted[:, None]] += 1.0
+    assert torch.equal(mae(batch, 0.0).loss, before)
+    view.clean_BCDHW[counted[:, None]] += 1.0
+    assert not torch.allclose(mae(batch, 0.0).loss, before)
+
+
+def test_hidden_voxels_never_reach_the_network(encoder):
+    mae = build(encoder).eval()
+    batch = one_batch()
+    view = batch.views["crop"][0]
+    hidden = mae.hidden(batch)
+    before, _ = mae.restore(view, hidden)
+    view.image_BCDHW = view.image_BCDHW.masked_fill(hidden[:, None], 99.0)
+    after, _ = mae.restore(view, hidden)
+    assert torch.equal(before, after)
+
+
+def test_error_known_answers(encoder):
+    mae = build(encoder)
+    restored = torch.zeros(1, 1, 2, 2, 2)
+    target = torch.tensor([0.0, 1, 2, 9, -9, 0, 0, 0]).reshape(1, 1, 2, 2, 2)
+    counted = torch.tensor([1, 1, 1, 1, 1, 0, 0, 0], dtype=torch.bool).reshape(1, 2, 2, 2)
+    assert mae.error(restored, target, counted).item() == pytest.approx((0 + 1 + 4 + 25 + 9) / 5)
+    assert mae.error(restored, target, torch.zeros_like(counted)).item() == 0.0
+
+
+def test_loss_falls_on_one_batch(encoder):
+    mae = build(encoder)
+    batch = one_batch()
+    view = batch.views["crop"][0]
+    view.image_BCDHW = torch.nn.functional.avg_pool3d(view.image_BCDHW, 5, 1, 2) * 8
+    optimizer = torch.optim.AdamW(mae.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss = mae(batch, 0.0).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_wrong_options():
+    with pytest.raises(ConfigError, match="hidden_ratio must be"):
+        parse(MAE.Config, {"hidden_ratio": [0.8, 0.6]})
+    with pytest.raises(ConfigError, match="must be at least 1 and fit into size"):
+        parse(MAE.Config, {"size": [8, 8, 8], "block": [16, 4, 4]})

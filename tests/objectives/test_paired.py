@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from medseg_ssl.config import ConfigError, parse
+from medseg_ssl.nets.contrast import pair_info_nce
+from medseg_ssl.objectives.paired import Paired
+from medseg_ssl.types import Facts
+from tests.objectives.conftest import make_batch, make_view
+
+FACTS = Facts(relations=("registered", "same_study", "same_subject"))
+
+
+def build(encoder, facts=FACTS, **options):
+    torch.manual_seed(1)
+    return Paired(parse(Paired.Config, {"size": [16, 16, 16], "points": 16, **options}), encoder, facts)
+
+
+def pair(relation, batch=3):
+    a, b = make_view((16, 16, 16), batch=batch, seed=1), make_view((16, 16, 16), batch=batch, seed=2)
+    return make_batch({"pair": [a, b]}, relation=relation)
+
+
+def test_refuses_relations_it_cannot_use(encoder):
+    with pytest.raises(ConfigError, match="'same_subject', which paired cannot use"):
+        parse(Paired.Config, {"relations": ["registered", "same_subject"]})
+    with pytest.raises(ConfigError, match="voxel term cannot use same_study"):
+        parse(Paired.Config, {"relations": ["same_study"], "global_weight": 0})
+    with pytest.raises(ConfigError, match="the archive has: same_subject"):
+        build(encoder, Facts(relations=("same_subject",)))
+    with pytest.raises(ValueError, match="paired got relation 'same_subject'"):
+        build(encoder)(pair("same_subject"), 0.0)
+
+
+def test_unaligned_pairs_enter_the_global_term_only(encoder):
+    paired = build(encoder).eval()
+    assert paired(pair("same_study"), 0.0).logs["dense_loss"] == 0.0
+    assert paired(pair("registered"), 0.0).logs["dense_loss"] > 0.0
+
+
+def test_global_loss_known_answers():
+    eye = torch.eye(4)
+    used = torch.ones(4, dtype=torch.bool)
+    subjects = torch.arange(4)
+    loss, top1 = pair_info_nce(eye, eye, subjects, used, scale=torch.tensor(50.0))
+    assert loss < 1e-4
+    assert top1 == 1.0
+    ones = torch.ones(4, 4)
+    loss, _ = pair_info_nce(ones, ones, subjects, used, scale=torch.tensor(10.0))
+    assert loss.item() == pytest.approx(torch.log(torch.tensor(4.0)).item())
+    same = torch.zeros(4, dtype=torch.long)
+    loss, _ = pair_info_nce(ones, ones, same, used, scale=torch.tensor(10.0))
+    assert loss == 0.0, "views of one subject are no negatives of each other"
+
+
+def test_all_parameters_learn(encoder):
+    paired = build(encoder)
+    paired(pair("registered"), 0.0).loss.backward()
+    named = {n for n, p in paired.named_parameters() if p.grad is None}
+    # the decoder's coarser outputs feed the finest one, so every weight must be reached
+    assert not named
