@@ -128,10 +128,15 @@ def find(package: str, name: str, contract: type[T]) -> type[T]:
     classes = [
         c
         for c in vars(module).values()
-        if inspect.isclass(c) and issubclass(c, contract) and not inspect.isabstract(c) and c.__module__ == module.__name__
+        if inspect.isclass(c)
+        and issubclass(c, contract)
+        and not inspect.isabstract(c)
+        and c.__module__ == module.__name__
     ]
     if len(classes) != 1:
-        raise ConfigError(f"{module.__name__} must hold exactly one class of {contract.__name__}, found {len(classes)}")
+        raise ConfigError(
+            f"{module.__name__} must hold exactly one class of {contract.__name__}, found {len(classes)}"
+        )
     return classes[0]
 
 
@@ -143,7 +148,8 @@ def _load(package: str, name: str):
         file = folder / f"{name}.py"
         if file.is_file():
             spec = importlib.util.spec_from_file_location(full, file)
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
+            assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             sys.modules[full] = module
             spec.loader.exec_module(module)
@@ -233,7 +239,9 @@ def parse(model: type[M], tree: Mapping[str, Any], *, where: str = "config", pre
         raise ConfigError(explain(error, model, where=where, prefix=prefix)) from None
 
 
-def explain(error: ValidationError, model: type[BaseModel], *, where: str = "config", prefix: str = "") -> str:
+def explain(
+    error: ValidationError, model: type[BaseModel], *, where: str = "config", prefix: str = ""
+) -> str:
     """All errors of a validation in one text, a clause per key."""
     clauses = []
     for item in error.errors():
@@ -248,7 +256,8 @@ def explain(error: ValidationError, model: type[BaseModel], *, where: str = "con
             clauses.append(f"missing key '{dotted}'")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(item["input"], (dict, list)) and len(str(item["input"])) > 80 else f", got {item['input']!r}"
+            long = isinstance(item["input"], (dict, list)) and len(str(item["input"])) > 80
+            shown = "" if long else f", got {item['input']!r}"
             clauses.append(f"{dotted or 'config'}: {message}{shown}")
     count = "1 error" if len(clauses) == 1 else f"{len(clauses)} errors"
     return f"{count} in the {where}: " + "; ".join(clauses)

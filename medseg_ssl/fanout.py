@@ -1,8 +1,8 @@
 """Many independent tasks on the cores of one machine, or on a Ray cluster, behind one function.
 
-A task is a picklable argument of a picklable function. Results come back in the order of the tasks, and one by one
-as they finish through ``on_result``. Workers are started afresh (spawn), never forked, so that threads, locks and a
-CUDA context of the parent cannot follow them.
+A task is a picklable argument of a picklable function. Results come back in the order of the tasks, and one
+by one as they finish through ``on_result``. Workers are started afresh (spawn), never forked, so that
+threads, locks and a CUDA context of the parent cannot follow them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -42,15 +43,15 @@ class Failure:
 
     Attributes:
         index: place of the task in the list.
-        error: what it raised; a ``WorkerDied`` where its process ended without a word.
+        error: what it raised; a ``WorkerDiedError`` where its process ended without a word.
     """
 
     index: int
     error: BaseException
 
 
-class WorkerDied(UserError):
-    """A worker process ended without a word (killed for memory, or a crash in native code), at every attempt."""
+class WorkerDiedError(UserError):
+    """A worker process ended without a word (killed for memory, a crash in native code), at every attempt."""
 
 
 def map_tasks(
@@ -71,11 +72,14 @@ def map_tasks(
     Args:
         function: module-level function (it is pickled by name); it must be safe to run twice for one task.
         tasks: picklable arguments, one per call.
-        workers: processes; with 1 worker and the local engine the calls run in this process, one after the other.
+        workers: processes; with 1 worker and the local engine the calls run in this process, one after the
+            other.
         engine: ``local`` (a process pool) or ``ray`` (a cluster; needs the package ray).
         on_result: called in this process with (index, result) as tasks finish, in any order.
-        on_error: ``raise`` stops everything at the first exception; ``return`` puts a ``Failure`` in its place.
-        retries: further attempts for a task whose worker died; exceptions of the function itself are not retried.
+        on_error: ``raise`` stops everything at the first exception; ``return`` puts a ``Failure`` in its
+            place.
+        retries: attempts, alone on the machine, for a task beside which a worker died; one at least.
+            Exceptions of the function itself are not retried.
         threads: threads that numerical libraries may use within a worker.
         gpus: device names shared out among the workers as ``CUDA_VISIBLE_DEVICES``; empty leaves it as it is.
         describe: names a task in messages.
@@ -84,7 +88,7 @@ def map_tasks(
         The results in the order of the tasks.
 
     Raises:
-        WorkerDied: with ``on_error="raise"``, when a task's worker died at every attempt.
+        WorkerDiedError: with ``on_error="raise"``, when a task's worker died at every attempt.
         UserError: unknown engine, or ray is not installed.
         ValueError: workers or retries out of range.
     """
@@ -104,12 +108,16 @@ def map_tasks(
     if not tasks:
         return results
     if engine == "ray":
-        _run_ray(function, tasks, deliver, workers=workers, retries=retries, threads=threads, describe=describe)
+        _run_ray(
+            function, tasks, deliver, workers=workers, retries=retries, threads=threads, describe=describe
+        )
     elif workers == 1 and not gpus:
         for index, task in enumerate(tasks):
             deliver(index, _attempt(function, index, task))
     else:
-        pool = _Pool(function, tasks, deliver, min(workers, len(tasks)), retries, threads, tuple(gpus), describe)
+        pool = _Pool(
+            function, tasks, deliver, min(workers, len(tasks)), retries, threads, tuple(gpus), describe
+        )
         pool.run()
     return results
 
@@ -118,18 +126,22 @@ def _attempt(function: Callable[[T], R], index: int, task: T) -> R | Failure:
     try:
         return function(task)
     except Exception as error:
+        if multiprocessing.parent_process() is not None:
+            # pickling drops the traceback; as a note it reaches whoever asks with --debug
+            error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
         return Failure(index, error)
 
 
-# -- local -----------------------------------------------------------------------------------------------------------
+# -- local ---------------------------------------------------------------------------------------------------
 
 
 class _Pool:
     """A process pool that survives the death of its workers.
 
-    ``ProcessPoolExecutor`` breaks as a whole when one worker dies and cannot tell whose task it was. Every task that
-    was in flight is therefore a suspect, and suspects run again one at a time in a pool of one worker: there the one
-    that kills its worker stands alone, and a task that died for want of memory has the machine for itself.
+    ``ProcessPoolExecutor`` breaks as a whole when one worker dies and cannot tell whose task it was. Every
+    task that was in flight is therefore a suspect, and suspects run again one at a time in a pool of one
+    worker: there the one that kills its worker stands alone, and a task that died for want of memory has the
+        machine for itself.
     """
 
     def __init__(self, function, tasks, deliver, workers, retries, threads, gpus, describe) -> None:
@@ -138,7 +150,7 @@ class _Pool:
         self.describe = describe
         self.waiting: deque[int] = deque(range(len(tasks)))
         self.suspects: deque[int] = deque()
-        self.attempts = [0] * len(tasks)
+        self.deaths = [0] * len(tasks)
 
     def run(self) -> None:
         with _environment({name: str(self.threads) for name in THREAD_VARIABLES}):
@@ -146,7 +158,8 @@ class _Pool:
                 if self.suspects:
                     self._round(self.suspects, workers=1, window=1)
                 else:
-                    # a few tasks beyond the workers, so that none waits for this process between two small tasks
+                    # a few tasks beyond the workers, so that none waits for this process between two small
+                    # tasks
                     self._round(self.waiting, workers=self.workers, window=self.workers + 2)
 
     def _round(self, queue: deque[int], *, workers: int, window: int) -> None:
@@ -156,8 +169,11 @@ class _Pool:
         try:
             while queue or flying:
                 while queue and len(flying) < window:
-                    index = queue.popleft()
-                    flying[executor.submit(_attempt, self.function, index, self.tasks[index])] = index
+                    # first submit, which may find the pool broken, and only then take it off the queue
+                    flying[executor.submit(_attempt, self.function, queue[0], self.tasks[queue[0]])] = queue[
+                        0
+                    ]
+                    queue.popleft()
                 done, _ = wait(flying, return_when=FIRST_COMPLETED)
                 for future in done:
                     result = future.result()  # raises BrokenProcessPool
@@ -177,14 +193,14 @@ class _Pool:
             if future.done() and not future.cancelled() and future.exception() is None:
                 self.deliver(index, future.result())
                 continue
-            if alone:
-                self.attempts[index] += 1
-            if self.attempts[index] > self.retries or (alone and self.retries == 0):
+            # a death beside others proves nothing; only one alone counts
+            self.deaths[index] += alone
+            if self.deaths[index] >= max(1, self.retries):
                 message = (
-                    f"the worker process of {self.describe(self.tasks[index])} died {self.attempts[index]} times "
-                    "(out of memory, or a crash in native code); try fewer workers"
+                    f"the worker process of {self.describe(self.tasks[index])} died {self.deaths[index] + 1} "
+                    "times (out of memory, or a crash in native code); try fewer workers"
                 )
-                self.deliver(index, Failure(index, WorkerDied(message)))
+                self.deliver(index, Failure(index, WorkerDiedError(message)))
             else:
                 self.suspects.append(index)
 
@@ -240,7 +256,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# -- cluster ---------------------------------------------------------------------------------------------------------
+# -- cluster -------------------------------------------------------------------------------------------------
 
 
 def _run_ray(
@@ -279,9 +295,14 @@ def _run_ray(
                 index = flying.pop(reference)
                 try:
                     result = ray.get(reference)
-                except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError):
-                    message = f"the worker process of {describe(tasks[index])} died {retries + 1} times on the cluster"
-                    result = Failure(index, WorkerDied(message))
+                except (
+                    ray.exceptions.WorkerCrashedError,
+                    ray.exceptions.NodeDiedError,
+                    ray.exceptions.OutOfMemoryError,
+                ):
+                    task = describe(tasks[index])
+                    message = f"the worker process of {task} died {retries + 1} times on the cluster"
+                    result = Failure(index, WorkerDiedError(message))
                 deliver(index, result)
     finally:
         for reference in flying:

@@ -1,14 +1,16 @@
 """Networks of an encoder file, applied: a segmenter to whole scans, an encoder to crops.
 
-A segmenter sees what it was trained on: the card's intensity policy and voxel spacing, zero where there is no data.
-Its probabilities go back to the label's or input's own grid (linear, class by class) before the largest one wins.
+A segmenter sees what it was trained on: the card's intensity policy and voxel spacing, zero where there is no
+data. Its probabilities go back to the label's or input's own grid (linear, class by class) before the largest
+one wins.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from medseg_ssl.config import UserError
 from medseg_ssl.data import intensity, nifti
 from medseg_ssl.data.resample import grid_for_spacing, resample, resample_valid, same_grid, spacing_of
+from medseg_ssl.data.store import NO_DATA
 from medseg_ssl.types import Triple, TripleMm
 
 if TYPE_CHECKING:
@@ -32,10 +35,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16"]
-NO_DATA = -32768
 SPACING_TOLERANCE = 0.01
 """Relative difference of voxel sizes below which a scan is not resampled for a network."""
 STITCH_ON_DEVICE_BYTES = 8 << 30
+SLOW_ALONE_VOXELS = 100_000
+"""Below this size the CPU computes two fp32 windows faster than one: torch's 3D convolution falls back to a slow path
+at batch 1 (tiny U-Net, CPU time of 1 and 2 windows: 24³ 84 and 27 ms, 48³ 288 and 253 ms, 64³ 439 and 961 ms)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ class NetworkInput(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """A label map (uint8) on the target grid and, where asked for, the probabilities (float32) of every class."""
+    """A label map (uint8) on the target grid and, where asked for, the probabilities (float32) of every
+    class.
+    """
 
     label_DHW: np.ndarray
     probabilities_KDHW: np.ndarray | None
@@ -80,11 +87,13 @@ class Predictor:
 
     Args:
         segmenter: module ``(image_BCDHW, spacing_mm_B3) -> logits_BKDHW`` at input size.
-        card: what the segmenter was trained on (classes, crop size, spacing, intensity policy, modality per channel).
+        card: what the segmenter was trained on (classes, crop size, spacing, intensity policy, modality per
+            channel).
         device: torch device the segmenter runs on.
         precision: ``bf16`` runs under autocast.
         overlap: share of a window that the next one covers again.
-        window_batch: windows (or whole small volumes) per forward pass; below 2 the CPU's 3D convolutions are slow.
+        window_batch: windows (or whole small volumes) per forward pass; below 2 the CPU's 3D convolutions are
+            slow.
         whole_volume: a volume of at most this many times the crop's voxels goes through in one pass.
         stride: the network's largest stride per axis; whole volumes are padded to its multiples.
     """
@@ -101,10 +110,11 @@ class Predictor:
         whole_volume: float = 2.0,
         stride: Triple = (1, 1, 1),
     ) -> None:
-        self.segmenter = segmenter.to(device).eval()
+        self.device = usable_device(device)
+        self.segmenter = segmenter.to(self.device).eval()
         self.card = card
-        self.device = torch.device(device)
-        self.precision = precision
+        self.crop_size = crop_size_of(card)
+        self.precision: Precision = precision
         self.overlap = overlap
         self.window_batch = max(2, window_batch)
         self.whole_volume = whole_volume
@@ -124,7 +134,7 @@ class Predictor:
         loaded = encoder_file.build(Path(path))
         if loaded.card.kind != "segmenter":
             raise UserError(
-                f"{Path(path).name} holds a {loaded.card.kind}, not a segmenter; `medseg-ssl finetune` makes one"
+                f"{Path(path).name} holds an encoder, no segmenter; 'medseg-ssl finetune' makes one"
             )
         return cls(
             loaded.segmenter(),
@@ -140,14 +150,16 @@ class Predictor:
         """Class names, background first."""
         return tuple(self.card.classes)
 
-    # -- archive cases -----------------------------------------------------------------------------------------------
+    # -- archive cases ---------------------------------------------------------------------------------------
 
     def predict_case(self, archive: Archive, case: str) -> np.ndarray:
         """Label map (uint8) of a case on its label's own grid (on the archive grid where it has no label)."""
         return next(iter(self.predict_cases(archive, [case])))[1]
 
     def predict_cases(self, archive: Archive, cases: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """``predict_case`` of many cases, in their order; small volumes of one padded shape share a forward pass."""
+        """``predict_case`` of many cases, in their order; small volumes of one padded shape share a forward
+        pass.
+        """
         for start in range(0, len(cases), self.window_batch):
             group = cases[start : start + self.window_batch]
             inputs = [self._case_input(archive, case) for case in group]
@@ -171,7 +183,7 @@ class Predictor:
         self._check_channels(len(row.scans), f"case {case}")
         return self._input([archive_channel(archive, key, self.card.intensity) for key in row.scans])
 
-    # -- files -------------------------------------------------------------------------------------------------------
+    # -- files -----------------------------------------------------------------------------------------------
 
     def predict_nifti(self, paths: Sequence[Path], *, probabilities: bool = False) -> FilePrediction:
         """Prediction of one case, a file per channel in the card's order, on the grid of the first file.
@@ -182,8 +194,10 @@ class Predictor:
         """
         self._check_channels(len(paths), paths[0].name if paths else "no file")
         volumes = [nifti.read_nifti(path, allow_constant=True) for path in paths]
+        grid = self._network_grid(volumes[0].array.shape, volumes[0].affine_44)
         channels = [
-            self._file_channel(v, modality) for v, modality in zip(volumes, self.card.modalities, strict=True)
+            self._file_channel(v, modality, *grid)
+            for v, modality in zip(volumes, self.card.modalities, strict=True)
         ]
         given = self._input(channels)
         (found,) = self._probabilities([given], [paths[0].name])
@@ -193,24 +207,26 @@ class Predictor:
         )
         return FilePrediction(prediction, first.original)
 
-    def _file_channel(self, volume: nifti.Volume, modality: str) -> Channel:
-        """A file read and measured the way ``prepare`` does it, on its own grid or on the network's."""
+    def _file_channel(
+        self, volume: nifti.Volume, modality: str, shape: Triple, affine_44: np.ndarray
+    ) -> Channel:
+        """A file on the network's grid, its no-data region and statistics found the way ``prepare`` finds
+        them.
+        """
         policy = policy_for(self.card.intensity, modality)
-        unit = {"CT": "HU", "PT": "SUV"}.get(modality, "raw")
-        missing = intensity.no_data_region(volume.array, modality, unit=unit)
-        if volume.no_data is not None:
-            missing = volume.no_data if missing is None else missing | volume.no_data
-        array, valid, affine_44 = volume.array, None if missing is None else ~missing, volume.affine_44
-        shape, to_affine_44 = self._network_grid(array.shape, affine_44)
-        if not same_grid(array.shape, affine_44, shape, to_affine_44):
-            array, valid = resample_valid(array, valid, affine_44, shape, to_affine_44)
-            affine_44 = to_affine_44
-        if valid is not None and not valid.any():
-            return Channel(np.zeros_like(array), valid, affine_44, intensity.Linear(0.0, 0.0, 0.0, 1.0))
+        # a file does not state its unit; a network with an SUV window was trained on SUV
+        unit = "HU" if modality == "CT" else "SUV" if policy.kind == "suv_window" else "raw"
+        valid = volume.valid
+        missing = intensity.no_data_region(volume.array, modality)
+        if missing is not None:
+            valid = ~missing if valid is None else valid & ~missing
+        array, valid = resample_valid(volume.array, valid, volume.affine_44, shape, affine_44)
+        if _empty(array, valid):
+            return Channel(array, valid, affine_44, intensity.Linear(0.0, 0.0, 0.0, 1.0))
         statistics = intensity.statistics(array, valid, modality=modality, unit=unit)
         return Channel(array, valid, affine_44, intensity.linear(policy, statistics, unit=unit))
 
-    # -- the way there and back --------------------------------------------------------------------------------------
+    # -- the way there and back ------------------------------------------------------------------------------
 
     def _check_channels(self, count: int, where: str) -> None:
         if count != self.card.channels_in:
@@ -220,7 +236,9 @@ class Predictor:
             )
 
     def _network_grid(self, shape: Sequence[int], affine_44: np.ndarray) -> tuple[Triple, np.ndarray]:
-        """The grid the network wants a scan on: its own one, or the card's spacing over the same field of view."""
+        """The grid the network wants a scan on: its own one, or the card's spacing over the same field of
+        view.
+        """
         own = (int(shape[0]), int(shape[1]), int(shape[2]))
         if self.card.spacing_mm is None or close_spacing(spacing_of(affine_44), self.card.spacing_mm):
             return own, np.asarray(affine_44)
@@ -236,9 +254,8 @@ class Predictor:
             array, valid = channel.array_DHW, channel.valid
             if not same_grid(array.shape, channel.affine_44, shape, affine_44):
                 array, valid = resample_valid(array, valid, channel.affine_44, shape, affine_44)
-            seen = array if valid is None else array[valid]
-            empty &= seen.size == 0 or bool(seen.min() == seen.max())
-            image_DHW[...] = channel.line(array)
+            empty &= _empty(array, valid)
+            image_DHW[...] = channel.line.apply(array)
             if valid is not None:
                 image_DHW[~valid] = 0.0
         return NetworkInput(image_CDHW, affine_44, empty)
@@ -275,7 +292,7 @@ class Predictor:
                 kept.append(moved_DHW)
         return Prediction(label_DHW, np.stack(kept) if keep else None)
 
-    # -- the network -------------------------------------------------------------------------------------------------
+    # -- the network -----------------------------------------------------------------------------------------
 
     def _probabilities(self, inputs: Sequence[NetworkInput], names: Sequence[str]) -> list[np.ndarray | None]:
         """Probabilities (K, D, H, W) of each input; None for an empty one, which is all background."""
@@ -300,10 +317,9 @@ class Predictor:
     def _one_pass_shape(self, shape: Sequence[int]) -> Triple | None:
         """The padded shape of a volume that goes through whole: at least the crop, as training padded it."""
         d, h, w = (
-            max(c, math.ceil(n / s) * s)
-            for n, c, s in zip(shape, self.card.crop_size, self.stride, strict=True)
+            max(c, math.ceil(n / s) * s) for n, c, s in zip(shape, self.crop_size, self.stride, strict=True)
         )
-        return (d, h, w) if d * h * w <= self.whole_volume * math.prod(self.card.crop_size) else None
+        return (d, h, w) if d * h * w <= self.whole_volume * math.prod(self.crop_size) else None
 
     def _together(self, inputs: Sequence[NetworkInput], padded: Triple) -> list[np.ndarray]:
         """Volumes of one padded shape in one forward pass, centred in the padding."""
@@ -330,7 +346,7 @@ class Predictor:
         with torch.inference_mode():
             logits_BKDHW = sliding_window_inference(
                 image_BCDHW,
-                roi_size=self.card.crop_size,
+                roi_size=self.crop_size,
                 sw_batch_size=self.window_batch,
                 predictor=lambda window_BCDHW: self._forward(
                     window_BCDHW, spacing_3.expand(len(window_BCDHW), 3)
@@ -345,8 +361,9 @@ class Predictor:
 
     @torch.inference_mode()
     def _forward(self, image_BCDHW: Tensor, spacing_mm_B3: Tensor) -> Tensor:
-        """Float32 logits; a lone CPU window runs twice, since batch 1 falls back to a slow convolution there."""
-        alone = len(image_BCDHW) == 1 and self.device.type == "cpu" and self.precision == "fp32"
+        """Float32 logits; a lone small window runs twice on the CPU (``SLOW_ALONE_VOXELS``)."""
+        small = image_BCDHW[0, 0].numel() <= SLOW_ALONE_VOXELS
+        alone = len(image_BCDHW) == 1 and small and self.device.type == "cpu" and self.precision == "fp32"
         if alone:
             image_BCDHW, spacing_mm_B3 = image_BCDHW.expand(2, -1, -1, -1, -1), spacing_mm_B3.expand(2, 3)
         with autocast(self.device, self.precision):
@@ -372,10 +389,10 @@ class FrozenEncoder:
             raise UserError(
                 f"the encoder takes {card.channels_in} channels; frozen features need one of a single channel"
             )
-        self.encoder = encoder.to(device).eval()
+        self.device = usable_device(device)
+        self.encoder = encoder.to(self.device).eval()
         self.card = card
-        self.device = torch.device(device)
-        self.precision = precision
+        self.precision: Precision = precision
 
     @classmethod
     def load(cls, path: Path, *, device: str = "cpu", precision: Precision = "fp32") -> FrozenEncoder:
@@ -394,7 +411,7 @@ class FrozenEncoder:
     def pooled(
         self, crops_NCDHW: np.ndarray, *, spacing_mm: TripleMm, levels: Sequence[int], batch_size: int
     ) -> np.ndarray:
-        """Means over the voxels of the maps at ``levels`` (negative counts from the deepest), joined: (N, E)."""
+        """Means over the voxels of the maps at ``levels`` (negative: from the deepest), joined: (N, E)."""
         out = []
         for start in range(0, len(crops_NCDHW), batch_size):
             image_BCDHW = torch.from_numpy(crops_NCDHW[start : start + batch_size]).to(self.device)
@@ -403,6 +420,34 @@ class FrozenEncoder:
                 maps = self.encoder(image_BCDHW, spacing_B3.expand(len(image_BCDHW), 3))
             out.append(torch.cat([maps[i].float().mean(dim=(2, 3, 4)) for i in levels], dim=1).cpu().numpy())
         return np.concatenate(out)
+
+
+def file_hash(path: Path) -> str:
+    """Sha256 of a file, to name weights without their path.
+
+    Raises:
+        UserError: no such file.
+    """
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def usable_device(name: str) -> torch.device:
+    """The torch device of a name such as ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        UserError: no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        count = torch.cuda.device_count()
+        raise UserError(f"no device {name!r} here; there is cpu and {count} CUDA device(s)") from error
+    return device
 
 
 def autocast(device: torch.device, precision: Precision):
@@ -416,7 +461,7 @@ def largest_stride(strides: Sequence[Triple]) -> Triple:
     return d, h, w
 
 
-def close_spacing(spacing_mm: Sequence[float], other_mm: Sequence[float]) -> bool:
+def close_spacing(spacing_mm: Iterable[float], other_mm: Iterable[float]) -> bool:
     """Whether two voxel sizes are the same but for rounding."""
     return all(abs(a - b) <= SPACING_TOLERANCE * b for a, b in zip(spacing_mm, other_mm, strict=True))
 
@@ -453,6 +498,19 @@ def archive_channel(
     return Channel(array_DHW, None if valid_DHW.all() else valid_DHW, affine_44, line)
 
 
+def crop_size_of(card: Card) -> Triple:
+    """The crop size (D, H, W) a network was trained on.
+
+    Raises:
+        UserError: its card does not say.
+    """
+    if card.crop_size is None:
+        raise UserError(
+            "the card of the network states no crop size, so nobody knows which windows it can read"
+        )
+    return card.crop_size
+
+
 def network_spacing(card: Card, row: ScanRow) -> TripleMm:
     """Voxel size a scan has in front of the network: its own where the card states none or the same."""
     if card.spacing_mm is None or close_spacing(row.spacing_mm, card.spacing_mm):
@@ -469,7 +527,7 @@ class Crop(NamedTuple):
 
 
 def network_crop(
-    archive: Archive, key: str, card: Card, *, start: Sequence[float], size: Sequence[int]
+    archive: Archive, key: str, card: Card, *, start: Sequence[float] | np.ndarray, size: Sequence[int]
 ) -> Crop:
     """A crop of ``size`` voxels at the network's spacing whose first voxel lies at ``start`` (scan voxels).
 
@@ -490,8 +548,13 @@ def network_crop(
         array, valid = resample_valid(array, valid, channel.affine_44, _triple(size), to_affine_44, order=1)
     if valid is None:
         valid = np.ones(array.shape, dtype=bool)
-    image_DHW = np.where(valid, channel.line(array), 0.0).astype(np.float32)
+    image_DHW = np.where(valid, channel.line.apply(array), 0.0).astype(np.float32)
     return Crop(image_DHW, valid, valid & (array > row.statistics.foreground_threshold))
+
+
+def _empty(array_DHW: np.ndarray, valid_DHW: np.ndarray | None) -> bool:
+    seen = array_DHW if valid_DHW is None else array_DHW[valid_DHW]
+    return seen.size == 0 or bool(seen.min() == seen.max())
 
 
 def _triple(values: Sequence[float] | np.ndarray) -> Triple:

@@ -2,7 +2,18 @@
 
 import pytest
 
-from medseg_ssl.config import Block, ConfigError, Duration, Length, Record, overlay, override, parse, read_yaml, to_yaml
+from medseg_ssl.config import (
+    Block,
+    ConfigError,
+    Duration,
+    Length,
+    Record,
+    overlay,
+    override,
+    parse,
+    read_yaml,
+    to_yaml,
+)
 
 
 class Optim(Record):
@@ -29,9 +40,15 @@ def test_all_wrong_keys_at_once_with_the_nearest_name():
 
 
 def test_base_is_overlaid_and_a_changed_name_replaces_the_block(tmp_path):
-    (tmp_path / "base.yaml").write_text("seed: 1\noptim: {lr: 0.1}\nobjective: {name: mae, size: [8, 8, 8]}\n")
+    (tmp_path / "base.yaml").write_text(
+        "seed: 1\noptim: {lr: 0.1}\nobjective: {name: mae, size: [8, 8, 8]}\n"
+    )
     (tmp_path / "run.yaml").write_text("base: base.yaml\nseed: 2\nobjective: {name: simclr}\n")
-    assert read_yaml(tmp_path / "run.yaml") == {"seed": 2, "optim": {"lr": 0.1}, "objective": {"name": "simclr"}}
+    assert read_yaml(tmp_path / "run.yaml") == {
+        "seed": 2,
+        "optim": {"lr": 0.1},
+        "objective": {"name": "simclr"},
+    }
 
 
 def test_circle_of_bases_is_named(tmp_path):
@@ -55,13 +72,17 @@ def test_missing_file():
 
 
 def test_override_reads_numbers_yaml_would_read_as_text():
-    assert override({"optim": {"lr": 1}}, ["optim.lr=3e-4", "a.b=[1, 2]"]) == {"optim": {"lr": 3e-4}, "a": {"b": [1, 2]}}
+    assert override({"optim": {"lr": 1}}, ["optim.lr=3e-4", "a.b=[1, 2]"]) == {
+        "optim": {"lr": 3e-4},
+        "a": {"b": [1, 2]},
+    }
     with pytest.raises(ConfigError, match="overrides look like"):
         override({}, ["optim.lr"])
 
 
 @pytest.mark.parametrize(
-    ("text", "steps"), [("2000 steps", 2000), ("10 epochs", 50), ("5%", 10), (7, 7), ("1 step", 1), ("0.5 epochs", 2)]
+    ("text", "steps"),
+    [("2000 steps", 2000), ("10 epochs", 50), ("5%", 10), (7, 7), ("1 step", 1), ("0.5 epochs", 2)],
 )
 def test_durations(text, steps):
     assert Duration.parse(text).steps(steps_per_epoch=5, total_steps=200) == steps
@@ -81,4 +102,7 @@ def test_round_trip():
 
 
 def test_overlay_replaces_lists():
-    assert overlay({"a": [1, 2], "b": {"c": 1}}, {"a": [3], "b": {"d": 2}}) == {"a": [3], "b": {"c": 1, "d": 2}}
+    assert overlay({"a": [1, 2], "b": {"c": 1}}, {"a": [3], "b": {"d": 2}}) == {
+        "a": [3],
+        "b": {"c": 1, "d": 2},
+    }

@@ -10,7 +10,9 @@ from medseg_ssl.config import ConfigError, find, shelf
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "medseg_ssl"
-SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "pretrain").glob("*.py"), *(ROOT / "finetune").glob("*.py")])
+SOURCES = sorted(
+    [*PACKAGE.rglob("*.py"), *(ROOT / "pretrain").glob("*.py"), *(ROOT / "finetune").glob("*.py")]
+)
 
 ALLOWED = {
     "ground": {"ground"},
@@ -47,7 +49,9 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if PACKAGE in p.parents], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if PACKAGE in p.parents], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_imports_go_down_only(path):
     here = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
     if path.name in {"cli.py"}:
@@ -59,7 +63,9 @@ def test_imports_go_down_only(path):
 
 
 def test_loop_cannot_name_a_method():
-    from_objectives = {m for m in imports(PACKAGE / "train" / "loop.py") if m.startswith("medseg_ssl.objectives")}
+    from_objectives = {
+        m for m in imports(PACKAGE / "train" / "loop.py") if m.startswith("medseg_ssl.objectives")
+    }
     assert all(m.startswith("medseg_ssl.objectives.base") for m in from_objectives)
 
 
@@ -105,8 +111,12 @@ def test_unknown_name_lists_the_shelf(wrong):
 def test_shelves_can_be_extended_from_outside(tmp_path, monkeypatch):
     folder = tmp_path / "objectives"
     folder.mkdir()
-    source = (PACKAGE / "objectives" / "mae.py").read_text(encoding="utf-8").replace("class MAE(", "class Mine(")
-    (folder / "mine_from_outside.py").write_text(source.replace("-> MAE.Config", "-> Mine.Config"), encoding="utf-8")
+    source = (
+        (PACKAGE / "objectives" / "mae.py").read_text(encoding="utf-8").replace("class MAE(", "class Mine(")
+    )
+    (folder / "mine_from_outside.py").write_text(
+        source.replace("-> MAE.Config", "-> Mine.Config"), encoding="utf-8"
+    )
     monkeypatch.setenv("MEDSEG_SHELVES", str(tmp_path))
     from medseg_ssl.objectives.base import Objective
 
@@ -115,7 +125,8 @@ def test_shelves_can_be_extended_from_outside(tmp_path, monkeypatch):
 
 
 def test_no_path_or_index_host_in_tracked_files():
-    for path in [*SOURCES, *ROOT.glob("configs/*/*.yaml"), ROOT / "constraints.txt", ROOT / "pyproject.toml", ROOT / "Makefile"]:
+    others = [ROOT / name for name in ("constraints.txt", "pyproject.toml", "Makefile", "README.md")]
+    for path in [*SOURCES, *ROOT.glob("configs/*/*.yaml"), *others]:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"(/root/|/work/|/home/)", text), path
         assert not re.search(r"index-url|find-links", text), path

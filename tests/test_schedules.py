@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from medseg_ssl import draws, schedules
@@ -18,7 +20,7 @@ def test_learning_rate_warms_up_and_is_continuous(kind):
     assert rate[0] == 0.0
     assert rate[50] == pytest.approx(0.5)
     assert max(rate) == pytest.approx(1.0)
-    assert max(abs(a - b) for a, b in zip(rate, rate[1:], strict=False)) < 0.02
+    assert max(abs(a - b) for a, b in itertools.pairwise(rate)) < 0.02
     if kind != "constant":
         assert rate[-1] == pytest.approx(0.0, abs=1e-9)
 

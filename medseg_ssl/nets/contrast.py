@@ -16,16 +16,13 @@ def gather(embedding_BE: Tensor) -> Tensor:
     return torch.cat(dist.gather(embedding_BE), dim=0)
 
 
-def pair_info_nce(
-    a_BE: Tensor, b_BE: Tensor, subject_B: Tensor, used_B: Tensor, *, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def pair_info_nce(a_BE: Tensor, b_BE: Tensor, subject_B: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric InfoNCE between the two views of each sample (CLIP, arXiv 2103.00020), in float32.
 
     Args:
         a_BE: embeddings of the first views.
         b_BE: embeddings of the second views.
         subject_B: int64 number of the subject; views of one subject are no negatives of each other.
-        used_B: bool, samples that take part.
         scale: scalar, the inverse temperature.
 
     Returns:
@@ -33,17 +30,12 @@ def pair_info_nce(
     """
     a = functional.normalize(a_BE.float(), dim=-1)
     b = functional.normalize(b_BE.float(), dim=-1)
-    a, b, subject, used = gather(a), gather(b), gather(subject_B), gather(used_B)
+    a, b, subject = gather(a), gather(b), gather(subject_B)
     own = torch.eye(len(a), dtype=torch.bool, device=a.device)
-    ignored = ((subject[:, None] == subject[None, :]) | ~used[None, :]) & ~own
+    ignored = (subject[:, None] == subject[None, :]) & ~own
     similarity = scale * (a @ b.T)
     logits = similarity.masked_fill(ignored, float("-inf"))
     logits_t = similarity.T.masked_fill(ignored, float("-inf"))
     wanted = torch.arange(len(a), device=a.device)
-    both = functional.cross_entropy(logits, wanted, reduction="none") + functional.cross_entropy(
-        logits_t, wanted, reduction="none"
-    )
-    weight = used.float()
-    total = weight.sum().clamp(min=1.0)
-    hits = ((logits.argmax(1) == wanted) * weight).sum() / total
-    return 0.5 * (both * weight).sum() / total, hits.detach()
+    loss = functional.cross_entropy(logits, wanted) + functional.cross_entropy(logits_t, wanted)
+    return 0.5 * loss, (logits.argmax(1) == wanted).float().mean()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from medseg_ssl import draws
+from medseg_ssl.nets.decoders.base import Decoder
+from medseg_ssl.nets.heads import VoxelHead
 from medseg_ssl.types import Batch, Triple, View
 
 
@@ -57,7 +59,11 @@ def common_points(a: View, b: View, batch: Batch, *, count: int, purpose: str) -
         index_a = torch.stack(torch.unravel_index(chosen, size_a), dim=-1)
         index_b = transform(a_to_b[i : i + 1], index_a[None])[0]
         inside = ((index_b >= -0.01) & (index_b <= limit_b + 0.01)).all(-1)
-        near = index_b.round().long().clamp(min=torch.zeros(3, dtype=torch.long, device=device), max=limit_b.long())
+        near = (
+            index_b.round()
+            .long()
+            .clamp(min=torch.zeros(3, dtype=torch.long, device=device), max=limit_b.long())
+        )
         good = inside & a.foreground_BDHW[i][tuple(index_a.T)] & b.foreground_BDHW[i][tuple(near.T)]
         # A stable sort keeps the drawn order among the usable ones without a shape that depends on the data.
         first = torch.sort((~good).to(torch.int8), stable=True).indices[:count]
@@ -81,17 +87,20 @@ def read_features(map_BCDHW: Tensor, index_BN3: Tensor, stride: Triple) -> Tenso
     # grid_sample without align_corners: −1 and 1 are the outer faces; its last axis is (x, y, z) = (W, H, D).
     unit = ((cell + 0.5) / size * 2.0 - 1.0).flip(-1)
     grid = unit[:, :, None, None, :].to(map_BCDHW.dtype)
-    read = functional.grid_sample(map_BCDHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    read = functional.grid_sample(
+        map_BCDHW, grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
     return read[:, :, :, 0, 0].transpose(1, 2)
 
 
 def dense_info_nce(
-    a_BNE: Tensor, b_BNE: Tensor, points: Points, *, temperature: float, radius_mm: float
+    a_BNE: Tensor, b_BNE: Tensor, points: Points, *, temperature: float, radius_mm: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Symmetric voxel InfoNCE (DenseCL, arXiv 2011.09157; PixPro, arXiv 2011.10043), in float32.
 
     Positives are the same point in both views; negatives are all other points of the batch, except points of the same
-    sample nearer than ``radius_mm`` (they show nearly the same tissue, and registration is never exact).
+    sample nearer than ``radius_mm`` (a number, or one per sample): they show nearly the same tissue, and registration
+    is never exact.
 
     Returns:
         The loss and the share of points whose nearest neighbour among all candidates is their partner; both are 0 when
@@ -101,7 +110,8 @@ def dense_info_nce(
     a = functional.normalize(a_BNE.float(), dim=-1).reshape(batch * count, -1)
     b = functional.normalize(b_BNE.float(), dim=-1).reshape(batch * count, -1)
     usable = points.usable_BN.reshape(-1)
-    near_BNN = torch.cdist(points.mm_BN3, points.mm_BN3) < radius_mm
+    radius_B = torch.as_tensor(radius_mm, dtype=torch.float32, device=a.device).expand(batch)
+    near_BNN = torch.cdist(points.mm_BN3, points.mm_BN3) < radius_B[:, None, None]
     ignored = torch.block_diag(*near_BNN) | ~usable[None, :]
     diagonal = torch.eye(batch * count, dtype=torch.bool, device=a.device)
     ignored = ignored & ~diagonal
@@ -116,3 +126,72 @@ def dense_info_nce(
     loss = 0.5 * (both * weight).sum() / total
     hits = ((logits.argmax(dim=1) == wanted) * weight).sum() / total
     return loss, hits.detach()
+
+
+class DenseContrast(nn.Module):
+    """The voxel term: a small head per decoder level and ``dense_info_nce`` between what two views show of one place.
+
+    Supervising several levels, each with its own head, makes the coarse ones know where they are too.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        embedding: int,
+        levels: int,
+        points: int,
+        temperature: float,
+        radius_mm: float,
+    ) -> None:
+        super().__init__()
+        channels = decoder.channels_out[:levels]
+        self.heads = nn.ModuleList(VoxelHead(c, embedding, hidden=2 * embedding) for c in channels)
+        self.strides = decoder.strides_out[:levels]
+        self.points, self.temperature, self.radius_mm = points, temperature, radius_mm
+
+    def forward(
+        self,
+        features: list[Tensor],
+        a: View,
+        b: View,
+        batch: Batch,
+        *,
+        purpose: str,
+        used_B: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and top-1 over the levels' mean.
+
+        Args:
+            features: decoder maps of both views, those of a first along the batch, finest first.
+            a: first view.
+            b: second view.
+            batch: gives seed and sample indices.
+            purpose: name of the draw of points.
+            used_B: bool, samples whose views share physical coordinates; None: all.
+        """
+        points = common_points(a, b, batch, count=self.points, purpose=purpose)
+        if used_B is not None:
+            points = points._replace(usable_BN=points.usable_BN & used_B[:, None])
+        losses, hits = [], []
+        for head, stride, level in zip(self.heads, self.strides, features, strict=False):
+            map_a, map_b = level.chunk(2)
+            # read first, then the head: it works on the few points instead of every voxel
+            read_a = head(_as_map(read_features(map_a, points.index_a_BN3, stride)))
+            read_b = head(_as_map(read_features(map_b, points.index_b_BN3, stride)))
+            # a coarse map shows points within a cell alike, so its radius grows with the cell
+            radius_B = self.radius_mm + (max(stride) - 1) * a.spacing_mm_B3.min(dim=1).values
+            loss, hit = dense_info_nce(
+                _as_points(read_a), _as_points(read_b), points, temperature=self.temperature, radius_mm=radius_B
+            )
+            losses.append(loss)
+            hits.append(hit)
+        return torch.stack(losses).mean(), torch.stack(hits).mean()
+
+
+def _as_map(points_BNC: Tensor) -> Tensor:
+    return points_BNC.transpose(1, 2)[..., None, None]
+
+
+def _as_points(map_BCN11: Tensor) -> Tensor:
+    return map_BCN11[..., 0, 0].transpose(1, 2)

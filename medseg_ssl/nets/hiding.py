@@ -9,7 +9,9 @@ from medseg_ssl import draws
 from medseg_ssl.types import Batch, Triple
 
 
-def hidden_blocks(batch: Batch, size: Triple, *, block: Triple, ratio: tuple[float, float], purpose: str) -> Tensor:
+def hidden_blocks(
+    batch: Batch, size: Triple, *, block: Triple, ratio: tuple[float, float], purpose: str
+) -> Tensor:
     """Hide random blocks of a grid laid over each crop.
 
     The number of hidden blocks of a sample is its drawn ratio times the number of blocks, rounded; the ratio is uniform

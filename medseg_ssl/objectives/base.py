@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ class StepOutput(NamedTuple):
     Attributes:
         loss: scalar float32 to be minimised.
         logs: detached scalars by name; the loop writes them as ``train/<name>``.
-        features_BE: detached pooled features of the encoder, for the rank and collapse alarm; None where there are none.
+        features_BE: detached pooled features of the encoder, for the rank and collapse alarm; None without any.
     """
 
     loss: Tensor
@@ -37,7 +37,7 @@ class Exported(NamedTuple):
     Attributes:
         encoder: always.
         decoder: where the objective trained one.
-        head: the 1×1×1 convolution from ``decoder``'s finest features to class scores, of a supervised objective.
+        head: class heads (a ``ModuleList``, finest level first) of a supervised objective.
     """
 
     encoder: Encoder
@@ -63,11 +63,11 @@ class Objective(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def views(config: ObjectiveConfig) -> ViewPlan:
+    def views(config: Any) -> ViewPlan:
         """The views this method asks the loader for."""
 
     @staticmethod
-    def relations(config: ObjectiveConfig) -> tuple[str, ...]:
+    def relations(config: Any) -> tuple[str, ...]:
         """Relations of pairs this method can use; empty for methods that use single scans."""
         return ()
 
@@ -75,7 +75,7 @@ class Objective(nn.Module, ABC):
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """Loss of a batch; every schedule is a function of ``progress`` in [0, 1]."""
 
-    def after_step(self, progress: float) -> None:  # noqa: B027 - most methods have nothing to do here
+    def after_step(self, progress: float) -> None:
         """Update teachers and queues after the optimizer stepped."""
 
     @abstractmethod

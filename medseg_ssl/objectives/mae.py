@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medseg_ssl.config import Block
-from medseg_ssl.nets.decoders.base import Decoder
+from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import VoxelHead, pool
 from medseg_ssl.nets.hiding import hidden_blocks
@@ -64,8 +64,7 @@ class MAE(Objective):
 
     def __init__(self, config: Config, encoder: Encoder, facts: Facts) -> None:
         super().__init__(config, encoder, facts)
-        decoder, options = config.decoder.resolve("medseg_ssl.nets.decoders", Decoder, prefix="objective.decoder")
-        self.decoder = decoder(options, encoder.channels, encoder.strides)
+        self.decoder = decoder_for(encoder, config.decoder)
         self.head = VoxelHead(self.decoder.channels_out[0], encoder.channels_in)
         self.fill = nn.Parameter(torch.zeros(encoder.channels_in), requires_grad=config.fill == "learned")
 

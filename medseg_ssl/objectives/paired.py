@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from medseg_ssl.config import Block, ConfigError
 from medseg_ssl.nets.contrast import pair_info_nce
-from medseg_ssl.nets.correspondence import common_points, dense_info_nce, read_features
-from medseg_ssl.nets.decoders.base import Decoder
+from medseg_ssl.nets.correspondence import DenseContrast
+from medseg_ssl.nets.decoders.base import Decoder, decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
-from medseg_ssl.nets.heads import VoxelHead, pool, projection_head
+from medseg_ssl.nets.heads import pool, projection_head
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, ViewPlan, ViewSpec
 
@@ -46,6 +46,7 @@ class Paired(Objective):
             temperature: where the learned temperature of the global term starts; it never falls below 0.01.
             embedding: length of the projected vectors.
             points: points per sample of the voxel term.
+            dense_levels: decoder levels, finest first, that the voxel term supervises.
             dense_temperature: temperature of the voxel term.
             radius_mm: points of one pair nearer than this are no negatives.
             decoder: block on the shelf of decoders, for the voxel term.
@@ -60,6 +61,7 @@ class Paired(Objective):
         temperature: float = Field(0.1, gt=0.0)
         embedding: int = Field(128, ge=2)
         points: int = Field(256, ge=2)
+        dense_levels: int = Field(3, ge=1)
         dense_temperature: float = Field(0.1, gt=0.0)
         radius_mm: float = Field(8.0, ge=0.0)
         decoder: Block = Field(default_factory=lambda: Block(name="unet"))
@@ -73,6 +75,8 @@ class Paired(Objective):
                 )
             if not self.relations:
                 raise ValueError(f"relations is empty; choose from {', '.join(GLOBAL)}")
+            if self.global_weight + self.dense_weight == 0:
+                raise ValueError("global_weight and dense_weight are both 0; at least one must be positive")
             if self.global_weight == 0 and not set(self.relations) & set(ALIGNED):
                 raise ValueError(
                     f"global_weight is 0 and the voxel term cannot use {', '.join(self.relations)}; "
@@ -89,18 +93,27 @@ class Paired(Objective):
             raise ConfigError(
                 f"paired needs pairs of relation {', '.join(config.relations)}; the archive has: {there}"
             )
-        self.project = projection_head(
-            # no batch norm: the loss must not depend on how many devices share the batch
-            "simclr", encoder.channels[-1], hidden=2 * config.embedding, channels_out=config.embedding, batch_norm=False
-        )
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
+        if config.global_weight > 0:
+            self.project = projection_head(
+                # no batch norm: the loss must not depend on how many devices share the batch
+                "simclr",
+                encoder.channels[-1],
+                hidden=2 * config.embedding,
+                channels_out=config.embedding,
+                batch_norm=False,
+            )
+            self.log_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
         self.decoder: Decoder | None = None
         if config.dense_weight > 0:
-            decoder, options = config.decoder.resolve(
-                "medseg_ssl.nets.decoders", Decoder, prefix="objective.decoder"
+            self.decoder = decoder_for(encoder, config.decoder)
+            self.dense = DenseContrast(
+                self.decoder,
+                embedding=config.embedding,
+                levels=config.dense_levels,
+                points=config.points,
+                temperature=config.dense_temperature,
+                radius_mm=config.radius_mm,
             )
-            self.decoder = decoder(options, encoder.channels, encoder.strides)
-            self.dense_head = VoxelHead(self.decoder.channels_out[0], config.embedding)
 
     @staticmethod
     def views(config: Config) -> ViewPlan:
@@ -120,33 +133,29 @@ class Paired(Objective):
         """Weighted sum of the global and the voxel term."""
         refused = sorted(set(batch.relation_B) - set(self.config.relations))
         if refused:
-            raise ValueError(f"paired got relation {refused[0]!r}; it accepts {', '.join(self.config.relations)}")
+            raise ValueError(
+                f"paired got relation {refused[0]!r}; it accepts {', '.join(self.config.relations)}"
+            )
         a, b = batch.views["pair"]
         maps = self.encoder(
             torch.cat([a.image_BCDHW, b.image_BCDHW]), torch.cat([a.spacing_mm_B3, b.spacing_mm_B3])
         )
         # hidden from the pool: the shape of the field of view would give the subject away
         pooled_BE = pool(maps[-1], torch.cat([a.valid_BDHW, b.valid_BDHW]))
-        vector_a, vector_b = self.project(pooled_BE).chunk(2)
-        device = vector_a.device
-        subjects = torch.tensor([zlib.crc32(s.encode()) for s in batch.subject_B], device=device)
-        used = torch.ones(len(subjects), dtype=torch.bool, device=device)
-        scale = self.log_scale.clamp(max=math.log(100.0)).exp()
-        global_loss, hits = pair_info_nce(vector_a, vector_b, subjects, used, scale=scale)
-        loss = self.config.global_weight * global_loss
-        logs = {"global_loss": global_loss.detach(), "top1": hits, "temperature": 1.0 / scale.detach()}
+        loss, logs = pooled_BE.new_zeros(()), {}
+        if self.config.global_weight > 0:
+            vector_a, vector_b = self.project(pooled_BE).chunk(2)
+            subjects = torch.tensor(
+                [zlib.crc32(s.encode()) for s in batch.subject_B], device=pooled_BE.device
+            )
+            scale = self.log_scale.clamp(max=math.log(100.0)).exp()
+            global_loss, hits = pair_info_nce(vector_a, vector_b, subjects, scale=scale)
+            loss = loss + self.config.global_weight * global_loss
+            logs |= {"global_loss": global_loss.detach(), "top1": hits, "temperature": 1.0 / scale.detach()}
         if self.decoder is not None:
-            points = common_points(a, b, batch, count=self.config.points, purpose="paired/points")
-            aligned = torch.tensor([r in ALIGNED for r in batch.relation_B], device=device)
-            points = points._replace(usable_BN=points.usable_BN & aligned[:, None])
-            read_a, read_b = self.dense_head(self.decoder(maps)[0]).chunk(2)
-            stride = self.decoder.strides_out[0]
-            dense_loss, dense_hits = dense_info_nce(
-                read_features(read_a, points.index_a_BN3, stride),
-                read_features(read_b, points.index_b_BN3, stride),
-                points,
-                temperature=self.config.dense_temperature,
-                radius_mm=self.config.radius_mm,
+            aligned = torch.tensor([r in ALIGNED for r in batch.relation_B], device=pooled_BE.device)
+            dense_loss, dense_hits = self.dense(
+                self.decoder(maps), a, b, batch, purpose="paired/points", used_B=aligned
             )
             loss = loss + self.config.dense_weight * dense_loss
             logs |= {"dense_loss": dense_loss.detach(), "dense_top1": dense_hits}

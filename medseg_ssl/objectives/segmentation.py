@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medseg_ssl.config import Block, ConfigError
-from medseg_ssl.nets.decoders.base import Decoder
+from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import UNKNOWN_LABEL, Batch, Facts, Triple, View, ViewPlan, ViewSpec
@@ -64,8 +64,7 @@ class Segmentation(Objective):
         super().__init__(config, encoder, facts)
         if len(facts.classes) < 2:
             raise ConfigError("segmentation needs an archive with labels; this one has no classes")
-        decoder, options = config.decoder.resolve("medseg_ssl.nets.decoders", Decoder, prefix="objective.decoder")
-        self.decoder = decoder(options, encoder.channels, encoder.strides)
+        self.decoder = decoder_for(encoder, config.decoder)
         levels = self.decoder.channels_out if config.deep_supervision else self.decoder.channels_out[:1]
         self.heads = nn.ModuleList(nn.Conv3d(c, len(facts.classes), kernel_size=1) for c in levels)
 
@@ -118,8 +117,8 @@ class Segmentation(Objective):
         return voxel, region
 
     def export(self) -> Exported:
-        """Encoder, decoder and the head of the finest level."""
-        return Exported(self.encoder, self.decoder, self.heads[0])
+        """Encoder, decoder and the class heads."""
+        return Exported(self.encoder, self.decoder, self.heads)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Input, truth and prediction."""
@@ -140,13 +139,21 @@ def merge_unknown(logits_BKDHW: Tensor, known_BK: Tensor) -> Tensor:
     unknown_BK[:, 0] = False
     where = unknown_BK[:, :, None, None, None]
     background = torch.logsumexp(
-        torch.cat([logits_BKDHW[:, :1], logits_BKDHW[:, 1:].masked_fill(~where[:, 1:], -1e4)], dim=1), dim=1, keepdim=True
+        torch.cat([logits_BKDHW[:, :1], logits_BKDHW[:, 1:].masked_fill(~where[:, 1:], -1e4)], dim=1),
+        dim=1,
+        keepdim=True,
     )
     return torch.cat([background, logits_BKDHW[:, 1:].masked_fill(where[:, 1:], -1e4)], dim=1)
 
 
 def region_loss(
-    p_BKDHW: Tensor, truth_BKDHW: Tensor, known_BK: Tensor, *, kind: str, over_batch: bool, smooth: float = 1e-5
+    p_BKDHW: Tensor,
+    truth_BKDHW: Tensor,
+    known_BK: Tensor,
+    *,
+    kind: str,
+    over_batch: bool,
+    smooth: float = 1e-5,
 ) -> Tensor:
     """1 − mean soft Dice or Jaccard over the known foreground classes.
 
@@ -166,15 +173,19 @@ def region_loss(
     both = (p_BKDHW * truth_BKDHW).sum(axes) * known
     sizes = (p_BKDHW.sum(axes) + truth_BKDHW.sum(axes)) * known
     if over_batch:
-        both, sizes, known = both.sum(0, keepdim=True), sizes.sum(0, keepdim=True), known.amax(0, keepdim=True)
-    if kind == "dice":
-        overlap = (2.0 * both + smooth) / (sizes + smooth)
-    else:
-        overlap = (both + smooth) / (sizes - both + smooth)
+        both, sizes, known = (
+            both.sum(0, keepdim=True),
+            sizes.sum(0, keepdim=True),
+            known.amax(0, keepdim=True),
+        )
+    twice, once = (2.0 * both, sizes) if kind == "dice" else (both, sizes - both)
+    overlap = (twice + smooth) / (once + smooth)
     return ((1.0 - overlap) * known).sum() / known.sum().clamp(min=1.0)
 
 
 def _shrink_label(label_BDHW: Tensor, size: torch.Size) -> Tensor:
     if label_BDHW.shape[1:] == size:
         return label_BDHW
-    return functional.interpolate(label_BDHW[:, None].float(), size=tuple(size), mode="nearest-exact")[:, 0].long()
+    return functional.interpolate(label_BDHW[:, None].float(), size=tuple(size), mode="nearest-exact")[
+        :, 0
+    ].long()

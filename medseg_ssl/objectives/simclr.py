@@ -8,14 +8,14 @@ at least half of each axis as in the OpenMind study (arXiv 2412.17041). ``dense_
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from medseg_ssl.config import Block
-from medseg_ssl.nets.correspondence import common_points, dense_info_nce, read_features
-from medseg_ssl.nets.decoders.base import Decoder
+from medseg_ssl.nets.correspondence import DenseContrast
+from medseg_ssl.nets.decoders.base import Decoder, decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
-from medseg_ssl.nets.heads import VoxelHead, pool, projection_head
+from medseg_ssl.nets.heads import pool, projection_head
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, ViewPlan, ViewSpec
 
@@ -35,6 +35,7 @@ class SimCLR(Objective):
             global_weight: weight of the loss between pooled views.
             dense_weight: weight of the voxel term; 0 leaves it and the decoder out.
             points: points per sample of the voxel term.
+            dense_levels: decoder levels, finest first, that the voxel term supervises.
             dense_temperature: temperature of the voxel term.
             radius_mm: points of one scan nearer than this are no negatives.
             decoder: block on the shelf of decoders, for the voxel term.
@@ -48,28 +49,44 @@ class SimCLR(Objective):
         global_weight: float = Field(1.0, ge=0.0)
         dense_weight: float = Field(0.0, ge=0.0)
         points: int = Field(256, ge=2)
+        dense_levels: int = Field(3, ge=1)
         dense_temperature: float = Field(0.1, gt=0.0)
         radius_mm: float = Field(4.0, ge=0.0)
         decoder: Block = Field(default_factory=lambda: Block(name="unet"))
+
+        @model_validator(mode="after")
+        def _some_loss(self) -> SimCLR.Config:
+            if self.global_weight + self.dense_weight == 0:
+                raise ValueError("global_weight and dense_weight are both 0; at least one must be positive")
+            return self
 
     config: Config
 
     def __init__(self, config: Config, encoder: Encoder, facts: Facts) -> None:
         super().__init__(config, encoder, facts)
-        from lightly.loss import NTXentLoss  # takes seconds to import
+        if config.global_weight > 0:
+            from lightly.loss import NTXentLoss  # takes seconds to import
 
-        self.nt_xent = NTXentLoss(temperature=config.temperature, gather_distributed=True)
-        self.project = projection_head(
-            # no batch norm: the loss must not depend on how many devices share the batch
-            "simclr", encoder.channels[-1], hidden=2 * config.embedding, channels_out=config.embedding, batch_norm=False
-        )
+            self.nt_xent = NTXentLoss(temperature=config.temperature, gather_distributed=True)
+            self.project = projection_head(
+                # no batch norm: the loss must not depend on how many devices share the batch
+                "simclr",
+                encoder.channels[-1],
+                hidden=2 * config.embedding,
+                channels_out=config.embedding,
+                batch_norm=False,
+            )
         self.decoder: Decoder | None = None
         if config.dense_weight > 0:
-            decoder, options = config.decoder.resolve(
-                "medseg_ssl.nets.decoders", Decoder, prefix="objective.decoder"
+            self.decoder = decoder_for(encoder, config.decoder)
+            self.dense = DenseContrast(
+                self.decoder,
+                embedding=config.embedding,
+                levels=config.dense_levels,
+                points=config.points,
+                temperature=config.dense_temperature,
+                radius_mm=config.radius_mm,
             )
-            self.decoder = decoder(options, encoder.channels, encoder.strides)
-            self.dense_head = VoxelHead(self.decoder.channels_out[0], config.embedding)
 
     @staticmethod
     def views(config: Config) -> ViewPlan:
@@ -83,23 +100,15 @@ class SimCLR(Objective):
         maps = self.encoder(images, torch.cat([a.spacing_mm_B3, b.spacing_mm_B3]))
         # hidden from the pool: the shape of the field of view would give the subject away
         pooled_BE = pool(maps[-1], torch.cat([a.valid_BDHW, b.valid_BDHW]))
-        vector_a, vector_b = self.project(pooled_BE).chunk(2)
-        # A second crop of the same subject is a fair negative (CT-FM): "which scanner was it" must not solve the task.
-        global_loss = self.nt_xent(vector_a.float(), vector_b.float())
-        logs = {"global_loss": global_loss.detach()}
-        loss = self.config.global_weight * global_loss
+        loss, logs = pooled_BE.new_zeros(()), {}
+        if self.config.global_weight > 0:
+            vector_a, vector_b = self.project(pooled_BE).chunk(2)
+            # Other crops of one subject are fair negatives (CT-FM): "which scanner was it" must not solve the task.
+            global_loss = self.nt_xent(vector_a.float(), vector_b.float())
+            logs["global_loss"] = global_loss.detach()
+            loss = loss + self.config.global_weight * global_loss
         if self.decoder is not None:
-            points = common_points(a, b, batch, count=self.config.points, purpose="simclr/points")
-            features = self.dense_head(self.decoder(maps)[0])
-            read_a, read_b = features.chunk(2)
-            stride = self.decoder.strides_out[0]
-            dense_loss, dense_hits = dense_info_nce(
-                read_features(read_a, points.index_a_BN3, stride),
-                read_features(read_b, points.index_b_BN3, stride),
-                points,
-                temperature=self.config.dense_temperature,
-                radius_mm=self.config.radius_mm,
-            )
+            dense_loss, dense_hits = self.dense(self.decoder(maps), a, b, batch, purpose="simclr/points")
             loss = loss + self.config.dense_weight * dense_loss
             logs |= {"dense_loss": dense_loss.detach(), "dense_top1": dense_hits}
         return StepOutput(loss, logs, pooled_BE.detach())

@@ -11,7 +11,7 @@ BUDGETS = (1, 2, 4, 8)
 
 
 def rows_of(curves, *, cases=12, draws=4, noise=0.01, seed=0, shift=None):
-    """Rows whose mean Dice of (init, budget) is ``curves[init][budget]``, with crossed effects shared by inits."""
+    """Rows whose mean Dice is ``curves[init][budget]``, with crossed effects that the inits share."""
     rng = np.random.default_rng(seed)
     case_N, draw_D = 0.03 * rng.standard_normal(cases), 0.02 * rng.standard_normal(draws)
     case_N, draw_D = case_N - case_N.mean(), draw_D - draw_D.mean()
@@ -154,7 +154,9 @@ def test_partial_and_unequal_tables_compare_what_they_share():
     assert summary["inits"]["mae"]["area_budgets"] == [1, 2, 4]
     assert {c["draws"] for c in summary["comparisons"]} == {3}
     single = [r for r in rows if r["draw"] == 0]
-    assert "nothing can be said about new draws" in le.summarise(single, baselines=["scratch"])["verdicts"][0]
+    assert (
+        "mae cannot be judged against scratch" in le.summarise(single, baselines=["scratch"])["verdicts"][0]
+    )
     assert le.summarise([], baselines=["scratch"])["verdicts"] == []
 
 

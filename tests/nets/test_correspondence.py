@@ -2,7 +2,14 @@
 
 import torch
 
-from medseg_ssl.nets.correspondence import Points, affine_between, common_points, dense_info_nce, read_features, transform
+from medseg_ssl.nets.correspondence import (
+    Points,
+    affine_between,
+    common_points,
+    dense_info_nce,
+    read_features,
+    transform,
+)
 from tests.objectives.conftest import make_batch, make_view
 
 

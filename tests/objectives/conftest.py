@@ -6,7 +6,16 @@ import torch
 from medseg_ssl.types import Batch, View
 
 
-def make_view(size=(16, 20, 24), *, batch=2, channels=1, seed=0, shift=(0.0, 0.0, 0.0), spacing=(3.0, 2.0, 1.0), label=None):
+def make_view(
+    size=(16, 20, 24),
+    *,
+    batch=2,
+    channels=1,
+    seed=0,
+    shift=(0.0, 0.0, 0.0),
+    spacing=(3.0, 2.0, 1.0),
+    label=None,
+):
     generator = torch.Generator().manual_seed(seed)
     affine = torch.zeros(batch, 4, 4, dtype=torch.float64)
     # index (D, H, W) → (x, y, z): x grows with W, y with H, z with D

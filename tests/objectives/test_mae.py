@@ -29,7 +29,9 @@ def test_hidden_blocks_known_answer_on_a_non_cubic_crop():
 
 
 def test_hidden_blocks_of_a_crop_the_block_does_not_divide():
-    hidden = hidden_blocks(one_batch((9, 10, 11)), (9, 10, 11), block=(4, 4, 4), ratio=(0.6, 0.75), purpose="t")
+    hidden = hidden_blocks(
+        one_batch((9, 10, 11)), (9, 10, 11), block=(4, 4, 4), ratio=(0.6, 0.75), purpose="t"
+    )
     assert hidden.shape == (2, 9, 10, 11)
 
 

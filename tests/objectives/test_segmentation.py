@@ -31,7 +31,9 @@ def test_agrees_with_monai_when_all_is_known(encoder):
     label = torch.randint(0, 3, (2, 8, 8, 8))
     known = torch.ones(2, 3, dtype=torch.bool)
     voxel, region = objective.losses(logits, label, known)
-    reference = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5)
+    reference = DiceCELoss(
+        include_background=False, to_onehot_y=True, softmax=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5
+    )
     assert (voxel + region).item() == pytest.approx(reference(logits, label[:, None]).item(), rel=1e-5)
 
 
@@ -41,7 +43,9 @@ def test_region_loss_known_answers(kind, expected):
     p[:] = 1.0
     truth[:, :, 0] = 1.0
     known = torch.ones(1, 1, dtype=torch.bool)
-    assert region_loss(p, truth, known, kind=kind, over_batch=False).item() == pytest.approx(expected, abs=1e-5)
+    assert region_loss(p, truth, known, kind=kind, over_batch=False).item() == pytest.approx(
+        expected, abs=1e-5
+    )
     assert region_loss(p, truth, ~known, kind=kind, over_batch=False).item() == 0.0
 
 

@@ -69,10 +69,11 @@ class Listing:
     Attributes:
         cases: one per labeled or unlabeled case; an unlabeled scan is a case of its own.
         classes: label value to name, 0 is background; empty without labels.
-        relation: declared relation between scans of one study (``registered`` …), None: derived from geometry.
+        relation: declared relation between scans of one study (``registered`` …), None: derived from
+            geometry.
         relations: relations declared pair by pair; they go before ``relation`` and before geometry.
-        unknown_when_absent: label values that nobody stated in a case where they do not occur (not contoured there),
-            in place of being known as absent.
+        unknown_when_absent: label values that nobody stated in a case where they do not occur (not contoured
+            there), in place of being known as absent.
         ignored_values: label values of voxels that nobody classified (nnU-Net's ``ignore``).
         rejected: files that cannot be a scan, with the reason.
         test_subjects: subjects a source reserves for test (a public test split), never used for training.

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from medseg_ssl.config import Record
+from medseg_ssl.config import Block, Record
+from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.types import Triple
 
 
@@ -40,3 +41,18 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Feature maps (B, channels_out[i], D_i, H_i, W_i), finest first."""
+
+
+def decoder_for(encoder: Encoder, block: Block, *, prefix: str = "objective.decoder") -> Decoder:
+    """Build the decoder that a config block names, on an encoder's channels and strides.
+
+    Args:
+        encoder: only its ``channels`` and ``strides`` are read.
+        block: ``{name: FILE on the shelf, …options}``.
+        prefix: place of the block in the config, for messages.
+
+    Raises:
+        ConfigError: no such decoder, or wrong options.
+    """
+    cls, options = block.resolve("medseg_ssl.nets.decoders", Decoder, prefix=prefix)
+    return cls(options, encoder.channels, encoder.strides)  # pyright: ignore[reportAbstractUsage]

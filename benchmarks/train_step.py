@@ -1,0 +1,243 @@
+"""A training step of the small residual U-Net: ours next to nnU-Net v2's, interleaved, as a ratio of medians.
+
+Both sides take 64³ crops, batch 2, three classes, cross-entropy and Dice with deep supervision, SGD with Nesterov
+momentum, the same data type and number of threads, each in a process of its own so that neither uses the other's
+memory pages. The peer's network is nnU-Net's ResidualEncoderUNet, built by nnunetv2 where the interpreter named with
+--peer-python (or MEDSEG_PEER_PYTHON) has it, else from dynamic-network-architectures.
+
+    python benchmarks/train_step.py --runs 7 [--peer-python /path/to/venv/bin/python] [--dtype bf16] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+FEATURES, BLOCKS, CLASSES = (32, 64, 128, 256), (1, 2, 2, 2), 3
+PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "134217728"}
+"""Freed blocks stay with the process, as training sets it (see medseg_ssl/train/runtime.py)."""
+
+
+def ours():
+    """Our encoder, decoder and heads; returns logits of every level."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from medseg_ssl.nets.decoders.unet import UNet
+    from medseg_ssl.nets.encoders.resenc import ResEnc
+    from medseg_ssl.nets.segmenter import Segmenter
+
+    encoder = ResEnc(ResEnc.Config(features=FEATURES, blocks=BLOCKS))
+    model = Segmenter(encoder, UNet(UNet.Config(), encoder.channels, encoder.strides), CLASSES)
+    return model, model.all_logits, "medseg_ssl"
+
+
+def peer():
+    """nnU-Net's network of the same size, built as its plans do."""
+    import torch
+
+    options = {
+        "n_stages": len(FEATURES),
+        "features_per_stage": FEATURES,
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3, 3, 3]] * len(FEATURES),
+        "strides": [[1, 1, 1], *([[2, 2, 2]] * (len(FEATURES) - 1))],
+        "n_blocks_per_stage": BLOCKS,
+        "n_conv_per_stage_decoder": [1] * (len(FEATURES) - 1),
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    try:
+        from importlib.metadata import version
+
+        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    except ImportError:
+        from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+
+        options |= {
+            "conv_op": torch.nn.Conv3d,
+            "norm_op": torch.nn.InstanceNorm3d,
+            "nonlin": torch.nn.LeakyReLU,
+        }
+        model = ResidualEncoderUNet(1, num_classes=CLASSES, deep_supervision=True, **options)
+        return model, model, "dynamic-network-architectures"
+    name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    imports = ["conv_op", "norm_op", "nonlin"]
+    model = get_network_from_plans(name, options, imports, 1, CLASSES, deep_supervision=True)
+    return model, model, f"nnunetv2 {version('nnunetv2')}"
+
+
+def make_step(
+    side: str, *, size: int, batch: int, dtype: str
+) -> tuple[Callable[[], None], dict[str, object]]:
+    """One optimizer step as a function, and what it runs on."""
+    import torch
+    import torch.nn.functional as F
+
+    torch.manual_seed(0)
+    model, logits_of, source = {"ours": ours, "peer": peer}[side]()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
+    image = torch.randn(batch, 1, size, size, size)
+    label = torch.randint(0, CLASSES, (batch, 1, size, size, size))
+
+    def loss_of(logits):
+        total = torch.zeros(())
+        for level, out in enumerate(logits):
+            target = F.interpolate(label.float(), out.shape[2:], mode="nearest")[:, 0].long()
+            out = out.float()
+            dense = F.one_hot(target, CLASSES).movedim(-1, 1).float()
+            probable = out.softmax(1)
+            overlap = (
+                2 * (probable * dense).sum((2, 3, 4)) / (probable + dense).sum((2, 3, 4)).clamp(min=1e-5)
+            )
+            total = total + 0.5**level * (F.cross_entropy(out, target) + 1 - overlap[:, 1:].mean())
+        return total
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
+            logits = logits_of(image)
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(logits).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 12.0)
+        optimizer.step()
+
+    parameters = sum(p.numel() for p in model.parameters())
+    return step, {"source": source, "torch": torch.__version__, "parameters": parameters}
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """Answer every line on stdin with the seconds one step took."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    step, facts = make_step(
+        arguments.worker, size=arguments.size, batch=arguments.batch, dtype=arguments.dtype
+    )
+    for _ in range(arguments.warmup):
+        step()
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        sys.stdout.write(f"{time.perf_counter() - start}\n")
+        sys.stdout.flush()
+
+
+class Side:
+    """A worker process and its timings."""
+
+    def __init__(self, name: str, python: str, arguments: argparse.Namespace) -> None:
+        passed = [f"--{k}={getattr(arguments, k)}" for k in ("size", "batch", "threads", "dtype", "warmup")]
+        self.process = subprocess.Popen(
+            [python, __file__, f"--worker={name}", *passed],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(PAGES if arguments.pages == "kept" else {})},
+        )
+        self.facts = json.loads(self._line())
+        self.seconds: list[float] = []
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the worker ended with code {self.process.wait()}")
+        return line
+
+    def step(self) -> None:
+        """Let the worker take one step."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.seconds.append(float(self._line()))
+
+    def close(self) -> None:
+        """End the worker."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    """Interleave the two sides' steps, the order alternating, and sum up."""
+    sides = {"ours": Side("ours", sys.executable, arguments)}
+    sides["peer"] = Side("peer", arguments.peer_python or sys.executable, arguments)
+    for run in range(arguments.runs):
+        for name in sorted(sides, reverse=bool(run % 2)):
+            sides[name].step()
+    for side in sides.values():
+        side.close()
+    ratios = [a / b for a, b in zip(sides["ours"].seconds, sides["peer"].seconds, strict=True)]
+    median = {name: statistics.median(side.seconds) for name, side in sides.items()}
+    return {
+        "settings": {
+            k: getattr(arguments, k) for k in ("size", "batch", "threads", "dtype", "runs", "pages")
+        },
+        "facts": {name: side.facts for name, side in sides.items()},
+        "seconds": {name: side.seconds for name, side in sides.items()},
+        "median_s": median,
+        "ratio": median["ours"] / median["peer"],
+        "ratio_of_pairs": statistics.median(ratios),
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, object]:
+    """Run the benchmark and print its table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--pages", choices=("kept", "default"), default="kept", help="freed memory, both sides"
+    )
+    parser.add_argument("--peer-python", default=os.environ.get("MEDSEG_PEER_PYTHON"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.worker:
+        worker(arguments)
+        return {}
+    result = measure(arguments)
+    _show(result)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
+
+
+def _show(result: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    s = result["settings"]
+    title = f"training step, {s['size']}³, batch {s['batch']}, {s['dtype']}, {s['threads']} threads, {s['runs']} runs"
+    table = Table("side", "network from", "torch", "parameters", "median s", "fastest s", title=title)
+    for name, facts in result["facts"].items():
+        seconds = result["seconds"][name]
+        table.add_row(
+            name, facts["source"], facts["torch"], f"{facts['parameters']:,}",
+            f"{statistics.median(seconds):.3f}", f"{min(seconds):.3f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(
+        f"ratio ours / peer: {result['ratio']:.3f} (median of pairs {result['ratio_of_pairs']:.3f})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,351 @@
+"""``medseg-ssl compare CONFIG OUT --archive A``: how many labels does an init save?
+
+Fine-tunes every init with every number of labels on several drawn subsets, scores all of them on the same
+cases, and writes cases.csv, curve.csv, summary.json, curve.png and report.html. The same command again
+continues an interrupted comparison; finished fits are not repeated.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medseg_ssl.analysis.label_efficiency import CURVE_COLUMNS
+from medseg_ssl.analysis.tables import write_json
+from medseg_ssl.commandline import Parser, find_config
+from medseg_ssl.config import ConfigError, UserError, override, parse, read_yaml
+from medseg_ssl.fanout import ENGINES
+from medseg_ssl.train.run_folder import RunFolder, hash_file, hash_names
+
+from . import comparison as plans
+from .comparison import CompareConfig
+from .crew import Crew, failure_of, visible_gpus
+from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
+from .report import PLAN, write_comparison
+
+REPORT = "report.html"
+
+
+def compare(
+    config: CompareConfig,
+    out: Path,
+    *,
+    archive: Path,
+    test_archive: Path | None = None,
+    encoders: Mapping[str, Path] | None = None,
+    workers: int | None = None,
+    engine: str = "local",
+    keep: bool = False,
+    quiet: bool = False,
+    command: str = "",
+    fit: Callable[[FitTask], Path] = fit_and_score,
+    pretrain: Callable[[PretrainTask], Path] = pretrain_init,
+) -> Path:
+    """Run a comparison, or go on with it.
+
+    Args:
+        config: resolved (``comparison.resolve``).
+        out: folder of the comparison.
+        archive: labeled archive; its training subjects are pretrained and fine-tuned on.
+        test_archive: another archive whose cases are scored; None scores cases of ``archive``.
+        encoders: file of each init of kind ``encoder``.
+        workers: fits side by side; None chooses by cores or GPUs.
+        engine: ``local`` or ``ray``.
+        keep: keep weights of every fit.
+        quiet: show no progress.
+        command: how a reader makes this again, for the report.
+        fit: does one fit (tests put their own here).
+        pretrain: does one pretraining.
+
+    Returns:
+        ``OUT/report.html``.
+
+    Raises:
+        ConfigError: config, archives and encoder files do not go together, or OUT holds another comparison.
+        UserError: fits failed; what finished is in the tables all the same.
+    """
+    from medseg_ssl.data.archive import Archive
+
+    given = _check_encoders(config, encoders or {})
+    opened = Archive.open(archive)
+    test = opened if test_archive is None else Archive.open(test_archive)
+    subsets = plans.training_subsets(config, opened)
+    cases = plans.scored_cases(config, opened, test)
+    inputs = {
+        "archive": opened.fingerprint,
+        "test_archive": test.fingerprint,
+        "encoders": {name: hash_file(path) for name, path in given.items()},
+        "test_cases": hash_names(cases),
+        "subsets": plans.subsets_hash(subsets),
+    }
+    gpus = visible_gpus(config)
+    crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
+    device = f"{len(gpus)} GPUs" if gpus else "cpu"
+    with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device):
+        pretrains = plans.pretrain_tasks(config, out, archive=archive)
+        files = {**given, **crew.pretrain(pretrain, pretrains)}
+        cards = {name: _card(path) for name, path in files.items()}
+        longest = max((card["steps"] for card in cards.values()), default=0)
+        if longest == 0 and plans.SCRATCH_LONG in config.inits.values():
+            raise ConfigError(
+                "scratch_long needs the steps of pretraining, but no encoder file's card states them"
+            )
+        tasks = plans.fit_tasks(
+            config,
+            out,
+            archives=(archive, archive if test_archive is None else test_archive),
+            subsets=subsets,
+            test_cases=cases,
+            encoders=files,
+            sources={name: "+".join(card["modalities"]) for name, card in cards.items()},
+            target="+".join(test.scans[s].modality for s in test.cases[cases[0]].scans),
+            pretraining_steps=longest,
+            network=next((card["encoder"] for card in cards.values()), None),
+            keep=keep,
+        )
+        notes = _notes(config, tasks, cards=cards, cases=len(cases), fingerprint=opened.fingerprint)
+        _write_plan(out, config, tasks, notes=notes, command=command, subsets=subsets, cases=cases)
+        pending = [task for task in tasks if not task.finished]
+        failures = crew.fit(fit, pending, done=len(tasks) - len(pending))
+        report = _conclude(out, config, failures, mirror=bool(pending))
+    return report
+
+
+def _conclude(
+    out: Path, config: CompareConfig, failures: Sequence[tuple[FitTask, BaseException]], *, mirror: bool
+) -> Path:
+    if failures and all(isinstance(error, ConfigError) for _, error in failures):
+        raise failures[0][1]
+    try:
+        found = write_comparison(out)
+    except UserError:
+        if failures:
+            raise failure_of(failures) from failures[0][1]
+        raise
+    if mirror and not failures:
+        _mirror(out, config, found.curve)
+    if failures:
+        raise failure_of(failures)
+    return out / REPORT
+
+
+def _mirror(out: Path, config: CompareConfig, curve: Sequence[Mapping[str, Any]]) -> None:
+    """Table and line chart of the curve in the mirror."""
+    from medseg_ssl.train.recorder import Recorder
+
+    tree = config.model_dump(mode="json")
+    with Recorder(out, wandb=config.wandb, config=tree, tags=("compare", config.task)) as recorder:
+        recorder.table("curve", CURVE_COLUMNS, [[row[c] for c in CURVE_COLUMNS] for row in curve])
+        dice = [row for row in curve if row["metric"] == "dice"]
+        lines = {init: [(r["budget"], r["mean"]) for r in dice if r["init"] == init] for init in config.inits}
+        recorder.curve(
+            "label_efficiency", lines, x="labels", y="dice", title=f"Label efficiency: {config.task}"
+        )
+
+
+# -- what goes in and what a reader must know ----------------------------------------------------------------
+
+
+def _check_encoders(config: CompareConfig, encoders: Mapping[str, Path]) -> dict[str, Path]:
+    wanted = [name for name, kind in config.inits.items() if kind == plans.FROM_FILE]
+    missing = [name for name in wanted if name not in encoders]
+    if missing:
+        raise ConfigError(f"init {missing[0]!r} needs its file: --encoder {missing[0]}=FILE")
+    unknown = [name for name in encoders if name not in wanted]
+    if unknown:
+        raise ConfigError(
+            f"--encoder {unknown[0]}=… names no init of kind 'encoder'; known: {', '.join(wanted) or 'none'}"
+        )
+    return {name: Path(path) for name, path in encoders.items()}
+
+
+def _card(path: Path) -> dict[str, Any]:
+    from medseg_ssl.nets.encoder_file import load_card
+
+    return load_card(path).model_dump(mode="json")
+
+
+def _notes(
+    config: CompareConfig, tasks: Sequence[FitTask], *, cards: Mapping[str, Any], cases: int, fingerprint: str
+) -> list[str]:
+    steps = {task.init: task.steps for task in tasks}
+    notes = [
+        f"Scored on {cases} cases, subset '{config.subset}' of split '{config.split}'; NSD tolerance "
+        f"{config.metrics.nsd_tolerance_mm:g} mm.",
+        "Every init sees the same subsets, nested by budget and drawn by subject, with the same seeds; the "
+        "weights at the last step are scored, none is chosen by its score.",
+        "Steps per fit: " + ", ".join(f"{init} {n}" for init, n in steps.items()) + ".",
+    ]
+    for init, kind in config.inits.items():
+        if kind == plans.SCRATCH_LONG:
+            notes.append(
+                f"{init}: trains from scratch for the steps of fine-tuning and of the longest pretraining "
+                "together."
+            )
+        elif init in cards:
+            card = cards[init]
+            where = "this archive" if card["archive_fingerprint"] == fingerprint else "another archive"
+            notes.append(
+                f"{init}: {card['objective'] or 'unknown objective'}, {card['steps']} steps on {where}."
+            )
+            if card["archive_fingerprint"] != fingerprint:
+                notes.append(f"{init}: whether its pretraining saw scored subjects cannot be checked here.")
+    for init, tree in config.init_overrides.items():
+        text = ", ".join(f"{key}={value}" for key, value in _flat(tree))
+        notes.append(f"{init} differs from the others in: {text}.")
+    for init, most in config.init_draws.items():
+        notes.append(f"{init}: at most {most} draws; paired comparisons use the draws both have.")
+    return notes
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for key, value in tree.items():
+        pairs += (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+        )
+    return pairs
+
+
+def _write_plan(
+    out: Path,
+    config: CompareConfig,
+    tasks: Sequence[FitTask],
+    *,
+    notes: Sequence[str],
+    command: str,
+    subsets: Any,
+    cases: Any,
+) -> None:
+    plan = {
+        "task": config.task,
+        "inits": list(config.inits),
+        "baselines": config.baselines(),
+        "low_budgets": list(config.low_budgets),
+        "fits": [task.folder.relative_to(out).as_posix() for task in tasks],
+        "notes": list(notes),
+        "command": command,
+        "test_cases": list(cases),
+        "subsets": {str(d): {str(b): list(c) for b, c in of.items()} for d, of in subsets.items()},
+    }
+    write_json(out / PLAN, plan)
+
+
+# -- command -------------------------------------------------------------------------------------------------
+
+
+def read_config(path: Path, assignments: Sequence[str]) -> CompareConfig:
+    """A comparison's config with its overrides, shipped configs in their place and everything checked.
+
+    Raises:
+        ConfigError: every wrong key at once.
+    """
+    tree = plans.expand(override(plans.expand(read_yaml(path)), assignments))
+    return plans.resolve(parse(CompareConfig, tree, where=f"config {path.name}"))
+
+
+def parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="medseg-ssl compare", description=__doc__)
+    parser.add_argument(
+        "config", nargs="?", help="a YAML, or the name of a shipped config such as 'hippocampus_cpu'"
+    )
+    parser.add_argument("out", type=Path, help="folder of the comparison")
+    parser.add_argument(
+        "assignments", nargs="*", metavar="key=value", help="overrides such as finetune.optim.lr=3e-4"
+    )
+    parser.add_argument("--archive", type=Path, help="made by 'medseg-ssl prepare', with labels")
+    parser.add_argument("--test-archive", type=Path, help="score the cases of another archive")
+    parser.add_argument(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="encoder file of an init; repeat for more",
+    )
+    parser.add_argument("--workers", type=int, help="fits side by side (default: by cores, or one per GPU)")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="default: %(default)s")
+    parser.add_argument("--keep", action="store_true", help="keep the weights of every fit")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument(
+        "--report-only", action="store_true", help="write the tables of the fits that are done; needs OUT"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Compare and return the report.
+
+    Raises:
+        UserError: see ``compare``.
+        ConfigError: see ``compare``.
+    """
+    given = parser().parse_intermixed_args(argv)
+    if given.report_only:
+        write_comparison(given.out)
+        report = given.out / REPORT
+    else:
+        report = _run(given)
+    if not given.quiet:
+        _show(report)
+    return report
+
+
+def _run(given: Any) -> Path:
+    if given.config is None or given.archive is None:
+        raise ConfigError("compare needs CONFIG, OUT and --archive (--report-only needs OUT alone)")
+    if given.workers is not None and given.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {given.workers}")
+    encoders = {}
+    for text in given.encoder:
+        name, equals, file = text.partition("=")
+        if not equals or not name or not file:
+            raise ConfigError(f"cannot read --encoder {text!r}; write NAME=FILE")
+        encoders[name] = Path(file)
+    config = read_config(find_config(given.config, kind="compare"), given.assignments)
+    return compare(
+        config,
+        given.out,
+        archive=given.archive,
+        test_archive=given.test_archive,
+        encoders=encoders,
+        workers=given.workers,
+        engine=given.engine,
+        keep=given.keep,
+        quiet=given.quiet,
+        command=_command(given),
+    )
+
+
+def _command(given: Any) -> str:
+    """The command without paths of this machine."""
+    words = ["medseg-ssl", "compare", Path(given.config).stem, "OUT", "--archive", "ARCHIVE"]
+    if given.test_archive is not None:
+        words += ["--test-archive", "TEST_ARCHIVE"]
+    for text in given.encoder:
+        words += ["--encoder", f"{text.partition('=')[0]}=FILE"]
+    return shlex.join([*words, *given.assignments])
+
+
+def _show(report: Path) -> None:
+    import json
+
+    from rich.console import Console
+
+    summary = json.loads((report.parent / "summary.json").read_text(encoding="utf-8"))
+    console = Console(stderr=True)
+    for line in summary["verdicts"]:
+        console.print(line, markup=False, highlight=False)
+    if summary["finished"] < summary["planned"]:
+        console.print(
+            f"{summary['finished']} of {summary['planned']} fits are done", markup=False, highlight=False
+        )
+    console.print(f"report: {report}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    from medseg_ssl.cli import script
+
+    script(main)

@@ -1,0 +1,232 @@
+"""One task of a comparison: fine-tune, predict the test cases, score them; runs in a worker process."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg_ssl.cli import locate
+from medseg_ssl.config import UserError, parse
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from medseg_ssl.analysis.pictures import Slice
+    from medseg_ssl.data.archive import Archive
+
+DONE = "cases.csv"
+"""Written last and whole: a fit folder that holds it is finished."""
+
+SLICES = "slices.npz"
+BULKY = ("last.ckpt", "segmenter.safetensors", "images")
+"""Deleted once the scores are there, unless they are to be kept."""
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """Everything one fit needs, picklable.
+
+    Attributes:
+        folder: run folder of the fit.
+        config: tree of its ``FinetuneConfig``, seed and steps filled in.
+        archive: where the training cases are.
+        test_archive: where the test cases are.
+        encoder: encoder file to start from, None for scratch.
+        train_cases: the drawn subset.
+        test_cases: cases to score.
+        task: with source, target, init, budget, draw and seed: columns of ``cases.csv``.
+        source: modalities of the pretraining, empty for scratch.
+        target: modalities of a case.
+        nsd_tolerance_mm: of the metric.
+        steps: optimizer steps, for the time left.
+        pictures: keep a slice of every test case for the report.
+        keep: keep the bulky files.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    archive: Path
+    test_archive: Path
+    encoder: Path | None
+    train_cases: tuple[str, ...]
+    test_cases: tuple[str, ...]
+    task: str
+    source: str
+    target: str
+    init: str
+    budget: int
+    draw: int
+    seed: int
+    nsd_tolerance_mm: float
+    steps: int
+    pictures: bool = False
+    keep: bool = False
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.init}, {self.budget} labels, draw {self.draw}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the scores are there."""
+        return (self.folder / DONE).is_file()
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of ``cases.csv`` that are the same for every row of this fit."""
+        names = ("task", "source", "target", "init", "budget", "draw", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class PretrainTask:
+    """One pretraining of a comparison, picklable."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    archive: Path
+    init: str
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"pretraining {self.init}"
+
+
+def pretrain_init(task: PretrainTask) -> Path:
+    """Pretrain, or go on with what an interrupted comparison left."""
+    command = importlib.import_module(locate("pretrain.run"))
+    config = parse(command.PretrainConfig, task.config, prefix=f"inits.{task.init}.pretrain")
+    return command.run_pretrain(config, task.folder, archive=task.archive, quiet=True)
+
+
+def fit_and_score(task: FitTask) -> Path:
+    """Fine-tune and score; safe to run again after any interruption.
+
+    Returns:
+        The finished ``cases.csv``.
+
+    Raises:
+        UserError: the fit failed; ``error.txt`` in its folder holds the traceback.
+    """
+    from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
+    from medseg_ssl.analysis.tables import write_csv
+
+    if task.finished:
+        return task.folder / DONE
+    try:
+        rows = _score(task, _fit(task))
+    except UserError:
+        raise
+    except Exception as error:
+        task.folder.mkdir(parents=True, exist_ok=True)
+        (task.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        raise UserError(f"{type(error).__name__}: {error} (see error.txt of this fit)") from error
+    done = write_csv(task.folder / DONE, ({**task.columns(), **row} for row in rows), columns=CASE_COLUMNS)
+    if not task.keep:
+        remove_bulky(task.folder)
+    return done
+
+
+def remove_bulky(folder: Path) -> None:
+    """Delete weights, checkpoints and pictures of a finished fit."""
+    for name in BULKY:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _fit(task: FitTask) -> Path:
+    from .run import FinetuneConfig, run_finetune
+
+    return run_finetune(
+        parse(FinetuneConfig, task.config, prefix="finetune"),
+        task.folder,
+        archive=task.archive,
+        encoder=task.encoder,
+        cases=task.train_cases,
+        quiet=True,
+    )
+
+
+def _score(task: FitTask, segmenter: Path) -> list[dict[str, object]]:
+    """Rows of ``cases.csv`` of all test cases, and their slices."""
+    import torch
+
+    from medseg_ssl.analysis.metrics import case_metrics
+    from medseg_ssl.analysis.pictures import write_slices
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.inference import Predictor
+
+    wants_gpu = task.config["train"].get("accelerator", "auto") != "cpu"
+    device = "cuda" if wants_gpu and torch.cuda.is_available() else "cpu"
+    # the precision of prediction is the same for every init, and fp32 on a CPU, where it costs little
+    precision = task.config["train"].get("precision", "fp32") if device == "cuda" else "fp32"
+    archive = Archive.open(task.test_archive)
+    predictor = Predictor.load(segmenter, device=device, precision=precision)
+    if tuple(predictor.classes) != tuple(archive.classes):
+        raise UserError(
+            f"the test archive has the classes {', '.join(archive.classes)}, not those of training"
+        )
+    rows: list[dict[str, object]] = []
+    slices = []
+    for case, prediction_DHW in predictor.predict_cases(archive, task.test_cases):
+        label_DHW, affine_44 = archive.original_label(case)
+        found = case_metrics(
+            prediction_DHW,
+            label_DHW,
+            spacing_mm=archive.original_spacing_mm(case),
+            classes=archive.classes,
+            nsd_tolerance_mm=task.nsd_tolerance_mm,
+            known=archive.cases[case].known_classes,
+        )
+        rows += [{"case": case, **row} for row in found]
+        if task.pictures:
+            slices.append(slice_of(archive, case, label_DHW, prediction_DHW, affine_44))
+    if slices:
+        task.folder.mkdir(parents=True, exist_ok=True)
+        write_slices(task.folder / SLICES, slices)
+    return rows
+
+
+def slice_of(
+    archive: Archive, case: str, label_DHW: np.ndarray, prediction_DHW: np.ndarray, affine_44: np.ndarray
+) -> Slice:
+    """The axial slice with most of the label, and the first scan there on the label's own grid."""
+    import numpy as np
+    from scipy.ndimage import map_coordinates
+
+    from medseg_ssl.analysis.pictures import Slice
+    from medseg_ssl.data.store import NO_DATA
+
+    labeled_DHW = (label_DHW > 0) & (label_DHW < 255)
+    depth = int(labeled_DHW.sum(axis=(1, 2)).argmax()) if labeled_DHW.any() else label_DHW.shape[0] // 2
+    scan = archive.scans[archive.cases[case].scans[0]]
+    height, width = label_DHW.shape[1:]
+    y_HW, x_HW = np.mgrid[:height, :width].astype(np.float64)
+    index_4P = np.stack([np.full(y_HW.size, float(depth)), y_HW.ravel(), x_HW.ravel(), np.ones(y_HW.size)])
+    place_3P = (np.linalg.inv(np.asarray(scan.affine_44)) @ affine_44 @ index_4P)[:3]
+    start = np.clip(np.floor(place_3P.min(axis=1)).astype(int), 0, np.asarray(scan.shape) - 1)
+    stop = np.clip(np.ceil(place_3P.max(axis=1)).astype(int) + 1, start + 1, np.asarray(scan.shape))
+    begin, size = tuple(map(int, start)), tuple(map(int, stop - start))
+    stored_DHW = archive.read(scan.key, begin, size)  # pyright: ignore[reportArgumentType]
+    line = archive.linear(scan.key)
+    physical_DHW = stored_DHW.astype(np.float64) * scan.scale + scan.offset
+    physical_DHW[stored_DHW == NO_DATA] = line.low
+    value_P = map_coordinates(physical_DHW, place_3P - start[:, None], order=1, mode="nearest")
+    grey_P = np.clip((value_P - line.low) / max(line.high - line.low, 1e-12), 0.0, 1.0) * 255.0
+    spacing_mm = np.linalg.norm(affine_44[:3, :3], axis=0)
+    return Slice(
+        case=case,
+        image_HW=np.round(grey_P).astype(np.uint8).reshape(height, width),
+        truth_HW=np.asarray(label_DHW[depth], dtype=np.uint8),
+        prediction_HW=np.asarray(prediction_DHW[depth], dtype=np.uint8),
+        spacing_mm=(float(spacing_mm[1]), float(spacing_mm[2])),
+    )

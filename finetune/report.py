@@ -1,0 +1,267 @@
+"""``medseg-ssl report RUN… --out HTML``: pictures and tables of any runs, in one file that opens offline.
+
+RUN is the folder of a comparison (finished or not), of a pretraining or of a fine-tuning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medseg_ssl.analysis.label_efficiency import (
+    CASE_COLUMNS,
+    CURVE_COLUMNS,
+    curve_rows,
+    read_cases,
+    summarise,
+    tables,
+)
+from medseg_ssl.analysis.report import Comparison, Picture, Run, comparison_page, runs_page
+from medseg_ssl.analysis.tables import write_csv, write_json, write_text
+from medseg_ssl.commandline import Parser
+from medseg_ssl.config import ConfigError, UserError
+
+from .fits import DONE, SLICES
+
+PLAN = "plan.json"
+PICTURES_PER_RUN = 6
+EXAMPLES = {"worst": 0.0, "median": 0.5, "best": 1.0}
+
+
+# -- comparisons ---------------------------------------------------------------------------------------------
+
+
+def write_comparison(out: Path) -> Comparison:
+    """Write ``cases.csv``, ``curve.csv``, ``summary.json``, ``curve.png`` and ``report.html`` from the
+    finished fits.
+
+    Raises:
+        UserError: no fit has finished yet.
+    """
+    comparison, rows = read_comparison(out)
+    summary = comparison.summary
+    write_csv(out / "cases.csv", rows, columns=CASE_COLUMNS)
+    write_csv(out / "curve.csv", comparison.curve, columns=CURVE_COLUMNS)
+    counts = {"finished": comparison.finished, "planned": comparison.planned}
+    write_json(
+        out / "summary.json", _without_nan({**summary, **counts, "conditions": list(comparison.notes)})
+    )
+    _write_bytes(out / "curve.png", comparison.picture)
+    write_text(out / "report.html", comparison_page(comparison))
+    return comparison
+
+
+def read_comparison(out: Path) -> tuple[Comparison, list[dict[str, Any]]]:
+    """What the finished fits of a comparison say so far, and their rows.
+
+    Raises:
+        UserError: the folder holds no comparison, or none of its fits has finished.
+    """
+    from medseg_ssl.analysis.figures import curve_png
+
+    plan = _read_plan(out)
+    finished = [out / folder for folder in plan["fits"] if (out / folder / DONE).is_file()]
+    if not finished:
+        raise UserError(f"no fit of {out} has finished yet; run the comparison first")
+    rows = [row for folder in finished for row in read_cases(folder / DONE)]
+    order = {name: place for place, name in enumerate(plan["inits"])}
+    rows.sort(
+        key=lambda row: (order[row["init"]], row["budget"], row["draw"])
+    )  # stable: cases keep their order
+    curve = sorted(curve_rows(rows), key=lambda row: (order[row["init"]], row["budget"]))
+    summary = summarise(rows, baselines=plan["baselines"], low_budgets=plan["low_budgets"])
+    configs = {"comparison": (out / "config.yaml").read_text(encoding="utf-8")}
+    title = f"Label efficiency: {plan['task']}"
+    comparison = Comparison(
+        title=title,
+        picture=curve_png(curve, baselines=summary["baselines"], title=title),
+        curve=curve,
+        summary=summary,
+        notes=plan["notes"],
+        pictures=example_pictures(out, rows, plan),
+        losses=_comparison_losses(out, plan, finished),
+        configs=configs,
+        command=plan["command"],
+        finished=len(finished),
+        planned=len(plan["fits"]),
+    )
+    return comparison, rows
+
+
+def _read_plan(out: Path) -> dict[str, Any]:
+    try:
+        return json.loads((out / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out} holds no comparison ({PLAN} is missing or broken)") from error
+
+
+def example_pictures(
+    out: Path, rows: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]
+) -> dict[str, list[Picture]]:
+    """Worst, median and best case by mean Dice over inits: fewest labels, draw 0, every init."""
+    from medseg_ssl.analysis.pictures import contour_png, read_slices
+
+    budget = min(row["budget"] for row in rows)
+    found = {}
+    for init in plan["inits"]:
+        path = out / "fits" / init / f"b{budget}" / "d0" / SLICES
+        if path.is_file():
+            found[init] = read_slices(path)
+    first = tables([row for row in rows if row["draw"] == 0 and row["budget"] == budget])
+    dice = {
+        init: dict(zip(t.cases, t.scores_ND[:, 0].tolist(), strict=True)) for (init, _), t in first.items()
+    }
+    shown = [init for init in found if init in dice]
+    if not shown:
+        return {}
+    means = {c: sum(dice[i].get(c, math.nan) for i in shown) / len(shown) for c in found[shown[0]]}
+    ranked = sorted((c for c, mean in means.items() if not math.isnan(mean)), key=lambda c: (means[c], c))
+    out_rows: dict[str, list[Picture]] = {}
+    labels = "1 label" if budget == 1 else f"{budget} labels"
+    for word, place in EXAMPLES.items() if ranked else ():
+        case = ranked[round(place * (len(ranked) - 1))]
+        heading = (
+            f"{word.capitalize()} case with {labels}, draw 0: {case[:8]} (truth white, prediction in colour)"
+        )
+        out_rows[heading] = [
+            Picture(contour_png(found[init][case]), f"{init}: Dice {dice[init][case]:.3f}")
+            for init in shown
+            if case in found[init] and case in dice[init]
+        ]
+    return out_rows
+
+
+def _comparison_losses(
+    out: Path, plan: Mapping[str, Any], finished: Sequence[Path]
+) -> dict[str, dict[str, Any]]:
+    pretraining = {name: read_losses(out / "pretrain" / name) for name in plan["inits"]}
+    finetuning = {
+        f"{folder.parts[-3]}, {folder.parts[-2][1:]} labels": read_losses(folder)
+        for folder in finished
+        if folder.name == "d0"
+    }
+    stages = {"pretraining": pretraining, "fine-tuning, first draw": finetuning}
+    known = {
+        stage: {name: points for name, points in runs.items() if points} for stage, runs in stages.items()
+    }
+    return {stage: runs for stage, runs in known.items() if runs}
+
+
+def _without_nan(value: Any) -> Any:
+    """The tree with null for NaN, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+# -- single runs ---------------------------------------------------------------------------------------------
+
+
+def read_run(folder: Path) -> Run:
+    """What a run folder holds.
+
+    Raises:
+        UserError: no run folder.
+    """
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{folder} is no run folder (no config.yaml in it)")
+    text = config.read_text(encoding="utf-8")
+    try:
+        objective = (yaml.safe_load(text) or {}).get("objective") or {}
+    except (AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{config} is no config: {' '.join(str(error).split())}") from error
+    made = folder / "environment.json"
+    environment = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else {}
+    kind = "fine-tuning" if objective.get("name") == "segmentation" else "pretraining"
+    newest = sorted((folder / "images").glob("*.png"), key=lambda p: p.stem.rsplit("-", 1)[-1])[
+        -PICTURES_PER_RUN:
+    ]
+    last: dict[str, float] = {}
+    for row in _read_metrics(folder):
+        last |= {k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in ("step", "time_s")}
+    return Run(
+        name=folder.name,
+        kind=f"{kind} with {objective.get('name', 'an unknown objective')}",
+        losses=read_losses(folder),
+        last=last,
+        pictures=[Picture(path.read_bytes(), path.stem) for path in newest],
+        config=text,
+        environment=environment,
+    )
+
+
+def read_losses(folder: Path) -> list[tuple[int, float]]:
+    """(step, training loss) of a run folder; empty where there is none."""
+    rows = _read_metrics(folder)
+    return [
+        (row["step"], row["train/loss"]) for row in rows if isinstance(row.get("train/loss"), (int, float))
+    ]
+
+
+def _read_metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # half a line of a run that still writes
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+# -- command -------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Write the page and return its path.
+
+    Raises:
+        UserError: a folder that holds no run.
+        ConfigError: a folder that does not exist.
+    """
+    from rich.console import Console
+
+    parser = Parser(prog="medseg-ssl report", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("--out", type=Path, required=True, metavar="HTML", help="the file to write")
+    args = parser.parse_args(argv)
+    missing = [str(run) for run in args.runs if not run.is_dir()]
+    if missing:
+        raise ConfigError(f"no such run folder: {', '.join(missing)}")
+    comparisons = [read_comparison(run)[0] for run in args.runs if (run / PLAN).is_file()]
+    runs = [read_run(run) for run in args.runs if not (run / PLAN).is_file()]
+    title = comparisons[0].title if len(comparisons) == 1 and not runs else "Runs"
+    if len(comparisons) == 1 and not runs:
+        write_text(args.out, comparison_page(comparisons[0]))
+    else:
+        write_text(args.out, runs_page(title, runs=runs, comparisons=comparisons))
+    Console(stderr=True).print(f"report: {args.out}", markup=False, highlight=False)
+    return args.out
+
+
+if __name__ == "__main__":
+    from medseg_ssl.cli import script
+
+    script(main)

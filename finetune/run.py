@@ -1,0 +1,390 @@
+"""Fine-tune: a labeled archive in, with an encoder file or from scratch; ``segmenter.safetensors`` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
+from medseg_ssl import __version__
+from medseg_ssl.commandline import Parser, find_config
+from medseg_ssl.config import Block, ConfigError, Record, UserError
+from medseg_ssl.train.session import (
+    Session,
+    check_bf16_depth,
+    check_crop_sizes,
+    read_config,
+    resolve_block,
+    scoring,
+    with_defaults,
+)
+from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.nets.encoder_file import Card
+    from medseg_ssl.objectives.base import Objective
+
+SHIPS = "segmenter.safetensors"
+
+
+class FinetuneData(Record):
+    """What is trained on.
+
+    Attributes:
+        batch_size: samples per optimizer step, over all processes and micro-batches.
+        workers: loader processes per process; 0 loads in the training process.
+        split: name of the archive's split; the labeled cases of its train list are used.
+        foreground_share: share of crops centred on a labeled voxel.
+    """
+
+    batch_size: int = Field(ge=1)
+    workers: int = Field(default=0, ge=0)
+    split: str = "default"
+    foreground_share: float = Field(default=0.33, ge=0, le=1)
+
+
+class TransferConfig(Record):
+    """What is taken from an encoder file, where one is given.
+
+    Attributes:
+        encoder: its encoder.
+        decoder: its decoder too, where it holds one.
+        minimum_coverage: least share of each part's parameters that must be found in the file.
+    """
+
+    encoder: bool = True
+    decoder: bool = False
+    minimum_coverage: float = Field(default=0.9, ge=0, le=1)
+
+
+class FinetuneConfig(Record):
+    """A supervised run.
+
+    Attributes:
+        seed: of the fresh weights, the samples and every random draw.
+        encoder: block on the shelf of encoders; null takes the encoder file's.
+        decoder: block on the shelf of decoders.
+        objective: block on the shelf of objectives, one that takes a ``decoder`` (``segmentation``).
+        evaluations: name on the shelf of evaluations to its options; run on development subjects.
+    """
+
+    seed: int = Field(default=0, ge=0)
+    encoder: Block | None = None
+    decoder: Block = Block(name="unet")
+    objective: Block = Block(name="segmentation")
+    data: FinetuneData
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    transfer: TransferConfig = TransferConfig()
+    wandb: WandbConfig = WandbConfig()
+    evaluations: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_place_for_the_decoder(self) -> FinetuneConfig:
+        if "decoder" in self.objective.options():
+            raise ValueError("objective.decoder stands at the top level here, as 'decoder'")
+        return self
+
+
+def _contract(kind: str) -> type:
+    from medseg_ssl.nets.decoders.base import Decoder
+    from medseg_ssl.nets.encoders.base import Encoder
+    from medseg_ssl.objectives.base import Objective
+
+    return {"encoder": Encoder, "decoder": Decoder, "objective": Objective}[kind]
+
+
+SHELVES = {
+    "encoder": ("medseg_ssl.nets.encoders", partial(_contract, "encoder")),
+    "decoder": ("medseg_ssl.nets.decoders", partial(_contract, "decoder")),
+    "objective": ("medseg_ssl.objectives", partial(_contract, "objective")),
+}
+
+
+def complete_config(config: FinetuneConfig, encoder: Path | None) -> FinetuneConfig:
+    """The config with every default written out and, where it names none, the encoder of the file.
+
+    Raises:
+        ConfigError: neither config nor file names an encoder, or a block has wrong keys.
+    """
+    if config.encoder is None:
+        if encoder is None:
+            raise ConfigError(
+                "no encoder: give the config an 'encoder:' block, or an encoder file by --encoder"
+            )
+        from medseg_ssl.nets.encoder_file import load_card
+
+        config = config.model_copy(update={"encoder": Block.model_validate(load_card(encoder).encoder)})
+    config = with_defaults(config, SHELVES)
+    without = {k: v for k, v in config.objective.model_dump(mode="json").items() if k != "decoder"}
+    return config.model_copy(update={"objective": Block.model_validate(without)})
+
+
+def run_finetune(
+    config: FinetuneConfig,
+    run: Path,
+    *,
+    archive: Path,
+    encoder: Path | None = None,
+    cases: Sequence[str] | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Train a segmenter, or go on where an earlier call with the same config and inputs stopped.
+
+    Args:
+        config: checked by ``read_config`` or made in code.
+        run: the run folder.
+        archive: a prepared archive with labels.
+        encoder: an encoder file to start from; None starts from scratch.
+        cases: labeled cases to use; None takes all of the split's train list.
+        quiet: show no progress and no audit.
+
+    Returns:
+        ``RUN/segmenter.safetensors``.
+
+    Raises:
+        ConfigError: config, encoder file and archive do not go together, or the folder holds another run.
+        UserError: a broken file, a case that may not be trained on, a loss that is not finite, a full disk.
+    """
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.augment import prepare_batch
+    from medseg_ssl.data.loader import Loader
+    from medseg_ssl.nets import encoder_file
+    from medseg_ssl.train import runtime
+    from medseg_ssl.train.run_folder import hash_file, hash_names, open_run
+
+    config, opened = complete_config(config, encoder), Archive.open(archive)
+    used = training_cases(opened, config.data.split, cases)
+    machine = runtime.start(config.train)
+    objective, options = build(config, opened)
+    views = type(objective).views(options)
+    check_crop_sizes(views, objective.encoder.strides)
+    if machine.device.type == "cpu" and config.train.precision == "bf16":
+        check_bf16_depth(views, objective.encoder.strides)
+    audit = None
+    if encoder is not None:
+        audit = transfer(objective, encoder, config.transfer)
+    per_epoch = max(1, round(len(used) / config.data.batch_size))
+    steps = config.train.steps.steps(steps_per_epoch=per_epoch)
+
+    load = partial(
+        Loader,
+        opened,
+        views,
+        batch_size=config.data.batch_size,
+        accumulate=config.train.accumulate,
+        seed=config.seed,
+        rank=machine.rank,
+        world=machine.world,
+        pin_memory=machine.device.type == "cuda",
+        cases=used,
+        foreground_share=config.data.foreground_share,
+    )
+    load(
+        steps=1
+    )  # says now, before the run folder is touched, what in the config does not go with the archive
+
+    def card() -> Card:
+        return make_card(config, opened, views, used, steps=steps)
+
+    inputs = {
+        "archive": opened.fingerprint[:16],
+        "encoder": None if encoder is None else hash_file(encoder),
+        "cases": hash_names(sorted(used)),
+    }
+    with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
+        if complete:
+            return Path(run) / SHIPS
+        if audit is not None and machine.is_main:
+            tell(audit, Path(run), quiet=quiet)
+        session = Session(
+            run=Path(run),
+            config=config.model_dump(mode="json"),
+            seed=config.seed,
+            train=config.train,
+            optim=config.optim,
+            wandb=config.wandb,
+            steps=steps,
+            steps_per_epoch=per_epoch,
+            description=f"finetune {len(used)} cases",
+            quiet=quiet,
+            tags=("finetune", "scratch" if encoder is None else "pretrained"),
+            prepare_batch=partial(prepare_batch, plan=views),
+            preview_batch=lambda: next(iter(load(steps=1))),
+            evaluate=scoring(config.evaluations, partial(predictor, card=card, machine=machine), opened),
+        )
+        session.fit(
+            objective,
+            batches=lambda first: iter(load(steps=steps, start_step=first, workers=config.data.workers)),
+            runtime=machine,
+        )
+        if machine.is_main:
+            parts = objective.export()
+            encoder_file.save(
+                Path(run) / SHIPS,
+                encoder=parts.encoder,
+                decoder=parts.decoder,
+                head=heads(parts.head),
+                card=card(),
+            )
+        machine.barrier()
+    return Path(run) / SHIPS
+
+
+def training_cases(archive: Archive, split: str, cases: Sequence[str] | None) -> list[str]:
+    """Labeled cases that may be trained on, in a stable order.
+
+    Raises:
+        UserError: the archive has no labels, a case is unknown, unlabeled, or of a test subject, or none is left.
+    """
+    lists = archive.split(split)
+    if cases is None:
+        rows = [c for c in archive.cases.values() if c.labeled and c.subject in lists.train]
+        if not rows:
+            raise UserError(f"{archive.path} has no labeled cases in the train list of split '{split}'")
+        return sorted(row.case for row in rows)
+    for case in cases:
+        row = archive.cases.get(case)
+        if row is None or not row.labeled:
+            raise UserError(f"{archive.path} has no labeled case {case!r}")
+        if row.subject in lists.test:
+            raise UserError(
+                f"case {case!r} belongs to a test subject of split '{split}'; it must not be trained on"
+            )
+    if not cases:
+        raise UserError("no cases to train on")
+    return sorted(cases)
+
+
+def build(config: FinetuneConfig, archive: Archive) -> tuple[Objective, Any]:
+    """The objective around fresh networks, with weights drawn from the seed, and its options.
+
+    Raises:
+        ConfigError: the objective takes no decoder, or cannot use this archive.
+    """
+    import torch
+
+    assert config.encoder is not None
+    encoder_class, encoder_options = resolve_block(config.encoder, "encoder", SHELVES)
+    together = Block.model_validate({**config.objective.model_dump(), "decoder": config.decoder.model_dump()})
+    objective_class, options = resolve_block(together, "objective", SHELVES)
+    facts = archive.facts()
+    torch.manual_seed(config.seed)
+    encoder = encoder_class(encoder_options, facts.channels)
+    return objective_class(options, encoder, facts), options
+
+
+def transfer(objective: Objective, encoder: Path, config: TransferConfig) -> Any:
+    """Load an encoder file into the objective's networks and return the audit.
+
+    Raises:
+        UserError: broken file, another topology, or too little of it fits.
+    """
+    from torch import nn
+
+    from medseg_ssl.nets.encoder_file import load_into
+
+    if not config.encoder:
+        raise ConfigError(
+            "transfer.encoder is false but an encoder file is given; leave out --encoder for scratch"
+        )
+    decoder = objective.export().decoder
+    assert decoder is None or isinstance(decoder, nn.Module)
+    return load_into(
+        encoder,
+        encoder=objective.encoder,
+        decoder=decoder,
+        minimum_coverage=config.minimum_coverage,
+        allow_decoder=config.decoder,
+    )
+
+
+def tell(audit: Any, run: Path, *, quiet: bool) -> None:
+    """Keep the audit of a load in the run folder and show it."""
+    (run / "audit.txt").write_text(f"{audit}\n", encoding="utf-8")
+    if not quiet:
+        from rich.console import Console
+
+        Console(stderr=True).print(str(audit), markup=False, highlight=False)
+
+
+def heads(head: Any) -> Any:
+    """A segmenter file's list of heads, from the one that segments."""
+    from torch import nn
+
+    return head if isinstance(head, nn.ModuleList) else nn.ModuleList([head])
+
+
+def make_card(
+    config: FinetuneConfig, archive: Archive, views: Mapping[str, Any], cases: Sequence[str], *, steps: int
+) -> Card:
+    """The card of the segmenter that this run ships."""
+    from medseg_ssl.nets.encoder_file import Card
+
+    assert config.encoder is not None
+    first = next(iter(views.values()))
+    scans = [archive.scans[key] for key in archive.cases[cases[0]].scans]
+    return Card(
+        kind="segmenter",
+        encoder=config.encoder.model_dump(mode="json"),
+        decoder=config.decoder.model_dump(mode="json"),
+        channels_in=len(scans),
+        classes=archive.classes,
+        spacing_mm=first.spacing_mm or archive.recipe.spacing_mm,
+        crop_size=first.size,
+        intensity={name: policy.model_dump(mode="json") for name, policy in archive.intensity.items()},
+        modalities=tuple(row.modality for row in scans),
+        archive_fingerprint=archive.fingerprint,
+        code_version=__version__,
+        objective=config.objective.name,
+        steps=steps,
+    )
+
+
+def predictor(objective: Objective, *, card: Any, machine: Any) -> Any:
+    """The objective's networks as an evaluation wants them."""
+    from medseg_ssl.inference import Predictor, largest_stride
+    from medseg_ssl.nets.segmenter import Segmenter
+
+    parts, described = objective.export(), card()
+    assert parts.decoder is not None
+    segmenter = Segmenter(parts.encoder, parts.decoder, len(described.classes), supervised_levels=1)
+    segmenter.heads = heads(parts.head)
+    stride = largest_stride(parts.encoder.strides)
+    return Predictor(segmenter, described, device=str(machine.device), stride=stride)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Read the arguments and fine-tune.
+
+    Raises:
+        UserError: see ``run_finetune``.
+    """
+    parser = Parser(prog="medseg-ssl finetune", description=__doc__)
+    parser.add_argument("config", help="a YAML, or the name of a shipped config such as 'segmentation'")
+    parser.add_argument("run", type=Path, help="run folder; the same command again continues it")
+    parser.add_argument("assignments", nargs="*", metavar="key=value", help="overrides such as optim.lr=3e-4")
+    parser.add_argument(
+        "--archive", type=Path, required=True, help="made by 'medseg-ssl prepare', with labels"
+    )
+    parser.add_argument("--encoder", type=Path, help="encoder file to start from; none starts from scratch")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    given = parser.parse_intermixed_args(argv)
+    path = find_config(given.config, kind="finetune")
+    config = read_config(FinetuneConfig, path, given.assignments, shelves=SHELVES)
+    shipped = run_finetune(config, given.run, archive=given.archive, encoder=given.encoder, quiet=given.quiet)
+    if not given.quiet:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"segmenter: {shipped}", markup=False, highlight=False)
+    return shipped
+
+
+if __name__ == "__main__":
+    from medseg_ssl.cli import script
+
+    script(main)

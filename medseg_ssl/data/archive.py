@@ -1,0 +1,399 @@
+"""The archive: prepared volumes for random crop reads, their rows, and how both are written and read.
+
+::
+
+    ARCHIVE/archive.json        recipe, classes, generation, fingerprint; written last
+            manifest.jsonl  cases.jsonl  pairs.jsonl  splits/NAME.json  dropped.csv  summary.json
+            volumes/KEY.b2nd                int16 (D, H, W): stored · scale + offset, −32768 no data
+            labels/CASE.b2nd                uint8 on the archive grid of the case's first scan
+            labels/CASE.original.b2nd       uint8 on the label's own grid, its affine in the file's metadata
+            private/sources.csv             salt and paths, mode 0600; the only file that knows them
+
+Volumes are immutable and finished by a rename, so a run that was killed leaves nothing half written, and the
+next one skips what is there. Writing volumes lives in ``store`` functions that need no open archive (worker
+processes); the rows are committed at the end by one ``ArchiveWriter``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationError, field_validator
+
+from medseg_ssl.config import Block, Record, UserError
+from medseg_ssl.data.budgets import read_split
+from medseg_ssl.data.intensity import Linear, Policy, linear, policies
+from medseg_ssl.data.manifest import CaseRow, PairRow, Row, ScanRow, Split
+from medseg_ssl.data.sources.base import Source
+from medseg_ssl.data.store import NO_DATA, open_array, read_box
+from medseg_ssl.types import MODALITIES, Facts, Triple, TripleMm
+
+FORMAT = 1
+ROWS = {"manifest.jsonl": ScanRow, "cases.jsonl": CaseRow, "pairs.jsonl": PairRow}
+_OPEN_FILES = 128
+
+R = TypeVar("R", bound=Row)
+
+
+class SplitRecipe(Record):
+    """How subjects are split: numbers of subjects, or shares where a value is a fraction below 1."""
+
+    seed: NonNegativeInt = 0
+    test: int | float = 0.2
+    development: int | float = 0.1
+
+    @field_validator("test", "development")
+    @classmethod
+    def _number_or_share(cls, value: int | float) -> int | float:
+        if value < 0 or (isinstance(value, float) and value >= 1):
+            raise ValueError("must be a number of subjects or a share from 0 to below 1")
+        return value
+
+
+class Recipe(Record):
+    """How an archive was prepared; archives of other recipes do not mix.
+
+    Attributes:
+        source: source on the shelf and its options.
+        spacing_mm: voxel size (D, H, W) every scan is resampled to; None keeps each scan's own.
+        order: of the interpolation: 0, 1 or 3 (cubic B-spline).
+        antialias: low-pass before downsampling.
+        no_data: look for empty regions (``intensity.no_data_region``).
+        non_finite: what becomes of a scan with NaN or infinite voxels: those voxels are no data, or it is
+            dropped.
+        resample_labels: bring a label that lies on another grid than its scan to the scan's grid; otherwise
+            such a case is refused.
+        drop_duplicates: leave out scans whose content stands in the archive already; otherwise they are
+            flagged.
+        intensity: policies that differ from ``intensity.DEFAULT_POLICIES``, by modality.
+        foreground: foreground thresholds in physical units that replace the modality's rule.
+        split: the default split.
+    """
+
+    source: Block
+    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    order: Literal[0, 1, 3] = 3
+    antialias: bool = True
+    no_data: bool = True
+    non_finite: Literal["no_data", "drop"] = "no_data"
+    resample_labels: bool = False
+    drop_duplicates: bool = False
+    intensity: dict[str, Policy] = Field(default_factory=dict)
+    foreground: dict[str, float] = Field(default_factory=dict)
+    split: SplitRecipe = SplitRecipe()
+
+    @field_validator("intensity", "foreground")
+    @classmethod
+    def _modalities(cls, value: dict[str, Any]) -> dict[str, Any]:
+        unknown = sorted(set(value) - set(MODALITIES))
+        if unknown:
+            raise ValueError(f"no modality named {unknown[0]!r}; known: {', '.join(MODALITIES)}")
+        return value
+
+    def policies(self) -> dict[str, Policy]:
+        """The intensity policy of every modality."""
+        return policies(self.intensity)
+
+    def voxel_hash(self) -> str:
+        """Hash of what decides a volume and its row; a finished one of the same hash is not redone."""
+        without = {"split", "intensity", "drop_duplicates"}
+        return _digest({"format": FORMAT, **self.model_dump(mode="json", exclude=without)})[:16]
+
+    def checked(self) -> Recipe:
+        """The recipe with every key of its source block validated and filled in.
+
+        Raises:
+            ConfigError: no such source, or wrong keys in its block.
+        """
+        _, options = self.source.resolve("medseg_ssl.data.sources", Source, prefix="source")
+        return self.model_copy(
+            update={"source": Block(name=self.source.name, **options.model_dump(mode="json"))}
+        )
+
+
+class Archive:
+    """A prepared archive, open for reading; cheap to pickle and safe in forked and spawned workers.
+
+    Attributes:
+        path: its folder.
+        recipe: how it was prepared.
+        fingerprint: sha256 over recipe, content of its scans and generation.
+        generation: number of times its rows changed.
+        classes: class names, background first; ``()`` without labels.
+        scans: scan key to row.
+        cases: case key to row.
+        pairs: declared and derived relations.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        recipe: Recipe,
+        *,
+        fingerprint: str,
+        generation: int,
+        classes: tuple[str, ...],
+        scans: Iterable[ScanRow],
+        cases: Iterable[CaseRow],
+        pairs: Iterable[PairRow],
+    ) -> None:
+        self.path, self.recipe = Path(path), recipe
+        self.fingerprint, self.generation, self.classes = fingerprint, generation, classes
+        self.scans = {row.key: row for row in scans}
+        self.cases = {row.case: row for row in cases}
+        self.pairs = list(pairs)
+        self._files: OrderedDict[Path, Any] = OrderedDict()
+        self._process = os.getpid()
+
+    @classmethod
+    def open(cls, path: Path) -> Archive:
+        """Open an archive.
+
+        Raises:
+            UserError: not an archive, of another format, damaged, or left half updated.
+        """
+        path = Path(path)
+        head = read_head(path)
+        try:
+            recipe = Recipe.model_validate(head["recipe"])
+            text = {name: (path / name).read_bytes() for name in ROWS}
+            known = dict(
+                fingerprint=str(head["fingerprint"]),
+                generation=int(head["generation"]),
+                classes=tuple(head["classes"]),
+            )
+            stated = head["rows"]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"archive {path} is damaged ({_clause(error)}); run prepare again") from error
+        for name, content in text.items():
+            if hashlib.sha256(content).hexdigest() != stated.get(name):
+                raise UserError(f"archive {path}: {name} does not belong to archive.json; run prepare again")
+        rows = {name: read_rows(path / name, kind, content=text[name]) for name, kind in ROWS.items()}
+        return cls(
+            path,
+            recipe,
+            scans=rows["manifest.jsonl"],  # pyright: ignore[reportArgumentType]
+            cases=rows["cases.jsonl"],  # pyright: ignore[reportArgumentType]
+            pairs=rows["pairs.jsonl"],  # pyright: ignore[reportArgumentType]
+            **known,  # pyright: ignore[reportArgumentType]
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but open files."""
+        return {**self.__dict__, "_files": OrderedDict(), "_process": -1}
+
+    # -- facts -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def intensity(self) -> dict[str, Policy]:
+        """The policy of each modality that occurs; raw PET without any SUV gets a robust z-score."""
+        found = self.recipe.policies()
+        units: dict[str, set[str]] = {}
+        for row in self.scans.values():
+            units.setdefault(row.modality, set()).add(row.unit)
+        for modality, seen in units.items():
+            if found[modality].kind == "suv_window" and seen == {"raw"}:
+                found[modality] = Policy(kind="robust_zscore")
+        return {modality: found[modality] for modality in sorted(units)}
+
+    def linear(self, key: str) -> Linear:
+        """The clipped line that normalises a scan, in physical units."""
+        row = self.scans[key]
+        return linear(self.intensity[row.modality], row.statistics, unit=row.unit)
+
+    def facts(self) -> Facts:
+        """What networks and objectives must know.
+
+        Raises:
+            UserError: labeled cases with different numbers of channels.
+        """
+        counts = {len(case.scans) for case in self.cases.values() if case.labeled}
+        if len(counts) > 1:
+            raise UserError(
+                f"archive {self.path} has labeled cases of {sorted(counts)} channels; they must be equal"
+            )
+        return Facts(
+            channels=counts.pop() if counts else 1,
+            classes=self.classes,
+            modalities=tuple(m for m in MODALITIES if any(r.modality == m for r in self.scans.values())),
+            relations=tuple(sorted({pair.relation for pair in self.pairs})),
+        )
+
+    def split(self, name: str = "default") -> Split:
+        """A split of this archive.
+
+        Raises:
+            UserError: no split of this name, or one with a subject in two lists or one unknown here.
+        """
+        subjects = {row.subject for row in self.scans.values()}
+        return read_split(self.path / "splits" / f"{name}.json", known=subjects)
+
+    # -- voxels ----------------------------------------------------------------------------------------------
+
+    def read(self, key: str, start: Triple, size: Triple) -> np.ndarray:
+        """Read a box of a scan: int16 (D, H, W) of ``size``; ``NO_DATA`` outside the volume.
+
+        Raises:
+            KeyError: no such scan.
+            UserError: the volume's file is missing or damaged.
+        """
+        if key not in self.scans:
+            raise KeyError(f"no scan {key!r} in archive {self.path}")
+        return self._box(Path("volumes") / f"{key}.b2nd", start, size, outside=NO_DATA)
+
+    def read_label(self, case: str, start: Triple, size: Triple) -> np.ndarray:
+        """Read a box of a label on the archive grid: uint8 (D, H, W) of ``size``; 0 outside the volume.
+
+        Raises:
+            KeyError: no such labeled case.
+            UserError: the label's file is missing or damaged.
+        """
+        self._labeled(case)
+        return self._box(Path("labels") / f"{case}.b2nd", start, size, outside=0)
+
+    def original_label(self, case: str) -> tuple[np.ndarray, np.ndarray]:
+        """The label on its own grid: uint8 (D, H, W) and its float64 affine.
+
+        Raises:
+            KeyError: no such labeled case.
+            UserError: the label's file is missing or damaged.
+        """
+        self._labeled(case)
+        name = Path("labels") / f"{case}.original.b2nd"
+        array = self._file(name)
+        try:
+            return array[...], np.array(array.schunk.vlmeta["affine_44"], dtype=np.float64)
+        except (RuntimeError, KeyError, OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.path / name}; run prepare again") from error
+
+    def original_spacing_mm(self, case: str) -> TripleMm:
+        """Voxel size (D, H, W) of the label's own grid.
+
+        Raises:
+            KeyError: no such labeled case.
+        """
+        self._labeled(case)
+        affine = np.array(self._file(Path("labels") / f"{case}.original.b2nd").schunk.vlmeta["affine_44"])
+        d, h, w = np.linalg.norm(affine[:3, :3], axis=0)
+        return float(d), float(h), float(w)
+
+    def _labeled(self, case: str) -> None:
+        if case not in self.cases or not self.cases[case].labeled:
+            raise KeyError(f"no labeled case {case!r} in archive {self.path}")
+
+    def _file(self, name: Path) -> Any:
+        if self._process != os.getpid():
+            # a forked worker must not share file offsets with its parent
+            self._files, self._process = OrderedDict(), os.getpid()
+        if name in self._files:
+            self._files.move_to_end(name)
+            return self._files[name]
+        array = open_array(self.path / name)
+        self._files[name] = array
+        if len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)
+        return array
+
+    def _box(self, name: Path, start: Triple, size: Triple, *, outside: int) -> np.ndarray:
+        array = self._file(name)
+        try:
+            return read_box(array, start, size, outside=outside)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(
+                f"cannot read {self.path / name} ({_clause(error)}); run prepare again"
+            ) from error
+
+
+# -- rows ----------------------------------------------------------------------------------------------------
+
+
+def rows_text(rows: Iterable[Row]) -> str:
+    """Rows as JSON lines."""
+    return "".join(row.model_dump_json() + "\n" for row in rows)
+
+
+def read_rows(path: Path, kind: type[R], *, content: bytes | None = None) -> list[R]:
+    """Read a file of JSON lines (or its ``content``, where the caller has read it).
+
+    Raises:
+        UserError: unreadable, or a line that is no such row; the message names file and line.
+    """
+    try:
+        text = (path.read_bytes() if content is None else content).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            rows.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            raise UserError(
+                f"{path}, line {number}, is no {kind.__name__}: {error.errors()[0]['msg']}"
+            ) from None
+    return rows
+
+
+def read_head(path: Path) -> dict[str, Any]:
+    """The content of ``archive.json``.
+
+    Raises:
+        UserError: no archive there, or one of another format.
+    """
+    file = Path(path) / "archive.json"
+    if not file.is_file():
+        reason = "no such folder" if not Path(path).is_dir() else "it has no archive.json"
+        raise UserError(f"{path} is not an archive ({reason}); make one with 'medseg-ssl prepare'")
+    try:
+        head = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file} ({_clause(error)}); run prepare again") from error
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        found = head.get("format") if isinstance(head, dict) else type(head).__name__
+        raise UserError(
+            f"archive {path} has format {found!r}; this version reads {FORMAT}: run prepare again"
+        )
+    return head
+
+
+def fingerprint_of(
+    recipe: Recipe,
+    classes: tuple[str, ...],
+    *,
+    scans: Iterable[ScanRow],
+    labels: Iterable[str],
+    generation: int,
+) -> str:
+    """Sha256 over recipe, classes, content of scans and labels, and generation; free of salt and paths.
+
+    Args:
+        recipe: of the archive.
+        classes: class names.
+        scans: every row of the manifest.
+        labels: content hashes of the label maps.
+        generation: number of the manifest.
+    """
+    return _digest(
+        {
+            "recipe": recipe.model_dump(mode="json"),
+            "classes": list(classes),
+            "scans": sorted([row.content_hash, row.modality] for row in scans),
+            "labels": sorted(labels),
+            "generation": generation,
+        }
+    )
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _clause(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -1,0 +1,226 @@
+"""Splits by subject and nested label budgets.
+
+The order of subjects comes from the content of their scans, not from names or salted keys, so the same data
+split the same way in every archive; subjects that share a scan (a duplicate) always stand on the same side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from medseg_ssl import draws
+from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.data.manifest import Split
+
+SIDES = ("train", "development", "test")
+
+
+def make_split(
+    subject_hashes: Mapping[str, str | Iterable[str]],
+    *,
+    seed: int,
+    test: int | float,
+    development: int | float,
+    reserved_test: Collection[str] = frozenset(),
+    name: str = "default",
+) -> Split:
+    """Draw train, development and test subjects.
+
+    Subjects are ordered by ``sha256(f"{seed}:{content}")``, where content is the smallest content hash of
+    their scans: the first ``test`` go to test, the next ``development`` to development, the rest to train. Each
+    list keeps that order.
+
+    Args:
+        subject_hashes: subject to the content hash(es) of its scans.
+        seed: of the draw.
+        test: number of test subjects, or their share where it is a fraction below 1.
+        development: number or share of development subjects.
+        reserved_test: subjects the source reserves for test; they go there on top of the drawn ones.
+        name: of the split.
+
+    Raises:
+        ConfigError: a share or number out of range, or nobody left to train on.
+    """
+    hashes = {s: sorted([h] if isinstance(h, str) else h) for s, h in subject_hashes.items()}
+    groups = _groups(hashes)
+    reserved = {s for group in groups for s in group if any(member in reserved_test for member in group)}
+    free = [group for group in groups if group[0] not in reserved]
+    content = {tuple(group): min(h for s in group for h in hashes[s]) for group in groups}
+
+    def place(group: Sequence[str]) -> str:
+        return hashlib.sha256(f"{seed}:{content[tuple(group)]}".encode()).hexdigest()
+
+    free.sort(key=place)
+    total = sum(map(len, free))
+    wanted_test = _count("test", test, total)
+    wanted_development = _count("development", development, total)
+    if total and wanted_test + wanted_development >= total:
+        raise ConfigError(
+            f"split.test ({wanted_test}) and split.development ({wanted_development}) leave none of {total}"
+            " subjects for training; lower them"
+        )
+    sides: dict[str, list[str]] = {side: [] for side in SIDES}
+    for group in free:
+        if len(sides["test"]) < wanted_test:
+            side = "test"
+        elif len(sides["development"]) < wanted_development:
+            side = "development"
+        else:
+            side = "train"
+        sides[side] += group
+    for group in sorted((g for g in groups if g[0] in reserved), key=place):
+        sides["test"] += group
+    return Split(name=name, seed=seed, **{side: tuple(members) for side, members in sides.items()})
+
+
+def check_split(split: Split, *, known: Collection[str] | None = None, where: str = "") -> Split:
+    """Return the split if every subject stands in exactly one list.
+
+    Args:
+        split: to check.
+        known: subjects of the archive; None skips the check for strangers.
+        where: file named in the message.
+
+    Raises:
+        UserError: a subject in two lists or twice in one, or one the archive does not hold.
+    """
+    prefix = f"{where}: " if where else ""
+    seen: dict[str, str] = {}
+    for side in SIDES:
+        for subject in getattr(split, side):
+            if subject in seen:
+                both = f"twice in {side}" if seen[subject] == side else f"in {seen[subject]} and in {side}"
+                raise UserError(f"{prefix}subject {subject} stands {both}; one subject is in one split only")
+            seen[subject] = side
+            if known is not None and subject not in known:
+                raise UserError(f"{prefix}subject {subject} of {side} is not in the archive")
+    return split
+
+
+def write_split(folder: Path, split: Split) -> Path:
+    """Write ``folder/NAME.json`` whole or not at all.
+
+    Raises:
+        UserError: a subject in two lists, or the file cannot be written.
+    """
+    check_split(split)
+    path = Path(folder) / f"{split.name}.json"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(split.model_dump(), indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_split(path: Path, *, known: Collection[str] | None = None) -> Split:
+    """Read a split file and check it.
+
+    Raises:
+        UserError: missing or unreadable file, wrong keys, or a subject in two lists.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
+        raise UserError(f"no split named {path.stem!r}; known: {there}")
+    try:
+        split = Split.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read split {path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "file"
+        raise UserError(f"{path} is no valid split: {place}: {first['msg']}") from None
+    return check_split(split, known=known, where=str(path))
+
+
+def nested_budgets(
+    cases_by_subject: Mapping[str, Sequence[str]],
+    budgets: Sequence[int],
+    *,
+    seed: int,
+    draw: int,
+    stratify: Mapping[str, str] | None = None,
+) -> dict[int, list[str]]:
+    """Choose the labeled training cases of each budget; a smaller one is the start of a larger one.
+
+    One permutation of the subjects per (seed, draw); a subject's cases come together, so a budget takes whole
+    subjects until it has its number of cases, the last subject in part where it has more than fit.
+
+    Args:
+        cases_by_subject: labeled training cases per subject. Give subjects in the order of ``Split.train``,
+            which depends on content alone; then a draw is the same in every archive of the same data.
+        budgets: numbers of labeled cases.
+        seed: of the comparison.
+        draw: number of the draw; other draws give other permutations.
+        stratify: subject to stratum; strata take turns in the permutation, the most frequent ones first.
+
+    Returns:
+        Budget to its cases, in order of the permutation.
+
+    Raises:
+        ConfigError: a budget below 1 or above the number of cases.
+    """
+    subjects = list(cases_by_subject)
+    available = sum(len(cases) for cases in cases_by_subject.values())
+    for budget in budgets:
+        if not 1 <= budget <= available:
+            raise ConfigError(f"budget {budget} is impossible: there are {available} labeled training cases")
+    generator = draws.numpy_generator(seed, draw, "label budgets")
+    order = [subjects[i] for i in generator.permutation(len(subjects))]
+    if stratify is not None:
+        order = _turns(order, stratify)
+    cases = [case for subject in order for case in cases_by_subject[subject]]
+    return {budget: cases[:budget] for budget in budgets}
+
+
+def _turns(order: Sequence[str], stratum: Mapping[str, str]) -> list[str]:
+    """Reorder so that the k-th member of every stratum stands before any (k+1)-th."""
+    queues: dict[str, list[str]] = {}
+    for subject in order:
+        queues.setdefault(stratum.get(subject, ""), []).append(subject)
+    # ties keep the order of the permutation, so that rare strata do not always come last
+    rows = sorted(queues.values(), key=len, reverse=True)
+    return [queue[turn] for turn in range(len(rows[0]) if rows else 0) for queue in rows if turn < len(queue)]
+
+
+def _groups(hashes: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Subjects that share a content hash, together; every list sorted by content."""
+    parent = {subject: subject for subject in hashes}
+
+    def root(subject: str) -> str:
+        while parent[subject] != subject:
+            subject = parent[subject]
+        return subject
+
+    owner: dict[str, str] = {}
+    for subject, contents in hashes.items():
+        if not contents:
+            raise ValueError(f"subject {subject} has no content hash")
+        for content in contents:
+            parent[root(subject)] = root(owner.setdefault(content, subject))
+    groups: dict[str, list[str]] = {}
+    for subject in sorted(hashes, key=lambda s: (list(hashes[s]), s)):
+        groups.setdefault(root(subject), []).append(subject)
+    return list(groups.values())
+
+
+def _count(key: str, wanted: int | float, total: int) -> int:
+    """Subjects of a side; a float is a share, an int a number."""
+    if isinstance(wanted, bool) or wanted < 0 or (isinstance(wanted, float) and wanted >= 1):
+        raise ConfigError(
+            f"split.{key} must be a number of subjects or a share from 0 to below 1, got {wanted!r}"
+        )
+    if isinstance(wanted, int):
+        return wanted
+    return max(1, round(wanted * total)) if wanted > 0 and total > 2 else round(wanted * total)

@@ -1,0 +1,264 @@
+"""Raw scans into an archive: list the sources, prepare case by case in worker processes, relate, split,
+commit.
+
+Everything can be repeated: a run that was interrupted continues with the cases that are not stored yet, and a
+run on a finished archive adds what is new in the sources as its next generation.
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.data.archive import Archive, Recipe
+from medseg_ssl.data.archive_writer import ArchiveWriter
+from medseg_ssl.data.budgets import SIDES
+from medseg_ssl.data.ingest import CaseTask, Dropped, Outcome, ingest
+from medseg_ssl.data.manifest import CaseRow, ScanRow, Split
+from medseg_ssl.data.pairing import derive_pairs
+from medseg_ssl.data.placing import PrepareSplit, check_split, place_subjects
+from medseg_ssl.data.planning import Plan, plan_tasks
+from medseg_ssl.data.sources.base import Listing, Source
+from medseg_ssl.fanout import map_tasks
+
+Progress = Callable[[int, int], None]
+"""Called with (cases done, cases in all)."""
+
+
+class PrepareConfig(Recipe):
+    """A prepare YAML: the archive's recipe, and names of subjects, which the archive itself must not hold."""
+
+    # pyright takes fields for mutable; records are frozen
+    split: PrepareSplit = PrepareSplit()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def recipe(self) -> Recipe:
+        """What the archive records: the source's options filled in, names of subjects left out.
+
+        Raises:
+            ConfigError: wrong keys in the source's block.
+        """
+        tree = self.checked().model_dump()
+        for name in ("test_subjects", "development_subjects"):
+            tree["split"].pop(name)
+        tree["source"].pop("test_subjects", None)
+        return Recipe.model_validate(tree)
+
+
+def prepare(
+    config: PrepareConfig,
+    roots: Sequence[Path],
+    out: Path,
+    *,
+    workers: int = 1,
+    engine: str = "local",
+    on_progress: Progress | None = None,
+) -> Path:
+    """Prepare raw scans into an archive.
+
+    Args:
+        config: recipe and source.
+        roots: folders of the source's layout; equal subject names in two roots are one subject.
+        out: folder of the archive; one that exists is continued if its recipe is the same.
+        workers: processes.
+        engine: ``local`` or ``ray``.
+        on_progress: called as cases finish.
+
+    Returns:
+        The archive's folder; its ``summary.json`` tells what was done.
+
+    Raises:
+        ConfigError: the archive has another recipe, or the config does not fit the source.
+        UserError: a root is missing or holds no scan, no scan was kept, a subject in two splits, or a disk
+            that is full.
+    """
+    source_class, options = config.source.resolve("medseg_ssl.data.sources", Source, prefix="source")
+    source = source_class(options)  # pyright: ignore[reportAbstractUsage]  # the shelf gives final classes
+    if not roots:
+        raise ConfigError("prepare needs at least one --root")
+    listings = [(root, source.list(root)) for root in (Path(root).resolve() for root in roots)]
+    classes = _classes([listing for _, listing in listings])
+    check_split(
+        config.split, [listing for _, listing in listings], grown=(Path(out) / "archive.json").exists()
+    )
+    recipe = config.recipe()
+    writer = ArchiveWriter.open(Path(out), recipe, tuple(classes.values()))
+    plan = plan_tasks(listings, writer, recipe=recipe, classes=classes)
+    outcomes = _run(plan.tasks, workers=workers, engine=engine, on_progress=on_progress)
+    plan.dropped += [d for outcome in outcomes for d in outcome.dropped]
+    scans, cases = _merge(writer, outcomes)
+    scans, cases, duplicates = _duplicates(scans, cases, drop=recipe.drop_duplicates)
+    plan.dropped += [Dropped(key, Path(plan.sources.get(key, key)), reason) for key, reason in duplicates]
+    if not scans:
+        _discard(writer)
+        raise UserError(_nothing_kept(plan, listings))
+    split = place_subjects(config.split, scans, cases=cases, plan=plan, earlier=writer.split())
+    pairs = derive_pairs(scans, declared=_earlier_relations(writer) | plan.declared)
+    dropped = _earlier_drops(writer, plan) | {d.key: d.reason for d in plan.dropped}
+    summary = _summary(scans, cases, pairs.rows, split, dropped)
+    summary["notes"] = _notes(scans, demoted=len(pairs.demoted))
+    writer.commit(
+        scans,
+        cases,
+        pairs.rows,
+        splits=[split],
+        sources=plan.sources,
+        dropped=sorted(dropped.items()),
+        summary=summary,
+    )
+    return Path(out)
+
+
+def _run(
+    tasks: Sequence[CaseTask], *, workers: int, engine: str, on_progress: Progress | None
+) -> list[Outcome]:
+    done = 0
+
+    def tick(index: int, result: object) -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, len(tasks))
+
+    if on_progress is not None:
+        on_progress(0, len(tasks))
+    return map_tasks(
+        ingest,
+        tasks,
+        workers=workers,
+        engine=engine,
+        on_result=tick,
+        describe=lambda task: str(task.scans[0].raw.path),
+    )
+
+
+# -- before the workers --------------------------------------------------------------------------------------
+
+
+def _classes(listings: Sequence[Listing]) -> dict[int, str]:
+    """The label values of all roots, which must agree, in rising order."""
+    labeled = [dict(sorted(listing.classes.items())) for listing in listings if listing.classes]
+    if not labeled:
+        return {}
+    if any(other != labeled[0] for other in labeled[1:]):
+        different = next(other for other in labeled[1:] if other != labeled[0])
+        raise ConfigError(
+            f"the roots have different classes, {labeled[0]} and {different}; prepare an archive for each"
+        )
+    return {0: "background", **labeled[0]}
+
+
+# -- after the workers ---------------------------------------------------------------------------------------
+
+
+def _merge(writer: ArchiveWriter, outcomes: Iterable[Outcome]) -> tuple[list[ScanRow], list[CaseRow]]:
+    """Rows of earlier generations and of this run; a generation never loses a scan."""
+    scans, cases = dict(writer.scans), dict(writer.cases)
+    for outcome in outcomes:
+        for row in outcome.scans:
+            scans.setdefault(row.key, row)
+        cases.update((case.case, case) for case in outcome.cases)
+    return list(scans.values()), list(cases.values())
+
+
+def _earlier_relations(writer: ArchiveWriter) -> dict[frozenset[str], str]:
+    """Relations of an earlier generation, whose sources need not be listed in this run."""
+    if not writer.generation:
+        return {}
+    return {frozenset((p.scan_a, p.scan_b)): p.relation for p in Archive.open(writer.path).pairs}
+
+
+def _earlier_drops(writer: ArchiveWriter, plan: Plan) -> dict[str, str]:
+    """Files that earlier runs dropped and this run did not look at again."""
+    path = writer.path / "dropped.csv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in list(csv.reader(stream))[1:] if len(row) == 2]
+    return {key: reason for key, reason in rows if key not in plan.sources}
+
+
+def _duplicates(
+    scans: Sequence[ScanRow], cases: Sequence[CaseRow], *, drop: bool
+) -> tuple[list[ScanRow], list[CaseRow], list[tuple[str, str]]]:
+    """Flag scans with the same voxels as an earlier one, or drop them where the recipe says so.
+
+    Of several equal scans a labeled one is kept. A case of several channels is never torn apart.
+    """
+    labeled = {key for case in cases if case.labeled for key in case.scans}
+    channels = {key for case in cases if len(case.scans) > 1 for key in case.scans}
+    kept: dict[str, str] = {}
+    for row in sorted(scans, key=lambda r: (r.key not in labeled, r.generation)):
+        kept.setdefault(row.content_hash, row.key)
+    repeated = {r.key for r in scans if kept[r.content_hash] != r.key}
+    gone = repeated - channels - labeled if drop else set()
+    flagged = [
+        r.model_copy(update={"quality": (*r.quality, "duplicate")})
+        if r.key in repeated and "duplicate" not in r.quality
+        else r
+        for r in scans
+        if r.key not in gone
+    ]
+    by_key = {r.key: r for r in scans}
+    reasons = [(key, f"same voxels as scan {kept[by_key[key].content_hash]}") for key in sorted(gone)]
+    return flagged, [c for c in cases if not gone & set(c.scans)], reasons
+
+
+def _discard(writer: ArchiveWriter) -> None:
+    """Remove the folders of an archive that never held anything: its place is free for another try."""
+    if writer.generation or any((writer.path / "volumes").iterdir()):
+        return
+    for name in ("volumes", "labels", "splits", "private"):
+        shutil.rmtree(writer.path / name, ignore_errors=True)
+    if not any(writer.path.iterdir()):
+        writer.path.rmdir()
+
+
+def _nothing_kept(plan: Plan, listings: Sequence[tuple[Path, Listing]]) -> str:
+    reason, count = Counter(d.reason for d in plan.dropped).most_common(1)[0]
+    example = next(d.path for d in plan.dropped if d.reason == reason)
+    roots = ", ".join(str(root) for root, _ in listings)
+    return f"no scan kept of {len(plan.dropped)} files in {roots}; {count} of them: {reason} ({example})"
+
+
+def _summary(
+    scans: Sequence[ScanRow],
+    cases: Sequence[CaseRow],
+    pairs: Sequence[Any],
+    split: Split,
+    dropped: Mapping[str, str],
+) -> dict[str, Any]:
+    return {
+        "subjects": len({row.subject for row in scans}),
+        "studies": len({row.study for row in scans}),
+        "scans": len(scans),
+        "cases": len(cases),
+        "labeled_cases": sum(case.labeled for case in cases),
+        "modalities": dict(
+            sorted(Counter(" ".join(filter(None, (r.modality, r.contrast))) for r in scans).items())
+        ),
+        "pairs": dict(sorted(Counter(pair.relation for pair in pairs).items())),
+        "split": {side: len(getattr(split, side)) for side in SIDES},
+        "quality": dict(sorted(Counter(flag for row in scans for flag in row.quality).items())),
+        "dropped": len(dropped),
+        "dropped_reasons": dict(Counter(dropped.values()).most_common(20)),
+    }
+
+
+def _notes(scans: Sequence[ScanRow], *, demoted: int) -> list[str]:
+    """Things a person should know, one line each."""
+    flags = Counter(flag for row in scans for flag in row.quality)
+    notes = []
+    if flags["non_finite"]:
+        notes.append(
+            f"{flags['non_finite']} scans hold NaN or infinite voxels, kept as no data (flag non_finite)"
+        )
+    if flags["duplicate"]:
+        notes.append(f"{flags['duplicate']} scans have the same voxels as another (flag duplicate)")
+    if demoted:
+        notes.append(f"{demoted} pairs declared registered lie on different grids and are kept as same_frame")
+    return notes

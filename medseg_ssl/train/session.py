@@ -1,0 +1,273 @@
+"""What the two training commands share: configs, crop sizes that fit, and a session of ``fit`` in a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from medseg_ssl.config import Block, ConfigError, Record, override, parse, read_yaml, resolved
+from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
+from medseg_ssl.types import Batch, Triple, ViewPlan
+
+if TYPE_CHECKING:
+    from medseg_ssl.objectives.base import Objective
+    from medseg_ssl.train.loop import Action, FitResult
+    from medseg_ssl.train.runtime import Runtime
+
+C = TypeVar("C", bound=Record)
+Shelves = Mapping[str, tuple[str, Callable[[], type]]]
+"""Key of a block to its shelf and a function that imports the contract (late, since it imports torch)."""
+
+
+def read_config(model: type[C], path: Path, assignments: Sequence[str], *, shelves: Shelves) -> C:
+    """Read a YAML, apply the overrides and check everything, blocks included, before anything is built.
+
+    Raises:
+        ConfigError: names every wrong key at once.
+    """
+    tree = override(read_yaml(path), assignments)
+
+    def block(key: str) -> Callable[[], Any]:
+        def check() -> None:
+            given = tree.get(key)
+            # a block that is no mapping with a name is the record's own error
+            if isinstance(given, dict) and isinstance(given.get("name"), str):
+                resolve_block(Block(**given), key, shelves)
+
+        return check
+
+    def evaluations() -> None:
+        given = tree.get("evaluations")
+        if isinstance(given, dict) and all(isinstance(options, dict) for options in given.values()):
+            build_evaluations(given)
+
+    checks = [block(key) for key in shelves]
+    results = resolved(lambda: parse(model, tree, where=f"config {path.name}"), *checks, evaluations)
+    return with_defaults(results[0], shelves)
+
+
+def with_defaults(config: C, shelves: Shelves) -> C:
+    """The config with every default of its blocks written out, so that it means the same after a default changes.
+
+    Raises:
+        ConfigError: a block names nothing on its shelf, or has a wrong key.
+    """
+    update = {}
+    for key in shelves:
+        given = getattr(config, key)
+        if given is not None:
+            _, options = resolve_block(given, key, shelves)
+            update[key] = Block(name=given.name, **options.model_dump(mode="json"))
+    return config.model_copy(update=update)
+
+
+def resolve_block(block: Block, key: str, shelves: Shelves) -> tuple[type, Any]:
+    """The class a block names and its validated options.
+
+    Raises:
+        ConfigError: no such name, or wrong keys in the block.
+    """
+    shelf, contract = shelves[key]
+    return block.resolve(shelf, contract(), prefix=key)
+
+
+def build_evaluations(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The evaluations a config names, on development subjects unless it says otherwise.
+
+    Raises:
+        ConfigError: unknown names or options, all at once.
+    """
+
+    def one(name: str) -> Any:
+        # the contract is the shelf's own, found by name: training and evaluations do not see each other
+        contract = import_module("medseg_ssl.evaluations.base").Evaluation
+        block = Block.model_validate({**evaluations[name], "name": name})
+        cls, options = block.resolve("medseg_ssl.evaluations", contract, prefix=f"evaluations.{name}")
+        if "subset" in type(options).model_fields and "subset" not in evaluations[name]:
+            options = options.model_copy(update={"subset": "development"})
+        return cls(options)
+
+    built = resolved(*(lambda name=name: one(name) for name in evaluations))
+    return dict(zip(evaluations, built, strict=True))
+
+
+def scoring(
+    evaluations: Mapping[str, Mapping[str, Any]], model: Callable[[Objective], Any], archive: Any
+) -> Callable[[Objective, int], dict[str, float]] | None:
+    """What ``Session.evaluate`` takes: scores as ``eval/<evaluation>/<score>``; None without evaluations.
+
+    Args:
+        evaluations: name on the shelf to options.
+        model: objective to what the evaluations look at.
+        archive: an opened archive.
+    """
+    if not evaluations:
+        return None
+    built = build_evaluations(evaluations)
+
+    def measure(objective: Objective, step: int) -> dict[str, float]:
+        looked_at = model(objective)
+        return {
+            f"eval/{n}/{s.name}": s.value for n, one in built.items() for s in one.run(looked_at, archive)
+        }
+
+    return measure
+
+
+def check_crop_sizes(views: ViewPlan, strides: Sequence[Triple], *, key: str = "objective") -> None:
+    """Every crop must be a whole number of the encoder's deepest voxels, and more than one of them.
+
+    Raises:
+        ConfigError: names each view that does not fit and the nearest sizes that do.
+    """
+    deepest = strides[-1]
+    wrong = []
+    for name, view in views.items():
+        if any(size % stride for size, stride in zip(view.size, deepest, strict=True)):
+            lower = tuple(max(t, s // t * t) for s, t in zip(view.size, deepest, strict=True))
+            upper = tuple(-(-s // t) * t for s, t in zip(view.size, deepest, strict=True))
+            choices = f"{list(lower)} or {list(upper)}" if lower != upper else f"{list(upper)}"
+        elif all(size == stride for size, stride in zip(view.size, deepest, strict=True)):
+            choices = f"{[2 * s for s in view.size]}"  # one voxel has no variance to normalise by
+        else:
+            continue
+        wrong.append(
+            f"the crop size {list(view.size)} of view '{name}' does not fit the encoder, whose deepest level has stride"
+            f" {list(deepest)}; nearest sizes that do: {choices}"
+        )
+    if wrong:
+        raise ConfigError(f"{key}: " + "; ".join(wrong))
+
+
+def check_bf16_depth(views: ViewPlan, strides: Sequence[Triple]) -> None:
+    """No map may be two voxels deep where a CPU trains in bfloat16.
+
+    The backward pass of torch 2.15's 3³ convolution (oneDNN) then reads memory that nobody wrote, and the gradient of
+    its weight is wrong or NaN; other depths and float32 are right.
+
+    Raises:
+        ConfigError: names the view and what to do.
+    """
+    for name, view in views.items():
+        for stride in strides:
+            if -(-view.size[0] // stride[0]) == 2:
+                raise ConfigError(
+                    "train.precision 'bf16' on a CPU gives wrong gradients for maps 2 voxels deep, as view"
+                    f" '{name}' has at stride {list(stride)}; use 'fp32', or a first number other than"
+                    f" {view.size[0]} in its size"
+                )
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of ``fit`` in a run folder.
+
+    Attributes:
+        run: the run folder, already locked.
+        config: the resolved config as a tree, for the mirror.
+        seed: of the run.
+        train: lengths and precision.
+        optim: optimizer.
+        wandb: the mirror.
+        steps: optimizer steps, and per epoch.
+        description: shown beside the progress bar.
+        quiet: show nothing.
+        preview_batch: makes the batch that pictures are taken of.
+        evaluate: function of (objective, step) to scores by name, each ``train.evaluate_every`` and at the end.
+        prepare_batch: finishes a batch on the device.
+        tags: words to find the run by in the mirror.
+    """
+
+    run: Path
+    config: Mapping[str, Any]
+    seed: int
+    train: TrainConfig
+    optim: OptimConfig
+    wandb: WandbConfig
+    steps: int
+    steps_per_epoch: int
+    description: str
+    quiet: bool = False
+    preview_batch: Callable[[], Batch] | None = None
+    evaluate: Callable[[Objective, int], Mapping[str, float]] | None = None
+    prepare_batch: Callable[[Batch], Batch] | None = None
+    tags: tuple[str, ...] = field(default=())
+
+    def fit(
+        self, objective: Objective, *, batches: Callable[[int], Iterator[Batch]], runtime: Runtime
+    ) -> FitResult:
+        """Train the objective; see ``loop.fit`` for what it raises."""
+        from medseg_ssl.train.checkpoint import Checkpoint
+        from medseg_ssl.train.loop import TrainPlan, fit
+        from medseg_ssl.train.optim import build_optimizer
+        from medseg_ssl.train.progress import Progress
+        from medseg_ssl.train.recorder import Recorder
+
+        plan = TrainPlan(
+            steps=self.steps,
+            accumulate=self.train.accumulate,
+            ema=self.train.ema,
+            log_every=self._every(self.train.log_every),
+            save_every=self._every(self.train.save_every),
+            seed=self.seed,
+        )
+        optimizer = build_optimizer(
+            objective, self.optim, total_steps=self.steps, steps_per_epoch=self.steps_per_epoch
+        )
+        with (
+            Progress(self.description, quiet=self.quiet or not runtime.is_main) as progress,
+            Recorder(
+                self.run,
+                writes=runtime.is_main,
+                wandb=self.wandb,
+                config=self.config,
+                progress=progress,
+                total_steps=self.steps,
+                tags=self.tags,
+            ) as recorder,
+        ):
+            return fit(
+                objective,
+                batches=batches,
+                plan=plan,
+                optimizer=optimizer,
+                runtime=runtime,
+                recorder=recorder,
+                checkpoint=Checkpoint(self.run / "last.ckpt", writes=runtime.is_main),
+                actions=self._actions(objective, runtime, recorder),
+                prepare_batch=self.prepare_batch,
+            )
+
+    def _every(self, length: Any) -> int:
+        return max(1, length.steps(steps_per_epoch=self.steps_per_epoch, total_steps=self.steps))
+
+    def _actions(self, objective: Objective, runtime: Runtime, recorder: Any) -> list[Action]:
+        actions: list[Action] = []
+        if self.preview_batch is not None and self.train.preview_every is not None:
+            make = self.preview_batch
+
+            def preview(step: int) -> None:
+                if not runtime.is_main:
+                    return
+                batch = make().to(runtime.device)
+                batch = self.prepare_batch(batch) if self.prepare_batch is not None else batch
+                for name, volume in objective.preview(batch).items():
+                    recorder.image(name, volume, step=step)
+
+            actions.append((self._every(self.train.preview_every), preview))
+        if self.evaluate is not None:
+            measure = self.evaluate
+
+            def evaluate(step: int) -> None:
+                if runtime.is_main:
+                    recorder.log(step, measure(objective, step))
+                runtime.barrier()
+
+            every = (
+                self.steps if self.train.evaluate_every is None else self._every(self.train.evaluate_every)
+            )
+            actions.append((every, evaluate))
+        return actions

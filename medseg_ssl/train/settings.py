@@ -1,0 +1,94 @@
+"""Config blocks that pretraining and fine-tuning share; no torch here, so that ``--help`` stays quick."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from medseg_ssl.config import Duration, Length, Record
+
+
+def _length(text: str) -> Duration:
+    return Duration.parse(text)
+
+
+class OptimConfig(Record):
+    """Optimizer, learning rates and their schedule.
+
+    Attributes:
+        name: ``adamw`` and ``sgd`` are torch's own; other names are timm's (``lion``, ``lamb``, ``muon``, …).
+        lr: peak learning rate of everything outside the encoder.
+        weight_decay: never applied to norms, biases and other vectors.
+        betas: of Adam-like optimizers.
+        momentum: of SGD (Nesterov, as in nnU-Net).
+        schedule: what follows the warm-up.
+        warmup: length of the linear warm-up.
+        final: factor on the learning rate reached at the end by ``cosine`` and ``linear``.
+        clip_norm: largest norm of the whole gradient; null does not clip.
+        encoder_lr_scale: the encoder's learning rate as a fraction of ``lr``; 0 freezes it.
+        decoder_first: the encoder's learning rate is 0 for this long, then warms up over ``warmup``, so that a fresh
+            decoder does not spoil a pretrained encoder.
+    """
+
+    name: str = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    schedule: Literal["constant", "cosine", "linear", "poly"] = "cosine"
+    warmup: Length = _length("5%")
+    final: float = Field(default=0.0, ge=0, le=1)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    encoder_lr_scale: float = Field(default=1.0, ge=0)
+    decoder_first: Length = _length("0%")
+
+
+class TrainConfig(Record):
+    """How long, how precisely and how often the run keeps books.
+
+    Attributes:
+        steps: optimizer steps of the run.
+        accumulate: micro-batches per optimizer step; ``data.batch_size`` is split among them. Losses that compare
+            samples (contrastive) see one micro-batch at a time.
+        precision: ``fp32``, or ``bf16`` for bfloat16 autocast with fp32 weights.
+        ema: decay of an exponential moving average of the weights, which is then what ships; null keeps none.
+        log_every: between two lines of ``metrics.jsonl``.
+        save_every: between two writes of ``last.ckpt``.
+        preview_every: between two sets of pictures; null makes none.
+        evaluate_every: between two runs of ``evaluations``; null evaluates at the end only.
+        accelerator: ``auto`` takes a GPU where there is one; several by ``torchrun``.
+        threads: CPU threads of torch; null leaves torch's own choice.
+        channels_last: channels-last memory format of 5D weights.
+        compile: torch.compile of encoder and decoder (30 to 50 s before the first step).
+        deterministic: deterministic kernels on a GPU too (slower); CPU runs always are.
+    """
+
+    steps: Length
+    accumulate: int = Field(default=1, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    log_every: Length = _length("10 steps")
+    save_every: Length = _length("500 steps")
+    preview_every: Length | None = _length("25%")
+    evaluate_every: Length | None = None
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
+
+
+class WandbConfig(Record):
+    """Mirror of the run folder in Weights & Biases.
+
+    Attributes:
+        mode: ``offline`` writes under the run folder only (sync it later with ``wandb sync``); ``online`` needs an API
+            key; ``auto`` is online where ``WANDB_API_KEY`` is set, else offline; ``disabled`` never imports wandb.
+        project: project name.
+        entity: team or user, null for the key's default.
+    """
+
+    mode: Literal["offline", "online", "auto", "disabled"] = "offline"
+    project: str = "medseg-ssl"
+    entity: str | None = None

@@ -1,0 +1,150 @@
+"""Measure a frozen encoder: the evaluations a config names, without training anything.
+
+``scores.csv`` holds every score, ``summary.json`` the same by evaluation and name, ``tables/`` the rows
+behind a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from medseg_ssl.analysis.tables import claim, write_csv, write_json, write_text
+from medseg_ssl.commandline import Parser, find_config
+from medseg_ssl.config import Block, Record, override, parse, read_yaml, resolved, to_yaml
+
+if TYPE_CHECKING:
+    from medseg_ssl.evaluations.base import Evaluation
+    from medseg_ssl.types import Score
+
+SCORE_COLUMNS = ("evaluation", "name", "value", "unit")
+
+
+class ProbeConfig(Record):
+    """What to measure.
+
+    Attributes:
+        evaluations: file on the shelf ``evaluations`` to its options.
+        precision: of the encoder's forward passes.
+    """
+
+    evaluations: dict[str, dict[str, Any]] = Field(default={"health": {}}, min_length=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def build(self) -> dict[str, Evaluation]:
+        """The evaluations by name.
+
+        Raises:
+            ConfigError: unknown names or options, all at once.
+        """
+        from medseg_ssl.evaluations.base import Evaluation
+
+        def one(name: str):
+            block = Block.model_validate({**self.evaluations[name], "name": name})
+            cls, config = block.resolve("medseg_ssl.evaluations", Evaluation, prefix=f"evaluations.{name}")
+            return cls(config)  # pyright: ignore[reportAbstractUsage]
+
+        built = resolved(*(lambda name=name: one(name) for name in self.evaluations))
+        return dict(zip(self.evaluations, built, strict=True))
+
+
+def parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="medseg-ssl probe", description=__doc__)
+    parser.add_argument("encoder", type=Path, help="encoder.safetensors of a pretraining run")
+    parser.add_argument("out", type=Path, help="folder for scores.csv and summary.json")
+    parser.add_argument("--archive", type=Path, required=True, help="archive whose scans are looked at")
+    parser.add_argument(
+        "--config", help="YAML with 'evaluations:', by path or shipped name (default: health alone)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="for example evaluations.retrieval.draws=4"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Measure and return the folder of the results.
+
+    Raises:
+        UserError: a file that is no encoder or archive, or an archive an evaluation cannot use.
+        ConfigError: an unknown evaluation or option, or OUT holds the results of something else.
+    """
+    from rich.console import Console
+
+    args = parser().parse_intermixed_args(argv)
+    console = Console()
+    tree = override(read_yaml(find_config(args.config, kind="probe")) if args.config else {}, args.overrides)
+    config = parse(ProbeConfig, tree, where=str(args.config or "command line"))
+    evaluations = config.build()
+
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.inference import FrozenEncoder, file_hash
+
+    archive = Archive.open(args.archive)
+    encoder = FrozenEncoder.load(args.encoder, device=args.device, precision=config.precision)
+    identity = {
+        "encoder": file_hash(args.encoder),
+        "archive": archive.fingerprint,
+        "config": config.model_dump(mode="json"),
+    }
+    if claim(args.out, identity, complete="summary.json"):
+        console.print(f"{args.out} already holds these results")
+        return args.out
+    write_text(args.out / "config.yaml", to_yaml(config))
+    scores: dict[str, list[Score]] = {}
+    for name, evaluation in evaluations.items():
+        with console.status(name):
+            scores[name] = list(evaluation.run(encoder, archive))
+        _show(console, name, scores[name])
+    _write(args.out, scores, identity)
+    return args.out
+
+
+def _write(out: Path, scores: Mapping[str, Sequence[Score]], identity: Mapping[str, Any]) -> None:
+    rows = [
+        {"evaluation": evaluation, "name": s.name, "value": float(s.value), "unit": s.unit}
+        for evaluation, found in scores.items()
+        for s in found
+    ]
+    write_csv(out / "scores.csv", rows, columns=SCORE_COLUMNS)
+    for evaluation, found in scores.items():
+        table = [row for s in found for row in s.per_case or []]
+        if table:
+            write_csv(out / "tables" / f"{evaluation}.csv", table, columns=list(table[0]))
+    summary = {e: {s.name: float(s.value) for s in found} for e, found in scores.items()}
+    # last, since its presence says that all is there
+    write_json(out / "summary.json", {**identity, "scores": summary})
+
+
+def _show(console: Any, name: str, scores: Sequence[Score]) -> None:
+    """A table of the scores, the ends of an interval (``x_low/…``, ``x_high/…``) beside their score."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=name)
+    table.add_column("score")
+    table.add_column("value", justify="right")
+    table.add_column("unit")
+    values = {score.name: score.value for score in scores}
+    shown: set[str] = set()
+    for score in scores:
+        head, _, tail = score.name.rpartition("/")
+        ends = [f"{head}_{end}/{tail}" for end in ("low", "high")]
+        interval = ""
+        if all(end in values for end in ends):
+            interval = f"  [{values[ends[0]]:.3f}, {values[ends[1]]:.3f}]"
+            shown.update(ends)
+        if score.name not in shown:
+            table.add_row(score.name, escape(f"{score.value:.3f}{interval}"), score.unit)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    from medseg_ssl.cli import script
+
+    script(main)

@@ -1,0 +1,277 @@
+"""Pretrain: an archive in, no label needed; ``encoder.safetensors`` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from medseg_ssl import __version__
+from medseg_ssl.commandline import Parser, find_config
+from medseg_ssl.config import Block, ConfigError, Record, UserError
+from medseg_ssl.train.session import (
+    Session,
+    check_bf16_depth,
+    check_crop_sizes,
+    read_config,
+    resolve_block,
+    scoring,
+    with_defaults,
+)
+from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.nets.encoder_file import Card
+    from medseg_ssl.objectives.base import Objective
+
+SHIPS = "encoder.safetensors"
+
+
+class PretrainData(Record):
+    """What is trained on.
+
+    Attributes:
+        batch_size: samples per optimizer step, over all processes and micro-batches.
+        workers: loader processes per process; 0 loads in the training process.
+        split: name of the archive's split.
+        splits: its lists that are used; never the test subjects.
+        modality_temperature: a modality with n scans is drawn with a probability like n to this power.
+    """
+
+    batch_size: int = Field(ge=1)
+    workers: int = Field(default=0, ge=0)
+    split: str = "default"
+    splits: tuple[Literal["train", "development"], ...] = Field(default=("train",), min_length=1)
+    modality_temperature: float = Field(default=0.5, ge=0, le=1)
+
+
+class PretrainConfig(Record):
+    """A pretraining run.
+
+    Attributes:
+        seed: of the weights, the samples and every random draw.
+        encoder: block on the shelf of encoders.
+        objective: block on the shelf of objectives.
+        evaluations: name on the shelf of evaluations to its options; run on development subjects.
+    """
+
+    seed: int = Field(default=0, ge=0)
+    encoder: Block
+    objective: Block
+    data: PretrainData
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    wandb: WandbConfig = WandbConfig()
+    evaluations: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+def _encoder_contract() -> type:
+    from medseg_ssl.nets.encoders.base import Encoder
+
+    return Encoder
+
+
+def _objective_contract() -> type:
+    from medseg_ssl.objectives.base import Objective
+
+    return Objective
+
+
+SHELVES = {
+    "encoder": ("medseg_ssl.nets.encoders", _encoder_contract),
+    "objective": ("medseg_ssl.objectives", _objective_contract),
+}
+
+
+def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: bool = False) -> Path:
+    """Pretrain an encoder, or go on where an earlier call with the same config stopped.
+
+    Args:
+        config: checked by ``read_config`` or made in code.
+        run: the run folder.
+        archive: a prepared archive.
+        quiet: show no progress.
+
+    Returns:
+        ``RUN/encoder.safetensors``.
+
+    Raises:
+        ConfigError: config and archive do not go together, or the folder holds another run.
+        UserError: a broken archive, a loss that is not finite, a full disk.
+    """
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.augment import prepare_batch
+    from medseg_ssl.data.loader import Loader
+    from medseg_ssl.nets import encoder_file
+    from medseg_ssl.train import runtime
+    from medseg_ssl.train.run_folder import open_run
+
+    config, opened = with_defaults(config, SHELVES), Archive.open(archive)
+    subjects = training_subjects(opened, config.data)
+    machine = runtime.start(config.train)
+    objective, options = build(config, opened)
+    views = type(objective).views(options)
+    check_crop_sizes(views, objective.encoder.strides)
+    if machine.device.type == "cpu" and config.train.precision == "bf16":
+        check_bf16_depth(views, objective.encoder.strides)
+    scans = sum(row.subject in subjects for row in opened.scans.values())
+    per_epoch = max(1, round(scans / config.data.batch_size))
+    steps = config.train.steps.steps(steps_per_epoch=per_epoch)
+
+    load = partial(
+        Loader,
+        opened,
+        views,
+        batch_size=config.data.batch_size,
+        accumulate=config.train.accumulate,
+        seed=config.seed,
+        rank=machine.rank,
+        world=machine.world,
+        pin_memory=machine.device.type == "cuda",
+        subjects=sorted(subjects),
+        relations=type(objective).relations(options),
+        modality_temperature=config.data.modality_temperature,
+    )
+    load(
+        steps=1
+    )  # says now, before the run folder is touched, what in the config does not go with the archive
+
+    def card() -> Card:
+        return make_card(config, opened, views, steps=steps, channels=objective.encoder.channels_in)
+
+    inputs = {"archive": opened.fingerprint[:16]}
+    with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
+        if complete:
+            return Path(run) / SHIPS
+        session = Session(
+            run=Path(run),
+            config=config.model_dump(mode="json"),
+            seed=config.seed,
+            train=config.train,
+            optim=config.optim,
+            wandb=config.wandb,
+            steps=steps,
+            steps_per_epoch=per_epoch,
+            description=f"pretrain {config.objective.name}",
+            quiet=quiet,
+            tags=("pretrain", config.objective.name),
+            prepare_batch=partial(prepare_batch, plan=views),
+            preview_batch=lambda: next(iter(load(steps=1))),
+            evaluate=scoring(config.evaluations, partial(frozen, card=card, machine=machine), opened),
+        )
+        session.fit(
+            objective,
+            batches=lambda first: iter(load(steps=steps, start_step=first, workers=config.data.workers)),
+            runtime=machine,
+        )
+        if machine.is_main:
+            exported = objective.export()
+            encoder_file.save(
+                Path(run) / SHIPS, encoder=exported.encoder, decoder=exported.decoder, card=card()
+            )
+        machine.barrier()
+    return Path(run) / SHIPS
+
+
+def training_subjects(archive: Archive, data: PretrainData) -> frozenset[str]:
+    """Subjects that may be trained on.
+
+    Raises:
+        UserError: there are none, or one of them also stands in the test list.
+    """
+    split = archive.split(data.split)
+    subjects = frozenset(s for name in data.splits for s in getattr(split, name))
+    both = sorted(subjects & set(split.test))
+    if both:
+        raise UserError(
+            f"split '{data.split}' has {len(both)} subject(s) in training and test, first {both[0]}"
+        )
+    if not subjects:
+        raise UserError(f"split '{data.split}' of {archive.path} has no subjects in {', '.join(data.splits)}")
+    return subjects
+
+
+def build(config: PretrainConfig, archive: Archive) -> tuple[Objective, Any]:
+    """The objective around a fresh encoder, with weights drawn from the seed, and its options.
+
+    Raises:
+        ConfigError: the objective cannot use this encoder or this archive.
+    """
+    import torch
+
+    encoder_class, encoder_options = resolve_block(config.encoder, "encoder", SHELVES)
+    objective_class, options = resolve_block(config.objective, "objective", SHELVES)
+    facts = archive.facts()
+    if not any(view.labeled for view in objective_class.views(options).values()):  # pyright: ignore[reportAttributeAccessIssue]
+        facts = replace(facts, channels=1)  # unlabeled views are of one scan
+    torch.manual_seed(config.seed)
+    encoder = encoder_class(encoder_options, facts.channels)
+    if not isinstance(encoder, objective_class.needs):  # pyright: ignore[reportAttributeAccessIssue]
+        needed = objective_class.needs.__name__  # pyright: ignore[reportAttributeAccessIssue]
+        raise ConfigError(
+            f"objective '{config.objective.name}' needs a {needed}, '{config.encoder.name}' is none"
+        )
+    return objective_class(options, encoder, facts), options
+
+
+def make_card(
+    config: PretrainConfig, archive: Archive, views: Mapping[str, Any], *, steps: int, channels: int
+) -> Card:
+    """The card of the encoder that this run ships."""
+    from medseg_ssl.nets.encoder_file import Card
+
+    first = next(iter(views.values()))
+    return Card(
+        kind="encoder",
+        encoder=config.encoder.model_dump(mode="json"),
+        channels_in=channels,
+        spacing_mm=first.spacing_mm or archive.recipe.spacing_mm,
+        crop_size=first.size,
+        intensity={name: policy.model_dump(mode="json") for name, policy in archive.intensity.items()},
+        modalities=archive.facts().modalities,
+        archive_fingerprint=archive.fingerprint,
+        code_version=__version__,
+        objective=config.objective.name,
+        steps=steps,
+    )
+
+
+def frozen(objective: Objective, *, card: Any, machine: Any) -> Any:
+    """The objective's encoder as an evaluation wants it."""
+    from medseg_ssl.inference import FrozenEncoder
+
+    return FrozenEncoder(objective.export().encoder, card(), device=str(machine.device))
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Read the arguments and pretrain.
+
+    Raises:
+        UserError: see ``run_pretrain``.
+    """
+    parser = Parser(prog="medseg-ssl pretrain", description=__doc__)
+    parser.add_argument("config", help="a YAML, or the name of a shipped config such as 'mae'")
+    parser.add_argument("run", type=Path, help="run folder; the same command again continues it")
+    parser.add_argument("assignments", nargs="*", metavar="key=value", help="overrides such as optim.lr=3e-4")
+    parser.add_argument("--archive", type=Path, required=True, help="made by 'medseg-ssl prepare'")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    given = parser.parse_intermixed_args(argv)
+    path = find_config(given.config, kind="pretrain")
+    config = read_config(PretrainConfig, path, given.assignments, shelves=SHELVES)
+    shipped = run_pretrain(config, given.run, archive=given.archive, quiet=given.quiet)
+    if not given.quiet:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"encoder: {shipped}", markup=False, highlight=False)
+    return shipped
+
+
+if __name__ == "__main__":
+    from medseg_ssl.cli import script
+
+    script(main)

@@ -1,0 +1,348 @@
+"""Comparisons: same subsets for every init, restarts that change nothing, honest failures, configs that parse."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune import compare as command
+from finetune import comparison as plans
+from finetune.report import main as report_main
+from medseg_ssl.config import ConfigError, UserError, override, parse, to_yaml
+from medseg_ssl.data.archive import Archive
+from medseg_ssl.train.interrupt import Interrupted
+
+from . import fake_comparison as fakes
+
+ROOT = Path(__file__).parents[2]
+TABLES = ("cases.csv", "curve.csv", "summary.json", "curve.png", "report.html")
+
+
+@pytest.fixture(autouse=True)
+def _fakes(monkeypatch):
+    fakes.use_fakes(monkeypatch.setattr)
+
+
+def run(out, *, fit=fakes.fake_fit, workers=1, config=None, **options):
+    return command.compare(
+        config or fakes.config(),
+        out,
+        archive=Path("archive"),
+        workers=workers,
+        quiet=True,
+        fit=fit,
+        pretrain=fakes.fake_pretrain,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A comparison that ran through without interruption."""
+    with pytest.MonkeyPatch.context() as patch:
+        fakes.use_fakes(patch.setattr)
+        out = tmp_path_factory.mktemp("finished") / "out"
+        run(out)
+    return out
+
+
+def test_tables_of_a_whole_comparison(finished):
+    with (finished / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 3 * 3 * 5 * 2
+    assert {row["source"] for row in rows} == {"", "MR"}
+    assert {row["init"] for row in rows if row["source"]} == {"mae"}
+    assert {row["nsd"] for row in rows} == {""}
+    summary = json.loads((finished / "summary.json").read_text())
+    assert (summary["finished"], summary["planned"]) == (27, 27)
+    assert summary["baselines"] == ["scratch", "scratch_long"]
+    assert "mae beats scratch and scratch_long at 1, 2 and 4 labels" in summary["verdicts"][0]
+    assert summary["inits"]["mae"]["savings"][0]["savings"] == pytest.approx(1.74, abs=0.4)
+    assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_fit_per_cell_with_equal_subsets_and_seeds_for_every_init(finished):
+    config = fakes.config()
+    subsets = plans.training_subsets(config, fakes.archive())
+    tasks = tasks_of(config, subsets)
+    assert [t.budget for t in tasks] == sorted(t.budget for t in tasks)
+    assert [t.init for t in tasks[:3]] == ["scratch", "scratch_long", "mae"]
+    by_cell = {}
+    for task in tasks:
+        by_cell.setdefault((task.budget, task.draw), set()).add(
+            (task.seed, task.train_cases, task.test_cases)
+        )
+    assert all(len(found) == 1 for found in by_cell.values())
+    assert len({task.seed for task in tasks}) == len(by_cell)
+    for draw in subsets:
+        assert subsets[draw][1] == subsets[draw][4][:1]
+        assert subsets[draw][2] == subsets[draw][4][:2]
+    assert len({tuple(subsets[d][4]) for d in subsets}) == 3
+    assert {t.init: t.steps for t in tasks} == {"scratch": 20, "scratch_long": 120, "mae": 20}
+    assert {t.config["wandb"]["mode"] for t in tasks} == {"disabled"}
+
+
+def tasks_of(config, subsets, **changes):
+    settings = {
+        "archives": (Path("a"), Path("a")),
+        "subsets": subsets,
+        "test_cases": ["c6"],
+        "encoders": {"mae": Path("e")},
+        "sources": {"mae": "MR"},
+        "target": "MR",
+        "pretraining_steps": 100,
+        "network": None,
+        "keep": False,
+    }
+    return plans.fit_tasks(config, Path("out"), **{**settings, **changes})
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_continued_gives_the_uninterrupted_tables(tmp_path, finished, number):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.commands.fake_comparison", str(out)],
+        cwd=ROOT,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("fits/*/*/*/cases.csv"))) < 4:
+        assert process.poll() is None, "the comparison ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.wait(timeout=30)
+    assert process.returncode != 0
+    done = {p: p.stat().st_mtime_ns for p in out.glob("fits/*/*/*/cases.csv")}
+    assert 4 <= len(done) < 27
+    run(out)
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items()), "finished fits were repeated"
+    for name in TABLES:
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_side_by_side_in_lasting_workers_gives_the_same_tables(tmp_path, finished):
+    run(tmp_path / "out", fit=fakes.counting_fit, workers=2)
+    workers = {p.name.rsplit("-", 1)[-1] for p in (tmp_path / "out").glob("did-*")}
+    assert len(list((tmp_path / "out").glob("did-*"))) == 27
+    assert len(workers) <= 2
+    for name in TABLES:
+        assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_failed_fit_leaves_the_others_in_the_tables_and_is_tried_again(tmp_path, finished):
+    out = tmp_path / "out"
+    with pytest.raises(
+        UserError, match=r"1 fits failed, the first is mae, 2 labels, draw 1: loss is not finite"
+    ):
+        run(out, fit=fakes.failing_fit)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["finished"], summary["planned"]) == (26, 27)
+    assert "Unfinished: 26 of 27" in (out / "report.html").read_text()
+    run(out)
+    assert (out / "curve.csv").read_bytes() == (finished / "curve.csv").read_bytes()
+
+
+def test_ctrl_c_and_sigterm_say_what_was_reached(tmp_path):
+    def stop(task):
+        if task.budget == 2:
+            raise KeyboardInterrupt
+        return fakes.fake_fit(task)
+
+    with pytest.raises(
+        Interrupted, match=r"stopped by SIGINT: 9 of 27 fits are done; run the same"
+    ) as caught:
+        run(tmp_path / "out", fit=stop)
+    assert caught.value.code == 130
+
+
+def test_every_fit_failing_stops_early(tmp_path):
+    tried = []
+
+    def fail(task):
+        tried.append(task)
+        raise UserError("no space left")
+
+    with pytest.raises(UserError, match=r"3 fits failed.*no space left"):
+        run(tmp_path / "out", fit=fail)
+    assert len(tried) == 3
+
+
+def test_another_config_or_archive_is_refused_with_the_difference(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(out)
+    with pytest.raises(ConfigError, match=r"draws: 3 -> 4"):
+        run(out, config=fakes.config(draws=4))
+    monkeypatch.setattr(Archive, "open", _other_archive)
+    with pytest.raises(ConfigError, match="archive"):
+        run(out)
+
+
+def _other_archive(path):
+    other = fakes.archive()
+    other.fingerprint = "0" * 16
+    return other
+
+
+def test_report_only_writes_what_is_done(tmp_path, finished):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="holds no comparison"):
+        command.main([str(out), "--report-only"])
+    with pytest.raises(UserError):
+        run(out, fit=fakes.failing_fit)
+    (out / "report.html").unlink()
+    assert command.main([str(out), "--report-only", "--quiet"]) == out / "report.html"
+    assert "26 of 27" in (out / "report.html").read_text()
+
+
+def test_report_verb_takes_comparisons_and_runs(tmp_path, finished):
+    single = tmp_path / "run"
+    single.mkdir()
+    (single / "config.yaml").write_text("objective: {name: mae}\n")
+    (single / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0, "train/x": null}\n{"step": 2, "tra')
+    page = report_main([str(finished), str(single), "--out", str(tmp_path / "all.html")]).read_text()
+    assert "mae beats scratch" in page
+    assert "run · pretraining with mae" in page
+    with pytest.raises(ConfigError, match="no such run folder"):
+        report_main([str(tmp_path / "nothing"), "--out", str(tmp_path / "x.html")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is no run folder"):
+        report_main([str(tmp_path / "empty"), "--out", str(tmp_path / "x.html")])
+
+
+# -- configs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_parse_and_round_trip(path):
+    import yaml
+
+    config = command.read_config(path, [])
+    assert parse(plans.CompareConfig, yaml.safe_load(to_yaml(config))) == config
+    assert plans.resolve(config) == config
+    assert "scratch" in config.baselines()
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Like a shipped config, but not tuned by anybody."""
+    (tmp_path / "compare.yaml").write_text(CONFIG, encoding="utf-8")
+    return tmp_path / "compare.yaml"
+
+
+CONFIG = """
+task: t
+budgets: [1, 2]
+draws: {1: 3, 2: 3}
+inits:
+  scratch: scratch
+  mae: {pretrain: {base: mae, encoder: {name: resenc, size: tiny}}}
+finetune:
+  base: segmentation
+  encoder: {name: resenc, size: tiny}
+"""
+
+
+def test_overrides_reach_into_shipped_configs(config_file):
+    path = config_file
+    config = command.read_config(
+        path, ["inits.mae.pretrain.train.steps=7", "draws.1=2", "finetune.optim.lr=3e-4"]
+    )
+    assert config.inits["mae"]["pretrain"]["train"]["steps"] == "7 steps"
+    assert config.draws_of("mae", 1) == 2
+    assert config.finetune["optim"]["lr"] == pytest.approx(3e-4)
+    by_name = plans.expand(override({"inits": {}}, ["inits.x.pretrain=mae"]))
+    assert by_name["inits"]["x"]["pretrain"]["objective"]["name"] == "mae"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        (
+            "inits.mae.pretrain.optim.lrr=1",
+            r"unknown key 'inits.mae.pretrain.optim.lrr' \(did you mean 'lr'\?\)",
+        ),
+        ("finetune.objective.loss=dice", "objective.loss"),
+        ("inits.mae.pretrain.data.splits=[train, development]", None),
+        ("inits.mae.pretrain.encoder.size=s", "encoder.* differ"),
+        ("finetune.train.steps=3 epochs", "must be a number of steps"),
+        ("budgets=[4, 2]", "ascending"),
+        ("init_overrides.mea.optim.lr=1", "names no init: 'mea'"),
+        ("init_overrides.mae.train.steps=9", "would make the comparison unequal"),
+        ("inits.x=stratch", "is none of scratch"),
+        ("inits.a/b=scratch", "plain name"),
+        ("budgets=[1, 3]", "draws says nothing about budget 3"),
+    ],
+)
+def test_wrong_configs_are_named(config_file, assignment, message):
+    if message is None:
+        command.read_config(
+            config_file, [assignment]
+        )  # development may be pretrained on where test is scored
+        with pytest.raises(ConfigError, match="which is scored"):
+            command.read_config(config_file, [assignment, "subset=development"])
+        return
+    with pytest.raises(ConfigError, match=message):
+        command.read_config(config_file, [assignment])
+
+
+def test_overrides_of_an_init_reach_its_fits_alone_and_the_report():
+    config = fakes.config(init_overrides={"mae": {"optim": {"lr": 0.5}}})
+    tasks = tasks_of(config, plans.training_subsets(config, fakes.archive()))
+    rates = {task.init: task.config.get("optim", {}).get("lr") for task in tasks}
+    assert rates == {"scratch": None, "scratch_long": None, "mae": 0.5}
+    notes = command._notes(config, tasks, cards={"mae": fakes.card(Path())}, cases=5, fingerprint="f" * 16)
+    assert "mae differs from the others in: optim.lr=0.5." in notes
+
+
+def test_fewer_draws_for_a_slow_baseline():
+    config = fakes.config(init_draws={"scratch_long": 1})
+    grid = plans.fit_grid(config)
+    assert len([cell for cell in grid if cell[0] == "scratch_long"]) == 3
+    assert len(grid) == 21
+
+
+# -- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_encoder_files_go_with_their_inits(tmp_path):
+    file = tmp_path / "e.safetensors"
+    file.write_text("weights")
+    config = fakes.config(inits={"scratch": "scratch", "given": "encoder"})
+    run(tmp_path / "out", config=config, encoders={"given": file})
+    with pytest.raises(ConfigError, match="--encoder given=FILE"):
+        run(tmp_path / "out2", config=config)
+    with pytest.raises(ConfigError, match="names no init of kind 'encoder'; known: given"):
+        run(tmp_path / "out2", config=config, encoders={"given": file, "gevin": file})
+
+
+def test_too_large_budget_and_scored_scans_in_training_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="budget 9"):
+        run(tmp_path / "out", config=fakes.config(budgets=[1, 9]))
+    leaking = fakes.archive(hashes={"s7": "s2"})
+    with pytest.raises(
+        UserError, match="1 of 5 scored cases hold a scan that also stands on the training side"
+    ):
+        plans.scored_cases(fakes.config(), leaking, leaking)
+    with pytest.raises(UserError, match="no labeled case in subset 'development'"):
+        plans.scored_cases(fakes.config(subset="development"), fakes.archive(), fakes.archive())
+
+
+def test_scratch_long_without_pretraining_is_refused():
+    with pytest.raises(ConfigError, match="no init is pretrained"):
+        fakes.config(inits={"scratch": "scratch", "scratch_long": "scratch_long"})
+
+
+def test_usage_errors():
+    with pytest.raises(ConfigError, match="needs CONFIG, OUT and --archive"):
+        command.main(["phantom", "out"])
+    with pytest.raises(ConfigError, match="write NAME=FILE"):
+        command.main(["phantom", "out", "--archive", "a", "--encoder", "x"])
+    with pytest.raises(ConfigError, match="at least 1"):
+        command.main(["phantom", "out", "--archive", "a", "--workers", "0"])

@@ -1,0 +1,175 @@
+"""``evaluate``: rows in the contract's columns, keys only, and never over another result."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from finetune.evaluate import main
+from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
+from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.inference import Predictor
+from tests.evaluations.fakes import MemoryArchive, Threshold, bright_cube, card
+
+BOX = (slice(4, 9), slice(3, 11), slice(5, 8))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A segmenter file and an archive whose classes, test cases and answers are known; calls are counted."""
+    archive = MemoryArchive(classes=("background", "bright", "never"))
+    for i in range(3):
+        volume = bright_cube((14, 13, 12), BOX)
+        archive.add_scan(f"s{i}", volume, subject=f"p{i}")
+        archive.add_case(f"c{i}", [f"s{i}"], (volume > 0).astype(np.uint8), known=(True, True, i != 1))
+    archive.set_split(train=("p0",), test=("p1", "p2"))
+    calls = []
+
+    def load(path, **options):
+        calls.append(options)
+        return Predictor(Threshold(classes=3), card(classes=archive.classes))
+
+    monkeypatch.setattr("medseg_ssl.data.archive.Archive.open", lambda path: archive)
+    monkeypatch.setattr("medseg_ssl.inference.Predictor.load", load)
+    (tmp_path / "segmenter.safetensors").write_bytes(b"weights")
+    return tmp_path, calls
+
+
+def run(folder, *more, out="out"):
+    return main(
+        [
+            str(folder / "segmenter.safetensors"),
+            str(folder / out),
+            "--archive",
+            str(folder / "archive"),
+            *more,
+        ]
+    )
+
+
+def test_cases_and_summary(world, capsys):
+    folder, _ = world
+    out = run(folder, "--task", "cubes", "--nsd-tolerance-mm", "1.5")
+    with (out / "cases.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    assert tuple(reader.fieldnames) == CASE_COLUMNS
+    assert [(r["case"], r["class"]) for r in rows] == [
+        (c, k) for c in ("c1", "c2") for k in ("bright", "never")
+    ]
+    assert rows[0]["dice"] == "1"
+    assert rows[0]["nsd_tolerance_mm"] == "1.5"
+    assert (rows[0]["task"], rows[0]["target"], rows[0]["init"]) == ("cubes", "CT", "fake")
+    assert rows[1]["dice"] == rows[3]["dice"] == ""
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["metrics"]["dice"] == {"mean": 1.0, "std": 0.0, "cases": 2}
+    assert summary["cases"] == 2
+    assert "bright" in capsys.readouterr().out
+    for file in out.iterdir():
+        assert str(folder) not in file.read_text()
+
+
+def test_other_subset(world):
+    folder, _ = world
+    with (run(folder, "--subset", "train") / "cases.csv").open(newline="") as file:
+        assert {row["case"] for row in csv.DictReader(file)} == {"c0"}
+
+
+def test_a_second_run_finds_its_results_and_another_is_refused(world, capsys):
+    folder, _ = world
+    out = run(folder)
+    before = (out / "cases.csv").stat().st_mtime_ns
+    assert run(folder) == out
+    assert "already holds" in capsys.readouterr().out
+    assert (out / "cases.csv").stat().st_mtime_ns == before
+    with pytest.raises(
+        ConfigError, match=r"they differ in nsd_tolerance_mm: nsd_tolerance_mm 2.0 there, 3.0 here"
+    ):
+        run(folder, "--nsd-tolerance-mm", "3")
+    (folder / "segmenter.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ConfigError, match="segmenter"):
+        run(folder)
+
+
+def test_an_interrupted_run_goes_on_in_its_folder(world):
+    folder, _ = world
+    out = run(folder)
+    (out / "summary.json").unlink()
+    run(folder)
+    assert (out / "summary.json").is_file()
+
+
+def test_a_folder_of_something_else_is_left_alone(world):
+    folder, _ = world
+    (folder / "out").mkdir()
+    (folder / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds something else"):
+        run(folder)
+    assert [f.name for f in (folder / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_wrong_usage(world):
+    folder, _ = world
+    with pytest.raises(ConfigError, match="subset"):
+        run(folder, "--subset", "tests")
+    with pytest.raises(UserError, match="negative"):
+        run(folder, "--nsd-tolerance-mm", "-1")
+    with pytest.raises(UserError, match="no labeled case in subset 'development'"):
+        run(folder, "--subset", "development")
+    assert not (folder / "out").exists()
+
+
+def test_prepared_archive_of_turned_anisotropic_scans(tmp_path, monkeypatch):
+    """Files -> prepare at another spacing -> evaluate: the threshold's answer is right on every label's own grid."""
+    import nibabel as nib
+
+    from medseg_ssl.data.archive import Archive
+    from pretrain.prepare import main as prepare
+
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    rng = np.random.default_rng(0)
+    for i, (order, signs) in enumerate(
+        [((0, 1, 2), (-1, -1, 1)), ((2, 0, 1), (1, -1, -1)), ((1, 2, 0), (1, 1, 1))]
+    ):
+        shape = (34 + i, 41, 17)
+        array = rng.normal(-100, 3, shape).astype(np.float32)
+        array[8:26, 10:30, 5:13] = 100
+        matrix = np.eye(4)
+        matrix[:3, :3] = 0.0
+        for axis, (ras, sign) in enumerate(zip(order, signs, strict=True)):
+            matrix[ras, axis] = sign * (0.9, 1.0, 2.5)[axis]
+        nib.save(nib.Nifti1Image(array, matrix), raw / f"p{i}_CT.nii.gz")
+        nib.save(nib.Nifti1Image((array > 0).astype(np.uint8), matrix), raw / f"p{i}_label.nii.gz")
+    recipe = (
+        "source: {name: folder, pattern: '{subject}_{modality}.nii.gz', modalities: {CT: {modality: CT}},"
+        " label_pattern: '{subject}_label.nii.gz', classes: {1: bright}}\n"
+        "spacing_mm: [1.25, 1.25, 1.25]\nsplit: {seed: 0, test: 2, development: 0}\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    archive = tmp_path / "archive"
+    prepare(
+        [
+            "--config",
+            str(tmp_path / "recipe.yaml"),
+            "--root",
+            str(raw),
+            "--out",
+            str(archive),
+            "--workers",
+            "1",
+        ]
+    )
+
+    opened = Archive.open(archive)
+    one = Predictor(Threshold(), card(classes=opened.classes, spacing_mm=(1.25,) * 3, crop_size=(24, 24, 24)))
+    monkeypatch.setattr("medseg_ssl.inference.Predictor.load", lambda path, **options: one)
+    (tmp_path / "s.safetensors").write_bytes(b"weights")
+    out = main([str(tmp_path / "s.safetensors"), str(tmp_path / "out"), "--archive", str(archive)])
+    with (out / "cases.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    # only voxels that straddle the box's faces may differ after the way there and back
+    assert all(float(row["dice"]) > 0.95 for row in rows)
+    assert all(float(row["hd95_mm"]) <= 2.5 for row in rows)

@@ -1,0 +1,170 @@
+import json
+
+import pytest
+import torch
+import yaml
+
+from finetune.run import SHELVES, FinetuneConfig, main, run_finetune
+from medseg_ssl.config import ConfigError, UserError, parse
+from medseg_ssl.nets import encoder_file
+from pretrain.run import main as pretrain
+from tests.train.archives import write_archive
+
+COMMON = [
+    "objective.size=[16,16,16]",
+    "data.batch_size=2",
+    "train.accelerator=cpu",
+    "wandb.mode=disabled",
+    "--quiet",
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    archive = write_archive(folder / "archive").path
+    encoder = pretrain(["mae", str(folder / "mae"), "--archive", str(archive), "train.steps=2", *COMMON])
+    return archive, encoder
+
+
+def finetune(archive, run, *more):
+    return main(["segmentation", str(run), "--archive", str(archive), "train.steps=3", *COMMON, *more])
+
+
+def test_from_an_encoder_file_with_its_decoder(world, tmp_path):
+    archive, encoder = world
+    shipped = finetune(
+        archive,
+        tmp_path,
+        "--encoder",
+        str(encoder),
+        "transfer.decoder=true",
+        "evaluations={segmentation: {}}",
+    )
+    card = encoder_file.load_card(shipped)
+    assert (card.kind, card.classes, card.crop_size) == ("segmenter", ("background", "organ"), (16, 16, 16))
+    assert card.modalities == ("CT",)
+    audit = (tmp_path / "audit.txt").read_text()
+    assert "100.0% of the encoder's parameters taken, 100.0% of the decoder's" in audit
+    assert "eval/segmentation/dice" in (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads((tmp_path / "inputs.json").read_text())["cases"].startswith("4 (")
+
+
+def test_what_is_shipped_predicts(world, tmp_path):
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.inference import Predictor
+
+    archive, _ = world
+    shipped = finetune(archive, tmp_path)
+    opened = Archive.open(archive)
+    label = Predictor.load(shipped).predict_case(opened, "case-s6")
+    assert label.shape == opened.original_label("case-s6")[0].shape
+
+
+def test_it_learns_from_few_labels(world, tmp_path):
+    archive, _ = world
+    finetune(archive, tmp_path, "train.steps=40", "train.log_every=5", "optim.lr=0.01", "train.ema=null")
+    losses = [
+        json.loads(line)["train/loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_encoder_of_the_file_is_the_default(world, tmp_path):
+    archive, encoder = world
+    finetune(archive, tmp_path, "encoder=null", "--encoder", str(encoder))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["encoder"]["size"] == "tiny"
+    with pytest.raises(
+        ConfigError, match="no encoder: give the config an 'encoder:' block, or an encoder file"
+    ):
+        finetune(archive, tmp_path / "none", "encoder=null")
+
+
+def test_weights_really_come_from_the_file(world, tmp_path):
+    archive, encoder = world
+    frozen = ["optim.encoder_lr_scale=0", "--encoder", str(encoder)]
+    shipped = finetune(archive, tmp_path, *frozen)
+    before, after = (encoder_file.build(p).encoder.state_dict() for p in (encoder, shipped))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_encoder_file_is_another_run(world, tmp_path, tmp_path_factory):
+    archive, encoder = world
+    finetune(archive, tmp_path, "--encoder", str(encoder))
+    with pytest.raises(ConfigError, match=r'encoder: "[0-9a-f]{16}" -> null'):
+        finetune(archive, tmp_path)
+
+
+def test_another_topology_is_refused(world, tmp_path):
+    archive, encoder = world
+    with pytest.raises(UserError):
+        finetune(
+            archive,
+            tmp_path / "run",
+            "--encoder",
+            str(encoder),
+            "encoder.size=s",
+            "objective.size=[64,64,64]",
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("cases", "told"),
+    [
+        (["case-s6"], "belongs to a test subject"),
+        (["nobody"], "no labeled case 'nobody'"),
+        (["mr-s0"], "no labeled case 'mr-s0'"),
+        ([], "no cases to train on"),
+    ],
+)
+def test_cases_that_may_not_be_trained_on(world, tmp_path, cases, told):
+    config = parse(
+        FinetuneConfig, {"encoder": {"name": "resenc"}, "data": {"batch_size": 2}, "train": {"steps": 1}}
+    )
+    with pytest.raises(UserError, match=told):
+        run_finetune(config, tmp_path, archive=world[0], cases=cases, quiet=True)
+
+
+def test_only_the_given_cases_are_read(world, tmp_path, monkeypatch):
+    from medseg_ssl.data.archive import Archive
+
+    read = set()
+    original = Archive.read_label
+    monkeypatch.setattr(
+        Archive, "read_label", lambda self, case, *box: read.add(case) or original(self, case, *box)
+    )
+    tree = {
+        "encoder": {"name": "resenc", "size": "tiny"},
+        "objective": {"name": "segmentation", "size": [16, 16, 16]},
+        "data": {"batch_size": 2},
+        "train": {"steps": 2, "accelerator": "cpu"},
+        "wandb": {"mode": "disabled"},
+    }
+    run_finetune(parse(FinetuneConfig, tree), tmp_path, archive=world[0], cases=["case-s1"], quiet=True)
+    assert read == {"case-s1"}
+
+
+def test_no_labels(tmp_path):
+    archive = write_archive(tmp_path / "archive", labels=False).path
+    with pytest.raises(UserError, match="no labeled cases"):
+        finetune(archive, tmp_path / "run")
+
+
+def test_the_decoder_has_one_place(world, tmp_path):
+    with pytest.raises(ConfigError, match=r"objective.decoder stands at the top level"):
+        finetune(world[0], tmp_path, "objective.decoder={name: unet}")
+
+
+def test_every_shipped_config_parses_and_round_trips():
+    from medseg_ssl.commandline import configs_folder
+    from medseg_ssl.config import to_yaml
+    from medseg_ssl.train.session import read_config
+
+    files = sorted((configs_folder() / "finetune").glob("*.yaml"))
+    assert {"segmentation", "segmentation_l"} <= {f.stem for f in files}
+    for file in files:
+        config = read_config(FinetuneConfig, file, [], shelves=SHELVES)
+        without = {k: v for k, v in yaml.safe_load(to_yaml(config)).items()}
+        without["objective"].pop("decoder", None)
+        assert parse(FinetuneConfig, without)

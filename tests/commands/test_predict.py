@@ -1,0 +1,168 @@
+"""``predict``: label maps in the input's geometry, nothing overwritten, one line per failing file."""
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.predict import find_cases, main
+from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.data.nifti import original_grid, read_label, read_nifti, write_nifti
+from medseg_ssl.inference import Predictor
+from tests.evaluations.fakes import CT_POLICY, Threshold, affine, bright_cube, card
+
+BOX = (slice(4, 9), slice(3, 11), slice(5, 8))
+GRID = affine((2.0, 1.0, 1.0), origin=(-4.0, 3.0, 9.0))
+
+
+def write_scan(path, shape=(14, 13, 12)):
+    volume = bright_cube(shape, BOX)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_nifti(path, volume, original_grid(shape, GRID)), volume
+
+
+@pytest.fixture
+def segmenter(monkeypatch):
+    def use(**changes):
+        one = Predictor(Threshold(), card(**changes))
+        monkeypatch.setattr("medseg_ssl.inference.Predictor.load", lambda path, **options: one)
+        return one
+
+    use()
+    return use
+
+
+def run(tmp_path, *more, source="in"):
+    return main([str(tmp_path / "s.safetensors"), str(tmp_path / source), str(tmp_path / "out"), *more])
+
+
+def test_folder_of_files(tmp_path, segmenter):
+    _, first = write_scan(tmp_path / "in" / "a.nii.gz")
+    _, second = write_scan(tmp_path / "in" / "b_0000.nii", shape=(20, 13, 31))
+    (tmp_path / "in" / "notes.txt").write_text("not a scan")
+    out = run(tmp_path)
+    assert sorted(f.name for f in out.iterdir()) == ["a.nii.gz", "b.nii.gz"]
+    for name, volume in (("a", first), ("b", second)):
+        label = read_label(out / f"{name}.nii.gz")
+        assert np.array_equal(label.array, volume > 0)
+        assert np.allclose(label.affine_44, GRID)
+
+
+def test_probabilities(tmp_path, segmenter):
+    _, volume = write_scan(tmp_path / "in" / "a.nii.gz")
+    out = run(tmp_path, "--probabilities", source="in/a.nii.gz")
+    bright = read_nifti(out / "probabilities" / "a_bright.nii.gz")
+    rest = read_nifti(out / "probabilities" / "a_background.nii.gz")
+    assert np.array_equal(bright.array > 0.5, volume > 0)
+    assert np.allclose(bright.array + rest.array, 1.0, atol=1e-5)
+
+
+def test_existing_output_is_left_alone(tmp_path, segmenter, capsys):
+    write_scan(tmp_path / "in" / "a.nii.gz")
+    write_scan(tmp_path / "in" / "b.nii.gz")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.nii.gz").write_bytes(b"precious")
+    run(tmp_path)
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"precious"
+    assert (tmp_path / "out" / "b.nii.gz").is_file()
+    assert "left alone" in capsys.readouterr().err
+
+
+def test_a_failing_file_is_one_line_and_the_others_go_on(tmp_path, segmenter, capsys):
+    path, _ = write_scan(tmp_path / "in" / "a.nii.gz")
+    (tmp_path / "in" / "b.nii.gz").write_bytes(path.read_bytes()[:200])
+    write_scan(tmp_path / "in" / "c.nii.gz")
+    with pytest.raises(UserError, match="1 of 3 cases failed") as caught:
+        run(tmp_path)
+    assert caught.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("b:") for line in lines) == 1
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+
+
+def test_a_bug_in_one_case_does_not_lose_the_others(tmp_path, segmenter, monkeypatch, capsys):
+    one = segmenter()
+    right = one.predict_nifti
+
+    def wrong(paths, **options):
+        if paths[0].name.startswith("a"):
+            raise ZeroDivisionError("by zero")
+        return right(paths, **options)
+
+    monkeypatch.setattr(one, "predict_nifti", wrong)
+    write_scan(tmp_path / "in" / "a.nii.gz")
+    write_scan(tmp_path / "in" / "b.nii.gz")
+    with pytest.raises(UserError, match="1 of 2"):
+        run(tmp_path)
+    assert "a: internal error ZeroDivisionError: by zero" in capsys.readouterr().err
+    assert (tmp_path / "out" / "b.nii.gz").is_file()
+    (tmp_path / "out" / "b.nii.gz").unlink()
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, "--debug")
+
+
+def test_several_channels_are_named_as_nnunet_does(tmp_path, segmenter, capsys):
+    one = segmenter(channels_in=2, modalities=("CT", "CT"))
+    for name in ("a_0000", "a_0001", "lone_0000"):
+        write_scan(tmp_path / "in" / f"{name}.nii.gz")
+    with pytest.raises(UserError, match="1 of 2"):
+        run(tmp_path)
+    assert "lone: lone_0000.nii.gz has 1 channel(s), the segmenter takes 2" in capsys.readouterr().err
+    assert (tmp_path / "out" / "a.nii.gz").is_file()
+    assert one.segmenter.seen[0][0][1] == 2
+    assert list(find_cases(tmp_path / "in" / "a_0000.nii.gz", channels=2)) == ["a"]
+    assert len(find_cases(tmp_path / "in" / "a_0000.nii.gz", channels=2)["a"]) == 2
+
+
+def test_wrong_input_is_one_clear_line(tmp_path, segmenter):
+    with pytest.raises(UserError, match="no file or folder"):
+        run(tmp_path)
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="no NIfTI file"):
+        run(tmp_path)
+    write_scan(tmp_path / "in" / "a.nii.gz")
+    with pytest.raises(ConfigError, match="folder of the input"):
+        main(["s", str(tmp_path / "in"), str(tmp_path / "in")])
+    with pytest.raises(ConfigError, match="is a file"):
+        main(["s", str(tmp_path / "in"), str(tmp_path / "in" / "a.nii.gz")])
+    write_scan(tmp_path / "in" / "a_0000.nii.gz")
+    with pytest.raises(UserError, match=r"would become case 'a': a.nii.gz, a_0000.nii.gz"):
+        run(tmp_path)
+    with pytest.raises(UserError, match="CASE_0000"):
+        find_cases(tmp_path / "in" / "a.nii.gz", channels=2)
+
+
+def test_a_real_segmenter_file(tmp_path):
+    from medseg_ssl.config import find
+    from medseg_ssl.nets import encoder_file
+    from medseg_ssl.nets.decoders.base import Decoder
+    from medseg_ssl.nets.encoders.base import Encoder
+    from medseg_ssl.nets.segmenter import Segmenter
+
+    torch.manual_seed(0)
+    resenc = find("medseg_ssl.nets.encoders", "resenc", Encoder)
+    unet = find("medseg_ssl.nets.decoders", "unet", Decoder)
+    encoder = resenc(resenc.Config(features=(4, 8, 8), blocks=(1, 1, 1)), 1)
+    decoder = unet(unet.Config(), encoder.channels, encoder.strides)
+    one = Segmenter(encoder, decoder, 3, supervised_levels=2)
+    made = encoder_file.Card(
+        kind="segmenter",
+        encoder={},
+        classes=("background", "a", "b"),
+        crop_size=(16, 16, 16),
+        spacing_mm=(2.0, 1.0, 1.0),
+        intensity={"CT": CT_POLICY},
+        modalities=("CT",),
+    )
+    file = encoder_file.save(
+        tmp_path / "s.safetensors", encoder=encoder, decoder=decoder, head=one.heads, card=made
+    )
+    write_scan(tmp_path / "in" / "a.nii.gz", shape=(17, 33, 20))
+    out = main([str(file), str(tmp_path / "in"), str(tmp_path / "out")])
+    label = read_label(out / "a.nii.gz")
+    assert label.array.shape == (17, 33, 20)
+    assert label.array.max() <= 2
+    encoder_file.save(
+        tmp_path / "e.safetensors", encoder=encoder, card=made.model_copy(update={"kind": "encoder"})
+    )
+    with pytest.raises(UserError, match="holds an encoder, no segmenter"):
+        main([str(tmp_path / "e.safetensors"), str(tmp_path / "in"), str(tmp_path / "other")])

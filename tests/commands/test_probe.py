@@ -1,0 +1,93 @@
+"""``probe``: named evaluations of a frozen encoder into scores.csv, and all config errors at once."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from medseg_ssl.config import ConfigError
+from medseg_ssl.inference import FrozenEncoder
+from pretrain.probe import SCORE_COLUMNS, main
+from tests.evaluations.fakes import MemoryArchive, PooledEncoder, card
+
+CONFIG = """
+evaluations:
+  health: {crops: 8, crop_size: [8, 8, 8]}
+  retrieval: {modalities: [CT, MR], crop_size: [8, 8, 8], draws: 2}
+"""
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    archive = MemoryArchive(classes=())
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        for modality, unit in (("CT", "HU"), ("MR", "raw")):
+            volume = rng.uniform(20, 90, (12, 12, 12)).astype(np.float32)
+            archive.add_scan(f"{modality}{i}", volume, subject=f"p{i}", modality=modality, unit=unit)
+    archive.set_split(test=("p0", "p1", "p2"), train=("p3",))
+    monkeypatch.setattr("medseg_ssl.data.archive.Archive.open", lambda path: archive)
+    monkeypatch.setattr(
+        "medseg_ssl.inference.FrozenEncoder.load",
+        lambda path, **options: FrozenEncoder(PooledEncoder(), card(kind="encoder")),
+    )
+    (tmp_path / "encoder.safetensors").write_bytes(b"weights")
+    (tmp_path / "probe.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def run(folder, *more):
+    encoder = str(folder / "encoder.safetensors")
+    return main(
+        [encoder, str(folder / "out"), "--archive", "a", "--config", str(folder / "probe.yaml"), *more]
+    )
+
+
+def test_scores_summary_and_tables(world):
+    out = run(world)
+    with (out / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == SCORE_COLUMNS
+    names = {(r["evaluation"], r["name"]) for r in rows}
+    assert {("health", "effective_rank/all"), ("retrieval", "top1/CT-MR"), ("retrieval", "chance")} <= names
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["scores"]["retrieval"]["chance"] == pytest.approx(1 / 3)
+    with (out / "tables" / "retrieval.csv").open(newline="") as file:
+        assert {r["subject"] for r in csv.DictReader(file)} == {"p0", "p1", "p2"}
+    assert "health:" in (out / "config.yaml").read_text()
+    assert all(str(world) not in f.read_text() for f in out.rglob("*") if f.is_file())
+
+
+def test_second_run_and_another_config(world, capsys):
+    out = run(world)
+    assert run(world) == out
+    assert "already holds" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="differ in config"):
+        run(world, "evaluations.retrieval.draws=3")
+
+
+def test_health_alone_without_a_config(world):
+    out = main([str(world / "encoder.safetensors"), str(world / "out"), "--archive", "a"])
+    assert set(json.loads((out / "summary.json").read_text())["scores"]) == {"health"}
+
+
+def test_every_wrong_key_at_once(world):
+    with pytest.raises(ConfigError) as caught:
+        run(world, "evaluations.retrieval.drawz=3", "evaluations.helth.crops=3")
+    assert "drawz" in str(caught.value)
+    assert "no evaluation named 'helth' (did you mean 'health'?)" in str(caught.value)
+    assert not (world / "out").exists()
+    with pytest.raises(ConfigError, match="evaluate"):
+        run(world, "evaluations={segmentation: {}}")
+
+
+def test_shipped_config_parses():
+    from medseg_ssl.commandline import configs_folder
+    from medseg_ssl.config import parse, read_yaml
+    from pretrain.probe import ProbeConfig
+
+    files = sorted((configs_folder() / "probe").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert parse(ProbeConfig, read_yaml(file), where=file.name).build()

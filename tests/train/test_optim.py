@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from medseg_ssl.config import ConfigError, parse
+from medseg_ssl.train.optim import OptimConfig, build_optimizer, param_groups
+from tests.train.conftest import TinyObjective
+
+
+def build(objective=None, **options):
+    return build_optimizer(objective or TinyObjective(), parse(OptimConfig, options), total_steps=100)
+
+
+def test_groups_split_encoder_and_vectors():
+    groups = param_groups(TinyObjective(), parse(OptimConfig, {"weight_decay": 0.1}))
+    found = {(g["role"], g["weight_decay"]): [tuple(p.shape) for p in g["params"]] for g in groups}
+    assert found == {
+        ("encoder", 0.1): [(4, 1, 3, 3, 3)],
+        ("encoder", 0.0): [(4,)],
+        ("rest", 0.1): [(1, 4)],
+        ("rest", 0.0): [(1,), (4,), (4,)],
+    }
+
+
+def test_frozen_parameters_are_left_out():
+    objective = TinyObjective()
+    objective.encoder.requires_grad_(False)
+    assert {g["role"] for g in param_groups(objective, OptimConfig())} == {"rest"}
+    objective.requires_grad_(False)
+    with pytest.raises(ConfigError, match="nothing to train"):
+        build(objective)
+
+
+def test_rates_known_answers():
+    optimizer = build(
+        lr=1.0, warmup="10%", schedule="constant", encoder_lr_scale=0.1, decoder_first="20 steps"
+    )
+
+    def rates(progress):
+        optimizer.set_rates(progress)
+        shown = optimizer.shown_rates()
+        return shown["lr_encoder"], shown["lr_rest"]
+
+    assert rates(0.05) == pytest.approx((0.0, 0.5))
+    assert rates(0.15) == pytest.approx((0.0, 1.0))
+    assert rates(0.25) == pytest.approx((0.05, 1.0))
+    assert rates(0.9) == pytest.approx((0.1, 1.0))
+
+
+def test_a_waiting_encoder_does_not_move():
+    objective = TinyObjective()
+    optimizer = build(objective, lr=0.1, decoder_first="50%", weight_decay=0.1)
+    before = objective.encoder.first.weight.clone()
+    optimizer.set_rates(0.3)
+    objective.encoder.first.weight.grad = torch.ones_like(before)
+    objective.head.weight.grad = torch.ones_like(objective.head.weight)
+    optimizer.optimizer.step()
+    assert torch.equal(objective.encoder.first.weight, before)
+
+
+def test_unknown_optimizer_lists_the_choices():
+    with pytest.raises(
+        ConfigError, match=r"no optimizer named 'adamww' \(did you mean 'adamw'\?\); known: adamw, sgd"
+    ):
+        build(name="adamww")
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb"])
+def test_each_optimizer_takes_a_step(name):
+    objective = TinyObjective()
+    optimizer = build(objective, name=name, lr=0.1)
+    before = objective.head.weight.clone()
+    optimizer.set_rates(0.5)
+    for parameter in objective.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.optimizer.step()
+    assert not torch.equal(before, objective.head.weight)
+    assert len(optimizer.optimizer.param_groups) == len(optimizer.rates)
+
+
+def test_wrong_keys_are_told_at_once():
+    with pytest.raises(ConfigError, match=r"2 errors.*optim.schedule: .*unknown key 'optim.learning_rate'"):
+        parse(OptimConfig, {"learning_rate": 1, "schedule": "cosin"}, prefix="optim")
