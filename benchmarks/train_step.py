@@ -114,7 +114,7 @@ def make_step(
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """Answer every line on stdin with the seconds one step took."""
+    """Answer every line on stdin with the seconds a step took, by the clock and summed over cores."""
     import torch
 
     torch.set_num_threads(arguments.threads)
@@ -126,9 +126,9 @@ def worker(arguments: argparse.Namespace) -> None:
     sys.stdout.write(json.dumps(facts) + "\n")
     sys.stdout.flush()
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         step()
-        sys.stdout.write(f"{time.perf_counter() - start}\n")
+        sys.stdout.write(f"{time.perf_counter() - start} {time.process_time() - cpu}\n")
         sys.stdout.flush()
 
 
@@ -146,6 +146,7 @@ class Side:
         )
         self.facts = json.loads(self._line())
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -159,7 +160,9 @@ class Side:
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        self.seconds.append(float(self._line()))
+        seconds, cpu_seconds = map(float, self._line().split())
+        self.seconds.append(seconds)
+        self.cpu_seconds.append(cpu_seconds)
 
     def close(self) -> None:
         """End the worker."""
@@ -185,7 +188,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         },
         "facts": {name: side.facts for name, side in sides.items()},
         "seconds": {name: side.seconds for name, side in sides.items()},
+        "cpu_seconds": {name: side.cpu_seconds for name, side in sides.items()},
         "median_s": median,
+        "cpu_ratio": statistics.median(sides["ours"].cpu_seconds)
+        / statistics.median(sides["peer"].cpu_seconds),
         "ratio": median["ours"] / median["peer"],
         "ratio_of_pairs": statistics.median(ratios),
     }
@@ -237,6 +243,7 @@ def _show(result: dict) -> None:
     console.print(
         f"ratio ours / peer: {result['ratio']:.3f} (median of pairs {result['ratio_of_pairs']:.3f})"
     )
+    console.print(f"ratio of CPU seconds, which a busy machine disturbs less: {result['cpu_ratio']:.3f}")
 
 
 if __name__ == "__main__":

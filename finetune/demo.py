@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def parser() -> Parser:
     """The arguments."""
     made = Parser(prog="medseg-ssl demo", description=__doc__)
-    made.add_argument("out", nargs="?", default="runs/demo", help="folder for everything (default: %(default)s)")
+    made.add_argument(
+        "out", nargs="?", default="runs/demo", help="folder for everything (default: %(default)s)"
+    )
     made.add_argument("--subjects", type=int, default=28, help="phantom subjects (default: %(default)s)")
     made.add_argument("--config", default="phantom", help="compare config (default: %(default)s)")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the compare config")

@@ -21,5 +21,7 @@ def real_data() -> Path:
     """Folder of real volumes; the test is skipped, with the reason, where there is none."""
     folder = Path(os.environ.get("MEDSEG_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(f"no real volumes: set MEDSEG_DATA or put them at ../shared/data ({folder.name} not found)")
+        pytest.skip(
+            f"no real volumes: set MEDSEG_DATA or put them at ../shared/data ({folder.name} not found)"
+        )
     return folder

@@ -64,12 +64,12 @@ Tables = dict[tuple[str, int], Table]
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``cases.csv`` with numbers as numbers; an empty metric is NaN."""
+    """Rows of a ``cases.csv`` with numbers as numbers; an empty metric is NaN, an empty count −1."""
     rows: list[dict[str, Any]] = []
     with Path(path).open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             for column in ("budget", "draw", "seed"):
-                row[column] = int(row[column])
+                row[column] = int(row[column]) if row[column] else -1  # `evaluate` knows none of them
             for column in (*METRICS, "nsd_tolerance_mm"):
                 row[column] = float(row[column]) if row[column] not in ("", None) else math.nan
             rows.append(row)

@@ -9,7 +9,7 @@ for at any time, in any process.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -143,9 +143,7 @@ class Sampler:
         rows = [row for row in self._archive.scans.values() if self._wanted(row.subject)]
         if not rows:
             raise UserError(f"no scan to draw from in archive {self._archive.path}")
-        return [
-            _Unit((row.modality,), row.subject, (row.key,)) for row in sorted(rows, key=lambda row: row.key)
-        ]
+        return self._ordered(_Unit((row.modality,), row.subject, (row.key,)) for row in rows)
 
     def _pairs(self, relations: Sequence[str]) -> list[_Unit]:
         unknown = [r for r in relations if r not in RELATIONS]
@@ -155,7 +153,9 @@ class Sampler:
         scans = self._archive.scans
         units = []
         for pair in self._archive.pairs:
-            a, b = scans[pair.scan_a], scans[pair.scan_b]
+            a, b = sorted(
+                (scans[pair.scan_a], scans[pair.scan_b]), key=lambda row: (row.modality, row.content_hash, row.key)
+            )
             if pair.relation in wanted and self._wanted(a.subject):
                 units.append(_Unit((a.modality, b.modality), a.subject, (a.key, b.key), None, pair.relation))
         if not units:
@@ -165,7 +165,7 @@ class Sampler:
                 f"{', '.join(sorted(wanted))}; the archive has {', '.join(present) or 'no pairs'}"
                 + ("" if self._subjects is None else f" (over all subjects; {len(self._subjects)} asked for)")
             )
-        return sorted(units, key=lambda unit: (unit.scans, unit.relation))
+        return self._ordered(units)
 
     def _cases(self, cases: Collection[str] | None) -> list[_Unit]:
         rows = {key: row for key, row in self._archive.cases.items() if row.labeled}
@@ -182,7 +182,16 @@ class Sampler:
         modality = {
             key: tuple(self._archive.scans[s].modality for s in row.scans) for key, row in rows.items()
         }
-        return [_Unit(modality[key], row.subject, row.scans, key) for key, row in sorted(rows.items())]
+        return self._ordered(_Unit(modality[key], row.subject, row.scans, key) for key, row in rows.items())
+
+    def _ordered(self, units: Iterable[_Unit]) -> list[_Unit]:
+        # by voxels before keys: keys are salted, and a run must draw the same scans from every archive of the same data
+        scans = self._archive.scans
+
+        def place(unit: _Unit) -> tuple[object, ...]:
+            return (tuple(scans[key].content_hash for key in unit.scans), unit.scans, unit.relation)
+
+        return sorted(units, key=place)
 
     def _known(
         self, asked: Collection[str], there: Collection[str], *, what: str = "subject"

@@ -182,7 +182,11 @@ class DenseContrast(nn.Module):
             # a coarse map shows points within a cell alike, so its radius grows with the cell
             radius_B = self.radius_mm + (max(stride) - 1) * a.spacing_mm_B3.min(dim=1).values
             loss, hit = dense_info_nce(
-                _as_points(read_a), _as_points(read_b), points, temperature=self.temperature, radius_mm=radius_B
+                _as_points(read_a),
+                _as_points(read_b),
+                points,
+                temperature=self.temperature,
+                radius_mm=radius_B,
             )
             losses.append(loss)
             hits.append(hit)

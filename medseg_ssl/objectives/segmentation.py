@@ -125,11 +125,7 @@ class Segmentation(Objective):
         view = batch.views["labeled"][0]
         assert view.label_BDHW is not None
         predicted = self.logits(view)[0].argmax(dim=1)
-        return {
-            "image": view.image_BCDHW[:, 0].float(),
-            "truth": view.label_BDHW.float(),
-            "prediction": predicted.float(),
-        }
+        return {"image": view.image_BCDHW[:, 0].float(), "truth": view.label_BDHW, "prediction": predicted}
 
 
 def merge_unknown(logits_BKDHW: Tensor, known_BK: Tensor) -> Tensor:
