@@ -87,6 +87,7 @@ def compare(
         pretrains = plans.pretrain_tasks(config, out, archive=archive)
         files = {**given, **crew.pretrain(pretrain, pretrains)}
         cards = {name: _card(path) for name, path in files.items()}
+        _check_networks(config, cards)
         longest = max((card["steps"] for card in cards.values()), default=0)
         if longest == 0 and plans.SCRATCH_LONG in config.inits.values():
             raise ConfigError(
@@ -116,13 +117,11 @@ def compare(
 def _conclude(
     out: Path, config: CompareConfig, failures: Sequence[tuple[FitTask, BaseException]], *, mirror: bool
 ) -> Path:
-    if failures and all(isinstance(error, ConfigError) for _, error in failures):
-        raise failures[0][1]
     try:
         found = write_comparison(out)
     except UserError:
         if failures:
-            raise failure_of(failures) from failures[0][1]
+            raise failure_of(failures) from None
         raise
     if mirror and not failures:
         _mirror(out, config, found.curve)
@@ -159,6 +158,17 @@ def _check_encoders(config: CompareConfig, encoders: Mapping[str, Path]) -> dict
             f"--encoder {unknown[0]}=… names no init of kind 'encoder'; known: {', '.join(wanted) or 'none'}"
         )
     return {name: Path(path) for name, path in encoders.items()}
+
+
+def _check_networks(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]]) -> None:
+    """Without ``finetune.encoder`` every init brings its own network, and scratch takes the first: all must be one."""
+    first, *others = cards or [""]
+    different = [name for name in others if cards[name]["encoder"] != cards[first]["encoder"]]
+    if different and config.finetune.get("encoder") is None:
+        raise ConfigError(
+            f"the encoders of {first!r} and {different[0]!r} are different networks, which compares more than the init;"
+            " compare each with scratch on its own"
+        )
 
 
 def _card(path: Path) -> dict[str, Any]:

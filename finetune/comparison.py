@@ -263,7 +263,9 @@ def training_subsets(config: CompareConfig, archive: Archive) -> dict[int, dict[
     from medseg_ssl.data.budgets import nested_budgets
 
     by_subject: dict[str, list[str]] = {subject: [] for subject in archive.split(config.split).train}
-    for case, row in sorted(archive.cases.items()):
+    # by voxels, not by the salted key: another archive of the same data has the same budgets
+    content = {c: tuple(archive.scans[s].content_hash for s in row.scans) for c, row in archive.cases.items()}
+    for case, row in sorted(archive.cases.items(), key=lambda item: (content[item[0]], item[0])):
         if row.labeled and row.subject in by_subject:
             by_subject[row.subject].append(case)
     by_subject = {s: cases for s, cases in by_subject.items() if cases}

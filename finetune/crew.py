@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medseg_ssl.config import Duration, UserError
+from medseg_ssl.config import ConfigError, Duration, UserError
 from medseg_ssl.fanout import Failure, map_tasks
 from medseg_ssl.train.interrupt import Interrupted
 from medseg_ssl.train.progress import Progress
@@ -35,7 +35,11 @@ class Crew:
         self.engine, self.gpus, self.quiet = engine, tuple(gpus), quiet
 
     def options(self, tasks: int) -> dict[str, Any]:
-        """Arguments of ``map_tasks`` for so many tasks."""
+        """Arguments of ``map_tasks`` for so many tasks.
+
+        The number is that of all tasks, those done before included: sums on a CPU depend on the number of threads, and
+        a comparison that goes on must end with the weights of one that never stopped.
+        """
         side_by_side = max(1, min(self.workers, tasks))
         threads = max(1, self.cores // side_by_side)
         return {"workers": side_by_side, "threads": threads, "engine": self.engine, "gpus": self.gpus}
@@ -54,7 +58,7 @@ class Crew:
                 count += 1
                 progress.say(f"{pending[index].name} is done, {count} of {len(tasks)}")
 
-            options = self.options(len(pending))
+            options = self.options(len(tasks))
             with (
                 _stopping(lambda: f"{count} of {len(tasks)} pretrainings are done"),
                 _watching(pending, progress),
@@ -89,7 +93,7 @@ class Crew:
 
             if tasks:
                 progress.advance(0, total)
-            options = self.options(len(tasks))
+            options = self.options(done + len(tasks))
             with _stopping(lambda: f"{done + finished} of {done + len(tasks)} fits are done"):
                 map_tasks(function, tasks, on_result=tell, on_error="return", describe=name_of, **options)
         return failures
@@ -160,9 +164,13 @@ def visible_gpus(config: CompareConfig) -> list[str]:
 
 
 def failure_of(failures: Sequence[tuple[FitTask, BaseException]]) -> UserError:
-    """One error for all fits that failed."""
+    """One error for all fits that failed; the first one itself where the config is wrong for all of them."""
     task, error = failures[0]
-    return UserError(
+    if isinstance(error, ConfigError) and all(isinstance(other, ConfigError) for _, other in failures):
+        return error
+    found = UserError(
         f"{len(failures)} fits failed, the first is {task.name}: {error}; the others are in the tables, and "
         "the same command tries the failed ones again"
     )
+    found.__cause__ = error
+    return found

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         shutil.rmtree(half, ignore_errors=True)
         write_phantom(half, subjects=given.subjects, seed=0).rename(raw)
     prepared = ["--root", str(raw), "--out", str(archive)]
-    console.print(f"2/3 medseg-ssl prepare --config prepare/phantom {' '.join(prepared)}", soft_wrap=True)
+    console.print(f"2/3 medseg-ssl prepare --config phantom {' '.join(prepared)}", soft_wrap=True)
     prepare.main(["--config", str(find_config("phantom", kind="prepare")), *prepared])
     compared = [given.config, str(comparison), "--archive", str(archive), *given.overrides]
     console.print(f"3/3 medseg-ssl compare {' '.join(compared)}", soft_wrap=True)

@@ -15,7 +15,7 @@ from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
 from medseg_ssl.analysis.metrics import summarize
 from medseg_ssl.analysis.tables import claim, write_csv, write_json
 from medseg_ssl.commandline import Parser
-from medseg_ssl.config import UserError
+from medseg_ssl.config import ConfigError
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -52,14 +52,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     Raises:
         UserError: a file that is no segmenter or archive, classes that differ, or no labeled case to score.
-        ConfigError: OUT holds the results of something else.
+        ConfigError: wrong usage, or OUT holds the results of something else.
     """
     from rich.console import Console
 
     args = parser().parse_args(argv)
     console = Console()
-    if args.nsd_tolerance_mm < 0:
-        raise UserError(f"--nsd-tolerance-mm must not be negative, got {args.nsd_tolerance_mm:g}")
+    if not args.nsd_tolerance_mm >= 0:
+        raise ConfigError(f"--nsd-tolerance-mm must not be negative, got {args.nsd_tolerance_mm:g}")
 
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.evaluations.segmentation import evaluate_cases, labeled_cases

@@ -128,6 +128,7 @@ def fit_and_score(task: FitTask) -> Path:
         (task.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         raise UserError(f"{type(error).__name__}: {error} (see error.txt of this fit)") from error
     done = write_csv(task.folder / DONE, ({**task.columns(), **row} for row in rows), columns=CASE_COLUMNS)
+    (task.folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
     if not task.keep:
         remove_bulky(task.folder)
     return done

@@ -101,7 +101,7 @@ def run(command: Callable[[list[str]], Any], argv: list[str] | None = None) -> i
     debug = "--debug" in words
     before = _on_terminate(_terminate)
     try:
-        command([word for word in words if word != "--debug"])
+        command(list(words))  # with --debug, which every command's parser knows
     except SystemExit as error:  # argparse's --help
         return error.code if isinstance(error.code, int) else 0
     except BaseException as error:

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--split", default="default", help="name of the split to count by")
     arguments = parser.parse_args(argv)
     archive = Archive.open(arguments.archive)
-    console = Console()
+    console = Console(markup=False)  # names may hold brackets
     spacing = archive.recipe.spacing_mm
     grid = "each scan's own spacing" if spacing is None else f"{_mm(spacing)} mm"
     console.print(

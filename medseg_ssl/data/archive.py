@@ -384,7 +384,8 @@ def fingerprint_of(
         {
             "recipe": recipe.model_dump(mode="json"),
             "classes": list(classes),
-            "scans": sorted([row.content_hash, row.modality] for row in scans),
+            # geometry too: a corrected header with the same voxels is another archive
+            "scans": sorted([row.content_hash, row.modality, str(row.affine_44)] for row in scans),
             "labels": sorted(labels),
             "generation": generation,
         }

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from medseg_ssl.data.manifest import CaseRow, PairRow, ScanRow, Split
 from medseg_ssl.data.store import label_hash
 
 _KEY_LENGTH = 16
+_NEXT = ".next"
+"""Folder in which a commit is staged; complete once it holds ``archive.json``."""
 _ROWS_ONLY = ("split", "intensity", "drop_duplicates")
 
 
@@ -60,6 +63,8 @@ class ArchiveWriter:
         wanted = {**recipe.model_dump(mode="json"), "classes": list(classes)}
         started = path / "private" / "recipe.json"
         try:
+            if started.is_file():
+                _finish_commit(path)
             if (path / "archive.json").exists():
                 head = read_head(path)
                 _same_recipe(path, {**head["recipe"], "classes": head["classes"]}, wanted)
@@ -130,7 +135,7 @@ class ArchiveWriter:
         if not generation or fingerprint != self.fingerprint:
             generation += 1
             fingerprint = self._fingerprint(scans, labels, generation)
-        scans = [r if r.key in self.scans else r.model_copy(update={"generation": generation}) for r in scans]
+        scans = [r if self._has(r) else r.model_copy(update={"generation": generation}) for r in scans]
         text = {
             "manifest.jsonl": rows_text(scans),
             "cases.jsonl": rows_text(cases),
@@ -149,6 +154,9 @@ class ArchiveWriter:
         self._remember(archive)
         return archive
 
+    def _has(self, row: ScanRow) -> bool:
+        return row.key in self.scans and self.scans[row.key].content_hash == row.content_hash
+
     def _fingerprint(self, scans: Iterable[ScanRow], labels: Iterable[str], generation: int) -> str:
         return fingerprint_of(self.recipe, self.classes, scans=scans, labels=labels, generation=generation)
 
@@ -162,18 +170,23 @@ class ArchiveWriter:
         summary: Mapping[str, Any] | None,
         head: Mapping[str, Any],
     ) -> None:
+        staged = self.path / _NEXT
         try:
-            for name, content in text.items():
-                _write(self.path / name, content)
-            for split in splits:
-                write_split(self.path / "splits", split)
-            _write(self.path / "dropped.csv", _csv(("key", "reason"), dropped))
-            _write(self.path / "summary.json", json.dumps(dict(summary or {}), indent=1) + "\n")
             if sources is not None:
                 known = {key: place for key, place in _private(self.path) if key != "salt"}
                 private = [("salt", self.salt), *sorted({**known, **sources}.items())]
                 _write(self.path / "private" / "sources.csv", _csv(("key", "path"), private), mode=0o600)
-            _write(self.path / "archive.json", json.dumps(head, indent=1) + "\n")
+            # all of it is on disk before any of it replaces what is there
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir()
+            for name, content in text.items():
+                _write(staged / name, content)
+            for split in splits:
+                write_split(staged / "splits", split)
+            _write(staged / "dropped.csv", _csv(("key", "reason"), dropped))
+            _write(staged / "summary.json", json.dumps(dict(summary or {}), indent=1) + "\n")
+            _write(staged / "archive.json", json.dumps(head, indent=1) + "\n")
+            _finish_commit(self.path)
         except OSError as error:
             raise UserError(
                 f"cannot write archive {self.path}: {error.strerror or error}; is the disk full?"
@@ -203,6 +216,22 @@ class ArchiveWriter:
                 raise UserError(f"pair {pair.scan_a} and {pair.scan_b} is not of one subject of the archive")
         for split in splits:
             check_split(split, known=set(owner.values()))
+
+
+def _finish_commit(path: Path) -> None:
+    """Move the staged files of a commit in, ``archive.json`` last; also those of a commit that was killed.
+
+    Staged files without ``archive.json`` are of a commit that never got that far: they are removed.
+    """
+    staged = path / _NEXT
+    if (staged / "archive.json").is_file():
+        for file in sorted(staged.rglob("*")):
+            if file.is_file() and file != staged / "archive.json":
+                target = path / file.relative_to(staged)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
+        os.replace(staged / "archive.json", path / "archive.json")
+    shutil.rmtree(staged, ignore_errors=True)
 
 
 def _same_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -327,7 +327,7 @@ def cut_image(
     if copied is not None:
         kernels.copy_image(array, *copied, line, image, valid, foreground)
         return
-    array = _two_each(array)
+    array, local = _two_each(array, local)
     holes = bool(array.min() == kernels.NO_DATA)
     turn = local[:, :3]
     if not np.any(turn - np.diag(np.diag(turn))):
@@ -356,7 +356,7 @@ def cut_label(array: np.ndarray, box: Box, matrix: np.ndarray, *, label: np.ndar
     if copied is not None:
         kernels.copy_label(array, *copied, label)
     else:
-        kernels.affine_label(_two_each(array), local, label)
+        kernels.affine_label(*_two_each(array, local), label)
 
 
 def _local(matrix: np.ndarray, box: Box) -> np.ndarray:
@@ -374,8 +374,11 @@ def _as_copy(local: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     return None if np.any(np.abs(local[:, 3] - start) > 1e-6) else (start.astype(np.int64), turn < 0)
 
 
-def _two_each(array: np.ndarray) -> np.ndarray:
+def _two_each(array: np.ndarray, local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # trilinear interpolation wants two voxels per axis: a single one becomes two halves, over the same extent
     for axis in range(3):
         if array.shape[axis] == 1:
-            array = np.repeat(array, 2, axis=axis)
-    return array
+            array, local = np.repeat(array, 2, axis=axis), local.copy()
+            local[axis] *= 2
+            local[axis, 3] += 0.5
+    return array, local

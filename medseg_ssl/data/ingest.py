@@ -214,7 +214,7 @@ def _store_scan(scan: ScanTask, task: CaseTask, volume: Volume, target: Grid, *,
     recipe, raw = task.recipe, scan.raw
     valid = volume.valid
     if recipe.no_data:
-        outside = intensity.no_data_region(volume.array, raw.modality)
+        outside = intensity.no_data_region(volume.array, raw.modality, unit=raw.unit)
         if outside is not None:
             valid = ~outside if valid is None else valid & ~outside
     if valid is not None and not valid.any():
@@ -342,10 +342,22 @@ def _grids_differ(label: Grid, scan: Grid) -> str:
 
 
 def _stamp(*parts: Path | str) -> str:
-    """What tells that a stored file is up to date: the state of its sources, and a digest of the rules."""
+    """What tells that a stored file is up to date: the state of its sources, and a digest of the rules.
+
+    Raises:
+        BadScan: a source is not there (a broken link, or removed since it was listed).
+    """
     files = [part for part in parts if isinstance(part, Path)]
     rules = "\0".join(part for part in parts if isinstance(part, str))
-    return f"{store.stamp_of(*files)};{hashlib.sha256(rules.encode()).hexdigest()[:16]}"
+    try:
+        state = store.stamp_of(*files)
+    except UserError as error:
+        cause = error.__cause__
+        reason = (cause.strerror if isinstance(cause, OSError) else None) or "not there"
+        raise BadScan(
+            f"cannot read the file: {reason}"
+        ) from error  # without its path: it goes into dropped.csv
+    return f"{state};{hashlib.sha256(rules.encode()).hexdigest()[:16]}"
 
 
 def _shown(shape: Triple) -> str:

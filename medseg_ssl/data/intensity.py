@@ -233,7 +233,7 @@ def no_data_region(
     volume_DHW: np.ndarray,
     modality: str,
     *,
-    unit: str = "raw",
+    unit: str | None = None,
     smallest_share: float = 0.01,
 ) -> np.ndarray | None:
     """Find the part of a volume that the scanner or an earlier tool left empty.
@@ -244,13 +244,19 @@ def no_data_region(
     voxels, ``smallest_share`` in total, so that single dark voxels inside a body or at the edge of a tight
     crop stay data. PET: never, no uptake is an answer.
 
+    Args:
+        volume_DHW: physical values.
+        modality: of the scan.
+        unit: of the values; None means HU for CT. A CT in another unit is looked at as MR is.
+        smallest_share: of all voxels.
+
     Returns:
         Bool (D, H, W), True = no data; None where there is none.
     """
     if modality == "PT":
         return None
     empty_value = 0.0
-    if unit == "HU":
+    if modality == "CT" and unit in (None, "HU"):
         empty_value = float(volume_DHW.min())
         if empty_value > _CT_PADDING_HU:
             return None

@@ -119,9 +119,16 @@ def _placed(split: Split, hashes: Mapping[str, set[str]], places: Mapping[str, s
                     f"subjects {names[0]!r} ({sides[other]}) and {names[1]!r} ({side}) share a scan; "
                     "one subject is in one split only"
                 )
-    for subject in sorted(set(hashes) - set(sides), key=lambda s: (min(hashes[s]), s)):
-        twins = {sides[owner[content]] for content in hashes[subject] if content in owner}
-        sides[subject] = next((side for side in ("test", "development") if side in twins), "train")
+    waiting = sorted(set(hashes) - set(sides), key=lambda s: (min(hashes[s]), s))
+    while waiting:
+        # a twin of a twin goes along too, whoever comes first; who has none at all trains
+        joined = [s for s in waiting if hashes[s] & owner.keys()] or waiting
+        for subject in joined:
+            twins = {sides[owner[content]] for content in hashes[subject] if content in owner}
+            sides[subject] = next((side for side in ("test", "development") if side in twins), "train")
+            for content in hashes[subject]:
+                owner.setdefault(content, subject)
+        waiting = [s for s in waiting if s not in sides]
     order = [*split.train, *split.development, *split.test]
     ordered = order + [s for s in sides if s not in set(order)]
     members = {side: tuple(s for s in ordered if sides[s] == side) for side in budgets.SIDES}

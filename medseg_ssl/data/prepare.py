@@ -156,11 +156,18 @@ def _classes(listings: Sequence[Listing]) -> dict[int, str]:
 
 
 def _merge(writer: ArchiveWriter, outcomes: Iterable[Outcome]) -> tuple[list[ScanRow], list[CaseRow]]:
-    """Rows of earlier generations and of this run; a generation never loses a scan."""
+    """Rows of earlier generations and of this run; a generation never loses a scan.
+
+    Where a source file changed its volume was written anew, so its row is the new one.
+    """
     scans, cases = dict(writer.scans), dict(writer.cases)
     for outcome in outcomes:
         for row in outcome.scans:
-            scans.setdefault(row.key, row)
+            before = scans.setdefault(row.key, row)
+            # these two are not the worker's to know
+            kept = {"generation": before.generation}
+            if row.model_copy(update={**kept, "quality": before.quality}) != before:
+                scans[row.key] = row.model_copy(update=kept)
         cases.update((case.case, case) for case in outcome.cases)
     return list(scans.values()), list(cases.values())
 

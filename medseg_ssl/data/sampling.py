@@ -154,7 +154,8 @@ class Sampler:
         units = []
         for pair in self._archive.pairs:
             a, b = sorted(
-                (scans[pair.scan_a], scans[pair.scan_b]), key=lambda row: (row.modality, row.content_hash, row.key)
+                (scans[pair.scan_a], scans[pair.scan_b]),
+                key=lambda row: (row.modality, row.content_hash, row.key),
             )
             if pair.relation in wanted and self._wanted(a.subject):
                 units.append(_Unit((a.modality, b.modality), a.subject, (a.key, b.key), None, pair.relation))

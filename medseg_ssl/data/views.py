@@ -164,7 +164,8 @@ class ViewMaker:
             found, values = found[order], values[order]
             classes, first = np.unique(values, return_index=True)
             most = max(64, min(_POSITIONS, 20_000 // max(1, classes.size)))
-            generator = numpy_generator(0, 0, f"class positions/{case}")
+            # by voxels: keys are salted, and a run must see the same crops from every archive of the same data
+            generator = numpy_generator(0, 0, f"class positions/{row.content_hash}")
             kept = {}
             for value, members in zip(classes.tolist(), np.split(found, first[1:]), strict=True):
                 if value == UNKNOWN_LABEL or (known and (value >= len(known) or not known[value])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import NamedTuple
 
 import torch
@@ -86,21 +87,29 @@ def read_features(map_BCDHW: Tensor, index_BN3: Tensor, stride: Triple) -> Tenso
     cell = (index_BN3 + 0.5) / steps - 0.5
     # grid_sample without align_corners: −1 and 1 are the outer faces; its last axis is (x, y, z) = (W, H, D).
     unit = ((cell + 0.5) / size * 2.0 - 1.0).flip(-1)
-    grid = unit[:, :, None, None, :].to(map_BCDHW.dtype)
+    # float32: bfloat16 coordinates would be off by a sixth of a voxel on a crop of 160
+    grid = unit[:, :, None, None, :]
     read = functional.grid_sample(
-        map_BCDHW, grid, mode="bilinear", padding_mode="border", align_corners=False
+        map_BCDHW.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
     )
     return read[:, :, :, 0, 0].transpose(1, 2)
 
 
 def dense_info_nce(
-    a_BNE: Tensor, b_BNE: Tensor, points: Points, *, temperature: float, radius_mm: float | Tensor
+    a_BNE: Tensor,
+    b_BNE: Tensor,
+    points: Points,
+    *,
+    temperature: float,
+    radius_mm: float | Tensor,
+    subject_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Symmetric voxel InfoNCE (DenseCL, arXiv 2011.09157; PixPro, arXiv 2011.10043), in float32.
 
     Positives are the same point in both views; negatives are all other points of the batch, except points of the same
     sample nearer than ``radius_mm`` (a number, or one per sample): they show nearly the same tissue, and registration
-    is never exact.
+    is never exact. Points of other samples with the same number in ``subject_B`` are no negatives either: they may show
+    the same place.
 
     Returns:
         The loss and the share of points whose nearest neighbour among all candidates is their partner; both are 0 when
@@ -113,6 +122,11 @@ def dense_info_nce(
     radius_B = torch.as_tensor(radius_mm, dtype=torch.float32, device=a.device).expand(batch)
     near_BNN = torch.cdist(points.mm_BN3, points.mm_BN3) < radius_B[:, None, None]
     ignored = torch.block_diag(*near_BNN) | ~usable[None, :]
+    if subject_B is not None:
+        again_BB = (subject_B[:, None] == subject_B[None, :]) & ~torch.eye(
+            batch, dtype=torch.bool, device=a.device
+        )
+        ignored = ignored | again_BB.repeat_interleave(count, 0).repeat_interleave(count, 1)
     diagonal = torch.eye(batch * count, dtype=torch.bool, device=a.device)
     ignored = ignored & ~diagonal
     logits = (a @ b.T / temperature).masked_fill(ignored, float("-inf"))
@@ -187,10 +201,16 @@ class DenseContrast(nn.Module):
                 points,
                 temperature=self.temperature,
                 radius_mm=radius_B,
+                subject_B=subject_numbers(batch).to(points.usable_BN.device),
             )
             losses.append(loss)
             hits.append(hit)
         return torch.stack(losses).mean(), torch.stack(hits).mean()
+
+
+def subject_numbers(batch: Batch) -> Tensor:
+    """A number (B,) per subject, int64: equal keys, equal numbers, on every process."""
+    return torch.tensor([zlib.crc32(subject.encode()) for subject in batch.subject_B])
 
 
 def _as_map(points_BNC: Tensor) -> Tensor:

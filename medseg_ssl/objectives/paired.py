@@ -8,7 +8,6 @@ physical coordinates; negatives nearer than ``radius_mm`` are left out, since a 
 from __future__ import annotations
 
 import math
-import zlib
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from medseg_ssl.config import Block, ConfigError
 from medseg_ssl.nets.contrast import pair_info_nce
-from medseg_ssl.nets.correspondence import DenseContrast
+from medseg_ssl.nets.correspondence import DenseContrast, subject_numbers
 from medseg_ssl.nets.decoders.base import Decoder, decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import pool, projection_head
@@ -145,9 +144,7 @@ class Paired(Objective):
         loss, logs = pooled_BE.new_zeros(()), {}
         if self.config.global_weight > 0:
             vector_a, vector_b = self.project(pooled_BE).chunk(2)
-            subjects = torch.tensor(
-                [zlib.crc32(s.encode()) for s in batch.subject_B], device=pooled_BE.device
-            )
+            subjects = subject_numbers(batch).to(pooled_BE.device)
             scale = self.log_scale.clamp(max=math.log(100.0)).exp()
             global_loss, hits = pair_info_nce(vector_a, vector_b, subjects, scale=scale)
             loss = loss + self.config.global_weight * global_loss

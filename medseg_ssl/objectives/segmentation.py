@@ -129,7 +129,7 @@ class Segmentation(Objective):
 
 
 def merge_unknown(logits_BKDHW: Tensor, known_BK: Tensor) -> Tensor:
-    """Add the probability of every unknown class to the background's, in log space; unknown classes get −inf → 1e-9."""
+    """Add the probability of every unknown class to the background's, in log space; its own logit becomes −10⁴."""
     unknown_BK = ~known_BK
     unknown_BK = unknown_BK.clone()
     unknown_BK[:, 0] = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
@@ -54,8 +55,13 @@ class StopRequest:
         return Interrupted(self._number or signal.SIGTERM)
 
     def __enter__(self) -> StopRequest:
+        in_worker = multiprocessing.parent_process() is not None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
+                # Ctrl-C reaches a comparison's workers too, which ignore it: their parent ends them by SIGTERM, and a
+                # handler for both would take that for the impatient second signal and lose the step it should save
+                if in_worker and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

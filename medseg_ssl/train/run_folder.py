@@ -36,6 +36,21 @@ PACKAGES = (
 )
 
 
+BEFORE_THE_RUN = {
+    ".lock",
+    "config.yaml",
+    "config.tmp",
+    "inputs.json",
+    "environment.json",
+    "audit.txt",
+    "plan.json",
+    "error.txt",
+    "warnings.txt",
+}
+"""Files that may be there before anything was computed; whatever else is there belongs to the config beside it."""
+MIRROR = "wandb"
+
+
 class RunFolder:
     """A locked run folder.
 
@@ -125,10 +140,10 @@ class RunFolder:
         os.replace(temporary, file)
 
     def _untouched(self) -> bool:
-        # a run that failed before its first line (no scan that fits, say) may be repeated with a mended config
-        return not any(
-            (self.path / name).exists() for name in ("last.ckpt", "metrics.jsonl", self.shipped.name)
-        )
+        # a run that failed before its first line (no scan that fits, say) may be repeated with a mended config; not
+        # so a comparison with some fits done, which would count them among those of the new config
+        files = (p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file())
+        return all(file.name in BEFORE_THE_RUN or MIRROR in file.parts for file in files)
 
 
 @contextmanager

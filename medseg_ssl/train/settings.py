@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from medseg_ssl.config import Duration, Length, Record
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _length(text: str) -> Duration:
@@ -34,7 +36,7 @@ class OptimConfig(Record):
     name: str = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     schedule: Literal["constant", "cosine", "linear", "poly"] = "cosine"
     warmup: Length = _length("5%")
@@ -77,6 +79,13 @@ class TrainConfig(Record):
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
+
+    @field_validator("steps")
+    @classmethod
+    def _some(cls, value: Duration) -> Duration:
+        if value.value <= 0:
+            raise ValueError("a run needs at least 1 step")
+        return value
 
 
 class WandbConfig(Record):

@@ -98,6 +98,12 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_debug_reaches_the_command():
+    seen = []
+    assert cli.run(seen.extend, ["a", "--debug"]) == 0
+    assert seen == ["a", "--debug"]
+
+
 def test_interrupted_training_keeps_its_own_words(capsys):
     from medseg_ssl.train.interrupt import Interrupted
 

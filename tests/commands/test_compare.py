@@ -12,6 +12,7 @@ import pytest
 
 from finetune import compare as command
 from finetune import comparison as plans
+from finetune import crew as crew_module
 from finetune.report import main as report_main
 from medseg_ssl.config import ConfigError, UserError, override, parse, to_yaml
 from medseg_ssl.data.archive import Archive
@@ -162,6 +163,31 @@ def test_ctrl_c_and_sigterm_say_what_was_reached(tmp_path):
     assert caught.value.code == 130
 
 
+def test_a_config_wrong_for_every_fit_is_a_config_error(tmp_path):
+    def fail(task):
+        raise ConfigError("crop size [7, 7, 7] does not fit")
+
+    with pytest.raises(ConfigError, match=r"^crop size \[7, 7, 7\] does not fit$"):
+        run(tmp_path / "out", fit=fail)
+
+
+def test_going_on_keeps_the_threads_of_every_worker():
+    crew = crew_module.Crew(workers=2, engine="local", gpus=(), quiet=True)
+    crew.cores = 2
+    given = []
+
+    def fake_map(function, tasks, **options):
+        given.append((len(tasks), options["workers"], options["threads"]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crew_module, "map_tasks", fake_map)
+        config = fakes.config()
+        tasks = tasks_of(config, plans.training_subsets(config, fakes.archive()))
+        crew.fit(fakes.fake_fit, tasks, done=0)
+        crew.fit(fakes.fake_fit, tasks[-1:], done=len(tasks) - 1)
+    assert given == [(27, 2, 1), (1, 2, 1)]
+
+
 def test_every_fit_failing_stops_early(tmp_path):
     tried = []
 
@@ -182,6 +208,19 @@ def test_another_config_or_archive_is_refused_with_the_difference(tmp_path, monk
     monkeypatch.setattr(Archive, "open", _other_archive)
     with pytest.raises(ConfigError, match="archive"):
         run(out)
+
+
+def test_an_interrupted_comparison_keeps_its_config(tmp_path):
+    def stop(task):
+        if task.budget == 2:
+            raise KeyboardInterrupt
+        return fakes.fake_fit(task)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "out", fit=stop)
+    # finished fits of seed 0 would pass for fits of seed 1
+    with pytest.raises(ConfigError, match="seed: 0 -> 1"):
+        run(tmp_path / "out", config=fakes.config(seed=1))
 
 
 def _other_archive(path):
@@ -320,6 +359,17 @@ def test_encoder_files_go_with_their_inits(tmp_path):
         run(tmp_path / "out2", config=config)
     with pytest.raises(ConfigError, match="names no init of kind 'encoder'; known: given"):
         run(tmp_path / "out2", config=config, encoders={"given": file, "gevin": file})
+
+
+def test_encoders_of_different_networks_are_not_compared(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    network = {"a": {"name": "resenc", "size": "tiny"}, "b": {"name": "resenc", "size": "s"}}
+    monkeypatch.setattr(command, "_card", lambda path: {**fakes.card(path), "encoder": network[path.name]})
+    config = fakes.config(inits={"scratch": "scratch", "a": "encoder", "b": "encoder"})
+    config = config.model_copy(update={"finetune": {**config.finetune, "encoder": None}})
+    with pytest.raises(ConfigError, match="encoders of 'a' and 'b' are different networks"):
+        run(tmp_path / "out", config=config, encoders={name: tmp_path / name for name in network})
 
 
 def test_too_large_budget_and_scored_scans_in_training_are_refused(tmp_path):

@@ -113,8 +113,9 @@ def test_wrong_usage(world):
     folder, _ = world
     with pytest.raises(ConfigError, match="subset"):
         run(folder, "--subset", "tests")
-    with pytest.raises(UserError, match="negative"):
-        run(folder, "--nsd-tolerance-mm", "-1")
+    for tolerance in ("-1", "nan"):
+        with pytest.raises(ConfigError, match="negative"):
+            run(folder, "--nsd-tolerance-mm", tolerance)
     with pytest.raises(UserError, match="no labeled case in subset 'development'"):
         run(folder, "--subset", "development")
     assert not (folder / "out").exists()

@@ -97,7 +97,7 @@ def test_another_encoder_file_is_another_run(world, tmp_path, tmp_path_factory):
 
 def test_another_topology_is_refused(world, tmp_path):
     archive, encoder = world
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"of this encoder's .* parameters"):
         finetune(
             archive,
             tmp_path / "run",

@@ -207,6 +207,16 @@ def test_inspect_shows_every_table(tmp_path, capsys, monkeypatch):
     assert "1 GTV" in text
 
 
+def test_inspect_shows_names_as_they_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    msd_task(tmp_path / "raw", 4, labels={"0": "background", "1": "[left] organ", "2": "tumour"})
+    words = ("--source", "msd", "--root", str(tmp_path / "raw"), "--out", str(tmp_path / "[red]"), "--quiet")
+    inspect_command.main([str(command.main([*words, "split.test=1", "split.development=1"]))])
+    text = capsys.readouterr().out
+    assert "1 [left] organ" in text
+    assert "[red]: generation 1" in text
+
+
 def test_inspect_of_something_else(tmp_path, capsys):
     assert cli(["inspect", str(tmp_path)]) == 1
     assert "is not an archive" in capsys.readouterr().err

@@ -212,6 +212,30 @@ def test_full_disk_leaves_nothing_half_written(built, monkeypatch):
     assert Archive.open(writer.path).fingerprint == archive.fingerprint
 
 
+@pytest.mark.parametrize("renames", range(12))
+def test_a_commit_that_was_killed_is_finished_or_undone(built, monkeypatch, renames):
+    writer, archive = built
+    row, case = add(writer, "e")
+    done = []
+
+    def killed(source, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        return replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.commit([*writer.scans.values(), row], [*writer.cases.values(), case], [])
+    monkeypatch.undo()
+    # six files are staged, archive.json as the last; then they move in
+    again = ArchiveWriter.open(writer.path, RECIPE, CLASSES)
+    assert again.generation == (2 if renames > 5 else 1)
+    assert len(Archive.open(writer.path).scans) == len(archive.scans) + (renames > 5)
+    assert not (writer.path / ".next").exists()
+
+
 def _checksum(archive, key, queue):
     queue.put(int(archive.read(key, (1, 2, 3), (40, 30, 20)).astype(np.int64).sum()))
 

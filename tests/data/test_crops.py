@@ -197,6 +197,20 @@ def test_overlapping_boxes_are_read_once():
     assert len(reads) == 2
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_single_slice_is_one_voxel_thick(turned):
+    volume, size = volume_of((1, 12, 13)), (9, 6, 7)
+    linear = rotation(np.deg2rad((0, 8, 0))) if turned else None
+    matrix = crops.crop_matrix(
+        np.array([-1.0, 3, 3]), size, ratio=np.array([0.3, 0.9, 0.9]), spacing_mm=(1, 1, 1), linear_33=linear
+    )
+    image, valid, _ = cut(volume, matrix, size)
+    expected, inside = reference(volume, matrix, size)
+    np.testing.assert_array_equal(valid, inside)
+    np.testing.assert_allclose(image[inside], expected[inside], atol=0.01)
+    assert 0 < inside.mean() < 1
+
+
 def test_a_crop_that_misses_the_volume_has_no_data():
     matrix = crops.crop_matrix(np.array([50.0, 0, 0]), (4, 4, 4), ratio=np.ones(3), spacing_mm=(1, 1, 1))
     image, valid, body = cut(volume_of((8, 8, 8)), matrix, (4, 4, 4))

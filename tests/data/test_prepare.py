@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from medseg_ssl.config import ConfigError, UserError, parse
-from medseg_ssl.data import ingest, store
+from medseg_ssl.data import ingest, placing, store
 from medseg_ssl.data.archive import Archive
+from medseg_ssl.data.manifest import Split
+from medseg_ssl.data.planning import Plan
 from medseg_ssl.data.prepare import PrepareConfig, prepare
 from tests.data.scans import LABELED_FOLDER, affine, body, box_label, folder_tree, msd_task, save
 
@@ -233,6 +235,15 @@ def test_two_names_for_one_scan_cannot_part(tmp_path):
         made(tmp_path, split=split)
 
 
+def test_a_twin_of_a_twin_stays_on_its_side():
+    split = Split(name="default", seed=0, train=("a",), development=(), test=("t",))
+    # u1 shares with u2 alone, u2 with the test subject; u1 comes first by content
+    hashes = {"a": {"9"}, "t": {"8"}, "u1": {"1", "2"}, "u2": {"2", "8"}, "u3": {"3"}, "u4": {"3", "4"}}
+    placed = placing._placed(split, hashes, {"a": "train", "t": "test"}, Plan())
+    assert set(placed.test) == {"t", "u1", "u2"}
+    assert set(placed.train) == {"a", "u3", "u4"}
+
+
 @pytest.mark.parametrize("drop", [False, True])
 def test_duplicates(tmp_path, drop):
     folder_tree(tmp_path / "raw", 4)
@@ -260,6 +271,58 @@ def test_a_second_run_changes_nothing_and_reads_no_voxel(tmp_path, monkeypatch):
     after = made(tmp_path)
     assert (after.generation, after.fingerprint) == (1, before.fingerprint)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "volumes").iterdir()} == stamps
+
+
+def test_a_source_that_changed_gets_a_new_row(tmp_path):
+    msd_task(tmp_path / "raw", 4)
+    before = made(tmp_path)
+    save(tmp_path / "raw" / "imagesTr" / "case_000.nii.gz", body(77) / 3)
+    save(tmp_path / "raw" / "labelsTr" / "case_000.nii.gz", box_label(value=2))
+    after = made(tmp_path)
+    [changed] = [key for key in after.scans if after.scans[key] != before.scans[key]]
+    row = after.scans[changed]
+    assert (after.generation, row.generation) == (2, 2)
+    assert before.scans[changed].scale == 1.0
+    physical = whole(after, changed) * row.scale + row.offset
+    np.testing.assert_allclose(physical, body(77) / 3, atol=0.51 * row.scale)
+
+
+def test_a_file_that_vanished_is_dropped(tmp_path, monkeypatch):
+    task = msd_task(tmp_path / "raw", 4)
+    monkeypatch.setattr(ingest.store, "stamp_of", _gone(task / "imagesTr" / "case_002.nii.gz"))
+    archive = made(tmp_path)
+    assert len(archive.scans) == 3
+    assert (
+        only_reason(tmp_path, "imagesTr/case_002.nii.gz") == "cannot read the file: No such file or directory"
+    )
+
+
+def _gone(missing):
+    stamp_of = store.stamp_of
+
+    def stamp(*files):
+        if missing in files:
+            missing.unlink(missing_ok=True)
+        return stamp_of(*files)
+
+    return stamp
+
+
+def test_the_padding_of_a_ct_is_no_data(tmp_path):
+    volume = body(1)
+    volume[:, :, :4] = -3024
+    save(tmp_path / "raw" / "a_CT.nii.gz", volume)
+    zero = body(2)
+    zero[:, :, :4] = 0  # water, not padding
+    for i in range(3):
+        save(tmp_path / "raw" / f"b{i}_CT.nii.gz", zero + i * (zero > 0))
+    archive = made(tmp_path, source={"name": "folder", "pattern": "{subject}_{modality}.nii.gz"})
+    lowest = {row.statistics.minimum: row for row in archive.scans.values()}
+    padded = [row for row in archive.scans.values() if "no_data" in row.quality]
+    assert len(padded) == 1
+    assert whole(archive, padded[0].key)[0, 0, 0] == store.NO_DATA
+    assert padded[0].statistics.minimum > -1000
+    assert 0.0 in lowest
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):

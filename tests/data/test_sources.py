@@ -69,8 +69,15 @@ def test_pattern_takes_the_longest_modality_token(tmp_path):
 def test_unknown_modality_is_rejected_with_the_choices(tmp_path):
     touch(tmp_path, "a_CT.nii.gz", "a_US.nii.gz", "odd.nii.gz")
     reasons = {path.name: reason for path, reason in listing(tmp_path, **FOLDER).rejected}
-    assert reasons["a_US.nii.gz"] == "modality 'US' is none of source.modalities; known: CT, PET, MR_T1"
+    assert reasons["a_US.nii.gz"] == "its modality is none of source.modalities; known: CT, PET, MR_T1"
     assert "does not match" in reasons["odd.nii.gz"]
+
+
+def test_reasons_hold_no_part_of_a_name(tmp_path):
+    touch(tmp_path, "a_CT.nii.gz", "DOE_JANE_US.nii.gz", "DOE JANE.nii.gz")
+    rejected = dict((path.name, reason) for path, reason in listing(tmp_path, **FOLDER).rejected)
+    assert set(rejected) == {"DOE_JANE_US.nii.gz", "DOE JANE.nii.gz"}
+    assert not [reason for reason in rejected.values() if "JANE" in reason or "DOE" in reason]
 
 
 def test_labels_are_no_scans_and_belong_to_every_scan_of_the_study(tmp_path):
@@ -110,6 +117,9 @@ def test_channels_make_one_case_per_study(tmp_path):
     # what does not fill the channels is a scan without label
     assert cases["a/MR_T1"].label is None
     assert cases["b/CT"].label is None
+    assert [(path.name, reason) for path, reason in found.rejected] == [
+        ("b_GTV.nii.gz", "its study lacks channels of the case: PET")
+    ]
 
 
 def test_studies_and_folders_in_the_pattern(tmp_path):
@@ -128,7 +138,7 @@ def test_regular_expression(tmp_path):
         tmp_path, **block, regex=r"ses(?P<study>\d)/pat-(?P<subject>\d+)\.(?P<modality>\w+)\.nii\.gz"
     )
     assert tokens(found) == [("7", "1", "CT")]
-    assert found.rejected[0][1].startswith("modality 'XX' is none of source.modalities")
+    assert found.rejected[0][1].startswith("its modality is none of source.modalities")
 
 
 def test_two_files_of_one_kind_in_a_study(tmp_path):

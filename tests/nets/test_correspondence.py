@@ -71,3 +71,16 @@ def test_dense_info_nce_known_answers():
     loss, hits = dense_info_nce(same, same, points_of(~usable), temperature=0.1, radius_mm=1.0)
     assert loss == 0.0
     assert hits == 0.0
+
+
+def test_another_sample_of_the_same_subject_is_no_negative():
+    usable = torch.ones(2, 4, dtype=torch.bool)
+    same = torch.ones(2, 4, 3)
+    subjects = torch.tensor([7, 7])
+    loss, _ = dense_info_nce(
+        same, same, points_of(usable), temperature=0.1, radius_mm=1.0, subject_B=subjects
+    )
+    assert torch.allclose(loss, torch.log(torch.tensor(4.0)))
+    others = torch.tensor([7, 8])
+    loss, _ = dense_info_nce(same, same, points_of(usable), temperature=0.1, radius_mm=1.0, subject_B=others)
+    assert torch.allclose(loss, torch.log(torch.tensor(8.0)))

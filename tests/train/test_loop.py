@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from medseg_ssl.config import UserError
+from medseg_ssl.train import interrupt
 from medseg_ssl.train.checkpoint import Checkpoint
-from medseg_ssl.train.interrupt import Interrupted
+from medseg_ssl.train.interrupt import Interrupted, StopRequest
 from tests.train.conftest import TinyObjective, run_tiny, same, tiny_batches, weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +139,21 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
     assert signal.getsignal(signal.SIGTERM) is before
     continued, _ = run_tiny(tmp_path / "stopped")
     assert same(weights(whole), weights(continued))
+
+
+def test_a_worker_that_ignores_ctrl_c_goes_on_ignoring_it(monkeypatch):
+    # Ctrl-C reaches parent and workers at once, and the parent then ends its workers by SIGTERM: one request, not two
+    monkeypatch.setattr(interrupt.multiprocessing, "parent_process", lambda: "somebody")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.interruption().code == 143
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_while_the_loader_waits(tmp_path):

@@ -3,6 +3,7 @@ import torch
 
 from medseg_ssl.config import ConfigError, parse
 from medseg_ssl.train.optim import OptimConfig, build_optimizer, param_groups
+from medseg_ssl.train.settings import TrainConfig
 from tests.train.conftest import TinyObjective
 
 
@@ -75,6 +76,17 @@ def test_each_optimizer_takes_a_step(name):
     optimizer.optimizer.step()
     assert not torch.equal(before, objective.head.weight)
     assert len(optimizer.optimizer.param_groups) == len(optimizer.rates)
+
+
+@pytest.mark.parametrize("steps", ["0 steps", 0, -3])
+def test_a_run_has_steps(steps):
+    with pytest.raises(ConfigError, match="at least 1 step"):
+        parse(TrainConfig, {"steps": steps})
+
+
+def test_betas_are_bounded():
+    with pytest.raises(ConfigError, match=r"betas\.1: Input should be less than 1"):
+        parse(OptimConfig, {"betas": [0.9, 2]})
 
 
 def test_wrong_keys_are_told_at_once():

@@ -57,6 +57,19 @@ def test_a_run_that_never_began_may_be_mended(tmp_path):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 2.0
 
 
+def test_what_was_computed_keeps_its_config(tmp_path):
+    fit = tmp_path / "fits" / "mae" / "b1"
+    with enter(tmp_path):
+        fit.mkdir(parents=True)
+        (fit / "config.yaml").touch()
+        (tmp_path / "wandb").mkdir()
+        (tmp_path / "wandb" / "run.wandb").touch()
+    with enter(tmp_path, lr=3.0):
+        (fit / "cases.csv").touch()
+    with pytest.raises(ConfigError, match=r"lr: 3.0 -> 2.0"):
+        enter(tmp_path, lr=2.0)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ConfigError, match=r"no run folder \(no config.yaml beside thesis.tex\)"):

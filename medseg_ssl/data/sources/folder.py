@@ -163,11 +163,9 @@ class Folder(Source):
                 named.append(_Named(path, relative, groups["subject"], groups.get("study") or "", token))
             elif label is not None and label.fullmatch(relative):
                 continue
-            elif found or (found := loose.fullmatch(relative)):
-                token = found.groupdict().get("modality") or ""
-                rejected.append(
-                    (path, f"modality {token!r} is none of source.modalities; known: {_known(config)}")
-                )
+            elif found or loose.fullmatch(relative):
+                # without the token: of an odd name it may hold a part of the subject's, and reasons are public
+                rejected.append((path, f"its modality is none of source.modalities; known: {_known(config)}"))
             else:
                 rejected.append((path, "its path does not match the source's pattern"))
         return named, rejected
@@ -191,6 +189,9 @@ class Folder(Source):
             first = by_token[channels[0]]
             members = tuple(replace(scans[token], channel=i) for i, token in enumerate(channels))
             cases.append(RawCase(_name(first, "+".join(channels)), members, self._label(first, root)))
+        elif channels and (lost := self._label(files[0], root)) is not None:
+            missing = ", ".join(token for token in channels if token not in scans)
+            refused.append((lost, f"its study lacks channels of the case: {missing}"))
         taken = {scan.token for case in cases for scan in case.scans}
         for token, scan in scans.items():
             if token in taken:

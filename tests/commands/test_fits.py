@@ -1,0 +1,123 @@
+"""A whole comparison with real networks, two steps each: pretraining, fits, scores, tables, and going on."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from finetune import compare as command
+from finetune import comparison as plans
+from finetune import fits
+from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
+from medseg_ssl.config import UserError
+from medseg_ssl.data.archive import Archive
+from tests.train.archives import write_archive
+
+NETWORK = {"name": "resenc", "size": "tiny", "features": [4, 8, 8, 8]}
+TREE = {
+    "task": "balls",
+    "budgets": [1, 2],
+    "draws": 1,
+    "inits": {
+        "scratch": "scratch",
+        "scratch_long": "scratch_long",
+        "mae": {
+            "pretrain": {
+                "base": "mae",
+                "encoder": NETWORK,
+                "objective": {"size": [16, 16, 16]},
+                "data": {"batch_size": 2},
+                "train": {"steps": "2 steps", "accelerator": "cpu", "preview_every": None},
+            }
+        },
+    },
+    "finetune": {
+        "base": "segmentation",
+        "encoder": NETWORK,
+        "objective": {"size": [16, 16, 16]},
+        "train": {"steps": "2 steps", "accelerator": "cpu"},
+        "transfer": {"decoder": True},
+    },
+    "wandb": {"mode": "disabled"},
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """An archive, the config's file, and a finished comparison."""
+    folder = tmp_path_factory.mktemp("fits")
+    archive = write_archive(folder / "archive").path
+    config = folder / "balls.yaml"
+    config.write_text(yaml.safe_dump(TREE))
+    words = [str(config), str(folder / "out"), "--archive", str(archive), "--workers", "1", "--quiet"]
+    command.main(words)
+    return folder, words
+
+
+def test_the_tables_of_real_fits(world):
+    folder, _ = world
+    out = folder / "out"
+    with (out / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == CASE_COLUMNS
+    assert len(rows) == 3 * 2 * 2  # inits, budgets, test cases of one class
+    assert {row["case"] for row in rows} == {"case-s6", "case-s7"}
+    assert {row["source"] for row in rows if row["init"] == "mae"} == {"CT+MR"}
+    assert {row["source"] for row in rows if row["init"] != "mae"} == {""}
+    assert {row["target"] for row in rows} == {"CT"}
+    assert all(0 <= float(row["dice"]) <= 1 for row in rows)
+    steps = {}
+    for init in TREE["inits"]:
+        fit = out / "fits" / init / "b2" / "d0"
+        steps[init] = yaml.safe_load((fit / "config.yaml").read_text())["train"]["steps"]
+        inputs = json.loads((fit / "inputs.json").read_text())
+        assert inputs["cases"].startswith("2 (")
+        assert (inputs["encoder"] is None) == (init != "mae")
+        assert not any((fit / name).exists() for name in fits.BULKY)
+        assert (fit / fits.SLICES).is_file()
+    assert steps == {"scratch": "2 steps", "scratch_long": "4 steps", "mae": "2 steps"}
+    assert "100.0% of the decoder's" in (out / "fits" / "mae" / "b1" / "d0" / "audit.txt").read_text()
+    page = (out / "report.html").read_text()
+    assert str(folder) not in page
+    assert "case with 1 label, draw 0" in page
+
+
+def test_running_again_repeats_no_fit(world, monkeypatch):
+    folder, words = world
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("out/fits/*/*/*/cases.csv")}
+    monkeypatch.setattr(fits, "_fit", None)  # would fail
+    command.main(words)
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("out/fits/*/*/*/cases.csv")} == before
+
+
+def test_a_fit_that_failed_leaves_its_traceback_until_it_succeeds(world, tmp_path, monkeypatch):
+    folder, _ = world
+    archive = Archive.open(folder / "archive")
+    config = command.read_config(folder / "balls.yaml", [])
+    config = config.model_copy(update={"inits": {"scratch": "scratch"}})
+    (task, _) = plans.fit_tasks(
+        config,
+        tmp_path,
+        archives=(archive.path, archive.path),
+        subsets=plans.training_subsets(config, archive),
+        test_cases=["case-s6"],
+        encoders={},
+        sources={},
+        target="CT",
+        pretraining_steps=0,
+        network=None,
+        keep=False,
+    )
+    score = fits._score
+    monkeypatch.setattr(fits, "_score", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="ZeroDivisionError: division by zero"):
+        fits.fit_and_score(task)
+    assert "ZeroDivisionError" in (task.folder / "error.txt").read_text()
+    assert not task.finished
+    monkeypatch.setattr(fits, "_score", score)
+    fits.fit_and_score(replace(task, keep=True))
+    assert task.finished
+    assert not (task.folder / "error.txt").exists()
+    assert (task.folder / "segmenter.safetensors").is_file()
