@@ -142,7 +142,8 @@ class Side:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **(PAGES if arguments.pages == "kept" else {})},
+            # the side that waits must not spin on the cores of the side that is timed
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **(PAGES if arguments.pages == "kept" else {})},
         )
         self.facts = json.loads(self._line())
         self.seconds: list[float] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -159,6 +160,9 @@ def start(config: TrainConfig) -> Runtime:
         raise ConfigError(
             f"train.precision is 'bf16', which {torch.cuda.get_device_name()} cannot do; use 'fp32'"
         )
+    # Fabric announces its precision once per fit; the resolved config says it already
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     keep_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
