@@ -1,7 +1,7 @@
 """``medseg-ssl demo [OUT]``: the whole story on an embedded phantom archive, offline, in minutes on two cores.
 
 Writes made-up bodies as NIfTI, prepares them, pretrains with one objective of each family and compares the encoders
-with training from scratch on 1, 2 and 4 labeled cases. It calls the commands a user would call, and prints how.
+with training from scratch on a few labeled cases. It calls the commands a user would call, and prints how.
 """
 
 from __future__ import annotations

@@ -82,7 +82,20 @@ def curve_figure(
     budgets = sorted({r["budget"] for rows in found.values() for r in rows})
     axis = {"type": "log", "title": {"text": "labeled training cases"}, "gridcolor": GRID}
     axis |= {"tickvals": budgets, "ticktext": [str(b) for b in budgets]}
-    return {"data": traces, "layout": _layout(axis, {"title": {"text": label}, "gridcolor": GRID})}
+    shown: dict[str, Any] = {"title": {"text": label}, "gridcolor": GRID}
+    if (limits := _limits(found, metric)) is not None:
+        shown["range"] = list(limits)
+    return {"data": traces, "layout": _layout(axis, shown)}
+
+
+def _limits(found: Mapping[str, Sequence[Row]], metric: str) -> tuple[float, float] | None:
+    """What the axis of a share shows: never below 0 or above 1, where an interval over few draws may well reach."""
+    ends = [r[k] for rows in found.values() for r in rows for k in ("mean", "ci_low", "ci_high")]
+    ends = [e for e in ends if not math.isnan(e)]
+    if metric.startswith("hd95") or not ends:
+        return None
+    margin = 0.05 * (min(max(ends), 1.0) - max(min(ends), 0.0)) + 0.01
+    return max(min(ends) - margin, 0.0), min(max(ends) + margin, 1.0)
 
 
 def _hover_cells(row: Row, known: bool) -> list[str]:
@@ -143,6 +156,8 @@ def curve_png(curve: Sequence[Row], *, baselines: Sequence[str], title: str, met
         line = ":" if init in baselines else "-"
         y = [r["mean"] for r in rows]
         axes.errorbar(x, y, yerr=[down, up], label=init, color=palette[init], linestyle=line, **style)
+    if (limits := _limits(found, metric)) is not None:
+        axes.set_ylim(*limits)
     budgets = sorted({r["budget"] for rows in found.values() for r in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(budgets, [str(b) for b in budgets])

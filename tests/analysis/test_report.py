@@ -179,3 +179,14 @@ def test_runs_page():
     assert EVIL not in page
     assert page.count('class="figure"') == 2
     assert len(set(re.findall(r'class="figure" id="(.*?)"', page))) == 2
+
+
+def test_axis_of_a_share_stays_a_share():
+    from medseg_ssl.analysis.figures import _limits
+
+    row = {"mean": 0.5, "ci_low": -0.9, "ci_high": 2.1}
+    assert _limits({"scratch": [row]}, "dice") == (0.0, 1.0)
+    low, high = _limits({"scratch": [{"mean": 0.8, "ci_low": 0.78, "ci_high": 0.82}]}, "dice")
+    assert 0.7 < low < 0.78
+    assert 0.82 < high < 0.9
+    assert _limits({"scratch": [row]}, "hd95_mm") is None
