@@ -326,11 +326,15 @@ def fit_folder(out: Path, init: str, budget: int, draw: int) -> Path:
 
 
 def fit_grid(config: CompareConfig) -> list[tuple[str, int, int]]:
-    """(init, budget, draw) of every fit in the order of work: few labels first, inits in turn."""
+    """(init, budget, draw) of every fit in the order of work: draw by draw over all budgets, inits in turn.
+
+    A comparison that was stopped then has a whole curve of fewer draws, rather than no point at all at many labels.
+    """
+    most = max(config.draws_of(init, budget) for init in config.inits for budget in config.budgets)
     return [
         (init, budget, draw)
+        for draw in range(most)
         for budget in config.budgets
-        for draw in range(max(config.draws_of(init, budget) for init in config.inits))
         for init in config.inits
         if draw < config.draws_of(init, budget)
     ]

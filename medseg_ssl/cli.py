@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
@@ -39,6 +40,10 @@ VERBS = {
     "compare": Verb("finetune.compare", "inits x label budgets x draws -> curve, table, report.html"),
     "report": Verb("finetune.report", "pictures and tables of any runs -> one HTML file"),
 }
+
+
+DEPRECATION = "`torch.jit.interface` is deprecated"
+"""Said by torch 2.15 when lightly and torchvision are imported; nothing that a user could act on."""
 
 
 class Terminated(BaseException):
@@ -99,6 +104,7 @@ def run(command: Callable[[list[str]], Any], argv: list[str] | None = None) -> i
     """
     words = sys.argv[1:] if argv is None else argv
     debug = "--debug" in words
+    _hush(DEPRECATION)
     before = _on_terminate(_terminate)
     try:
         command(list(words))  # with --debug, which every command's parser knows
@@ -117,6 +123,15 @@ def run(command: Callable[[list[str]], Any], argv: list[str] | None = None) -> i
 def script(command: Callable[[list[str]], Any]) -> None:
     """End a script (``python -m pretrain.run``) as the verb of the same name would."""
     raise SystemExit(run(command))
+
+
+def _hush(message: str) -> None:
+    # by the environment too: fits run in processes of their own
+    warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    given = os.environ.get("PYTHONWARNINGS", "")
+    rule = f"ignore:{message}:FutureWarning"
+    if rule not in given:
+        os.environ["PYTHONWARNINGS"] = f"{given},{rule}" if given else rule
 
 
 def _end(error: BaseException) -> int:

@@ -63,7 +63,7 @@ class Duration(BaseModel):
         """
         if isinstance(text, Duration):
             return text
-        if isinstance(text, int) and not isinstance(text, bool):
+        if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
             return Duration(value=text, unit="steps")
         found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(steps?|epochs?|%)\s*", str(text))
         if not found or (found[2].startswith("step") and "." in found[1]):

@@ -24,6 +24,7 @@ from medseg_ssl.config import UserError
 from medseg_ssl.data import intensity, nifti
 from medseg_ssl.data.resample import grid_for_spacing, resample, resample_valid, same_grid, spacing_of
 from medseg_ssl.data.store import NO_DATA
+from medseg_ssl.nets.heads import Pooling, pool
 from medseg_ssl.types import Triple, TripleMm
 
 if TYPE_CHECKING:
@@ -409,16 +410,22 @@ class FrozenEncoder:
 
     @torch.inference_mode()
     def pooled(
-        self, crops_NCDHW: np.ndarray, *, spacing_mm: TripleMm, levels: Sequence[int], batch_size: int
+        self,
+        crops_NCDHW: np.ndarray,
+        *,
+        spacing_mm: TripleMm,
+        levels: Sequence[int],
+        batch_size: int,
+        how: Pooling = "mean",
     ) -> np.ndarray:
-        """Means over the voxels of the maps at ``levels`` (negative: from the deepest), joined: (N, E)."""
+        """Maps at ``levels`` (negative: from the deepest), pooled over their voxels and joined: (N, E)."""
         out = []
         for start in range(0, len(crops_NCDHW), batch_size):
             image_BCDHW = torch.from_numpy(crops_NCDHW[start : start + batch_size]).to(self.device)
             spacing_B3 = torch.tensor([spacing_mm], dtype=torch.float32, device=self.device)
             with autocast(self.device, self.precision):
                 maps = self.encoder(image_BCDHW, spacing_B3.expand(len(image_BCDHW), 3))
-            out.append(torch.cat([maps[i].float().mean(dim=(2, 3, 4)) for i in levels], dim=1).cpu().numpy())
+            out.append(torch.cat([pool(maps[i], how=how) for i in levels], dim=1).cpu().numpy())
         return np.concatenate(out)
 
 

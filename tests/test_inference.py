@@ -283,6 +283,9 @@ def test_pooled_features_of_the_levels_asked_for():
     assert both.shape == (5, 3)
     assert np.allclose(deep[:, 0], crops.mean(axis=(1, 2, 3, 4)), atol=1e-6)
     assert np.allclose(both[:, 1:], deep)
+    joined = encoder.pooled(crops, spacing_mm=(1, 1, 1), levels=[-1], batch_size=2, how="mean_max")
+    assert joined.shape == (5, 4)
+    assert np.allclose(joined[:, :2], deep)
     with pytest.raises(UserError, match="2 channels"):
         FrozenEncoder(PooledEncoder(), card(kind="encoder", channels_in=2))
 

@@ -22,6 +22,7 @@ from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.draws import numpy_generator
 from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
 from medseg_ssl.inference import Crop, FrozenEncoder, crop_size_of, network_crop, network_spacing
+from medseg_ssl.nets.heads import Pooling
 from medseg_ssl.types import Score, Triple
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Retrieval(Evaluation):
                 times.
             tries: offsets drawn before the one with the most data is taken.
             levels: pool the deepest map, or every level and join them.
+            pool: ``mean`` over the voxels, or ``mean_max``: mean and maximum, joined.
             normalise: per modality and dimension over all crops: take the mean off, also divide by
                 the standard deviation, or leave the features alone. The same for the baselines but that these
                 are always divided (their dimensions have different units).
@@ -66,6 +68,7 @@ class Retrieval(Evaluation):
         minimum_valid: float = Field(default=0.5, ge=0, le=1)
         tries: int = Field(default=16, ge=1)
         levels: Literal["deepest", "all"] = "deepest"
+        pool: Pooling = "mean"
         normalise: Literal["none", "centre", "standardise"] = "centre"
         seed: int = 0
         batch_size: int = Field(default=8, ge=1)
@@ -145,6 +148,7 @@ class Retrieval(Evaluation):
                     spacing_mm=spacing_mm,
                     levels=levels,
                     batch_size=self.config.batch_size,
+                    how=self.config.pool,
                 )
             )
             outlines.append([np.concatenate([_coarse(c.body_DHW), _coarse(c.valid_DHW)]) for c in crops])

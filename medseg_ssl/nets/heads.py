@@ -10,26 +10,34 @@ from torch import Tensor, nn
 
 from medseg_ssl.nets.blocks import NEGATIVE_SLOPE, initialise
 
+Pooling = Literal["mean", "mean_max"]
 
-def pool(map_BCDHW: Tensor, keep_BDHW: Tensor | None = None) -> Tensor:
-    """Mean of a map over its voxels, or over those that ``keep_BDHW`` marks.
+
+def pool(map_BCDHW: Tensor, keep_BDHW: Tensor | None = None, *, how: Pooling = "mean") -> Tensor:
+    """Mean of a map over its voxels, or over those that ``keep_BDHW`` marks; or mean and maximum, joined.
 
     Args:
         map_BCDHW: features of one level.
         keep_BDHW: bool at the map's size or finer; a map voxel weighs by its share of kept voxels. A sample
-            without any kept voxel is averaged over all of them.
+            without any kept voxel is pooled over all of them.
+        how: ``mean``, or ``mean_max``, which doubles the length. After instance normalisation a channel's mean says
+            little of what is in a crop; its maximum says whether something is there at all.
 
     Returns:
-        Pooled features (B, C) in float32.
+        Pooled features (B, C) in float32; (B, 2C) for ``mean_max``, means first.
     """
     features = map_BCDHW.float()
     if keep_BDHW is None:
-        return features.mean(dim=(2, 3, 4))
-    depth, height, width = features.shape[2:]
-    weight = F.adaptive_avg_pool3d(keep_BDHW[:, None].float(), (depth, height, width))
-    empty = weight.sum(dim=(1, 2, 3, 4), keepdim=True) == 0
-    weight = torch.where(empty, torch.ones_like(weight), weight)
-    return (features * weight).sum(dim=(2, 3, 4)) / weight.sum(dim=(2, 3, 4))
+        weight = torch.ones_like(features[:, :1])
+    else:
+        depth, height, width = features.shape[2:]
+        weight = F.adaptive_avg_pool3d(keep_BDHW[:, None].float(), (depth, height, width))
+        empty = weight.sum(dim=(1, 2, 3, 4), keepdim=True) == 0
+        weight = torch.where(empty, torch.ones_like(weight), weight)
+    mean_BC = (features * weight).sum(dim=(2, 3, 4)) / weight.sum(dim=(2, 3, 4))
+    if how == "mean":
+        return mean_BC
+    return torch.cat([mean_BC, features.masked_fill(weight == 0, float("-inf")).amax(dim=(2, 3, 4))], dim=1)
 
 
 def projection_head(

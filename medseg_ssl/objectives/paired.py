@@ -19,7 +19,7 @@ from medseg_ssl.nets.contrast import pair_info_nce
 from medseg_ssl.nets.correspondence import DenseContrast, subject_numbers
 from medseg_ssl.nets.decoders.base import Decoder, decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
-from medseg_ssl.nets.heads import pool, projection_head
+from medseg_ssl.nets.heads import Pooling, pool, projection_head
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, ViewPlan, ViewSpec
 
@@ -44,6 +44,9 @@ class Paired(Objective):
             dense_weight: weight of the voxel term (aligned pairs only); 0 leaves it out.
             temperature: where the learned temperature of the global term starts; it never falls below 0.01.
             embedding: length of the projected vectors.
+            pool: how the deepest map becomes a vector (``medseg_ssl.nets.heads.pool``).
+            projection: ``mlp`` compares projections of the pooled features (arXiv 2002.05709), ``none`` the pooled features
+                themselves, so that the shipped encoder's own features are what agrees between the modalities.
             points: points per sample of the voxel term.
             dense_levels: decoder levels, finest first, that the voxel term supervises.
             dense_temperature: temperature of the voxel term.
@@ -59,6 +62,8 @@ class Paired(Objective):
         dense_weight: float = Field(1.0, ge=0.0)
         temperature: float = Field(0.1, gt=0.0)
         embedding: int = Field(128, ge=2)
+        pool: Pooling = "mean"
+        projection: Literal["mlp", "none"] = "mlp"
         points: int = Field(256, ge=2)
         dense_levels: int = Field(3, ge=1)
         dense_temperature: float = Field(0.1, gt=0.0)
@@ -93,13 +98,17 @@ class Paired(Objective):
                 f"paired needs pairs of relation {', '.join(config.relations)}; the archive has: {there}"
             )
         if config.global_weight > 0:
-            self.project = projection_head(
-                # no batch norm: the loss must not depend on how many devices share the batch
-                "simclr",
-                encoder.channels[-1],
-                hidden=2 * config.embedding,
-                channels_out=config.embedding,
-                batch_norm=False,
+            self.project = (
+                projection_head(
+                    # no batch norm: the loss must not depend on how many devices share the batch
+                    "simclr",
+                    encoder.channels[-1] * (2 if config.pool == "mean_max" else 1),
+                    hidden=2 * config.embedding,
+                    channels_out=config.embedding,
+                    batch_norm=False,
+                )
+                if config.projection == "mlp"
+                else nn.Identity()
             )
             self.log_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
         self.decoder: Decoder | None = None
@@ -140,7 +149,7 @@ class Paired(Objective):
             torch.cat([a.image_BCDHW, b.image_BCDHW]), torch.cat([a.spacing_mm_B3, b.spacing_mm_B3])
         )
         # hidden from the pool: the shape of the field of view would give the subject away
-        pooled_BE = pool(maps[-1], torch.cat([a.valid_BDHW, b.valid_BDHW]))
+        pooled_BE = pool(maps[-1], torch.cat([a.valid_BDHW, b.valid_BDHW]), how=self.config.pool)
         loss, logs = pooled_BE.new_zeros(()), {}
         if self.config.global_weight > 0:
             vector_a, vector_b = self.project(pooled_BE).chunk(2)

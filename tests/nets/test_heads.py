@@ -26,6 +26,15 @@ def test_pool_weighs_by_the_share_of_finer_voxels():
     assert pool(map_, keep).item() == pytest.approx((1.0 * 1 + 5.0 * 0.125) / 1.125)
 
 
+def test_mean_max_pool_sees_kept_voxels_only():
+    map_ = torch.arange(16, dtype=torch.float32).reshape(1, 2, 2, 2, 2)
+    assert pool(map_, how="mean_max").tolist() == [[3.5, 11.5, 7.0, 15.0]]
+    keep = torch.ones(1, 2, 2, 2, dtype=torch.bool)
+    keep[0, 1] = False  # the upper half, with the largest values, is no data
+    assert pool(map_, keep, how="mean_max").tolist() == [[1.5, 9.5, 3.0, 11.0]]
+    assert pool(map_, torch.zeros_like(keep), how="mean_max").tolist() == [[3.5, 11.5, 7.0, 15.0]]
+
+
 @pytest.mark.parametrize("kind", ["simclr", "moco", "byol", "simsiam", "barlow"])
 def test_projection_heads(kind):
     head = projection_head(kind, 12, hidden=16, channels_out=8)

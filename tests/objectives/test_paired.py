@@ -3,6 +3,7 @@ import torch
 
 from medseg_ssl.config import ConfigError, parse
 from medseg_ssl.nets.contrast import pair_info_nce
+from medseg_ssl.nets.heads import pool
 from medseg_ssl.objectives.paired import Paired
 from medseg_ssl.types import Facts
 from tests.objectives.conftest import make_batch, make_view
@@ -49,6 +50,18 @@ def test_global_loss_known_answers():
     same = torch.zeros(4, dtype=torch.long)
     loss, _ = pair_info_nce(ones, ones, same, scale=torch.tensor(10.0))
     assert loss == 0.0, "views of one subject are no negatives of each other"
+
+
+@pytest.mark.parametrize("how", ["mean", "mean_max"])
+def test_without_a_projection_the_encoders_own_features_are_compared(encoder, how):
+    paired = build(encoder, projection="none", pool=how, dense_weight=0.0).eval()
+    batch = pair("registered")
+    batch.subject_B = ["a", "b", "c"]
+    a, b = batch.views["pair"]
+    own = [pool(encoder(v.image_BCDHW, v.spacing_mm_B3)[-1], v.valid_BDHW, how=how) for v in (a, b)]
+    expected, _ = pair_info_nce(*own, torch.arange(3), scale=torch.tensor(10.0))
+    assert paired(batch, 0.0).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert not [n for n, _ in paired.named_parameters() if n.startswith("project")]
 
 
 def test_all_parameters_learn(encoder):
