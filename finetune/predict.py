@@ -2,12 +2,14 @@
 
 INPUT is one file or a folder. With a segmenter of several channels the files of a case are named as nnU-Net
 names them, ``case_0000.nii.gz``, ``case_0001.nii.gz``, in the order of the segmenter's card.
-``OUT/<case>.nii.gz`` is written for every case; one that exists is left alone. A case that fails is told in
-one line and the others go on.
+``OUT/<case>.nii.gz`` is written for every case; one that exists is left alone, so the same command goes on where it
+stopped. ``OUT/segmenter.json`` says whose label maps they are; another segmenter needs another folder. A case that
+fails is told in one line and the others go on.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from medseg_ssl.config import ConfigError, UserError
 if TYPE_CHECKING:
     from medseg_ssl.inference import Predictor
 
+OWNER = "segmenter.json"
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
@@ -53,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if args.out.resolve() == folder.resolve():
         raise ConfigError(f"OUT is the folder of the input, {folder}; label maps need a folder of their own")
 
-    from medseg_ssl.inference import Predictor
+    from medseg_ssl.inference import Predictor, file_hash
 
     predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision)
     cases = find_cases(args.input, channels=predictor.card.channels_in)
+    _claim(args.out, file_hash(args.segmenter))
     failed, written = 0, 0
     for case, files in cases.items():
         target = args.out / f"{case}.nii.gz"
@@ -80,6 +84,29 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if failed:
         raise UserError(f"{failed} of {len(cases)} cases failed; the lines above say why")
     return args.out
+
+
+def _claim(out: Path, segmenter: str) -> None:
+    """Write down whose label maps the folder holds.
+
+    Raises:
+        ConfigError: those of another segmenter; a folder of two segmenters' maps could not be told apart.
+    """
+    from medseg_ssl.analysis.tables import write_json
+
+    try:
+        owner = json.loads((out / OWNER).read_text(encoding="utf-8"))["sha256"]
+    except FileNotFoundError:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / OWNER, {"sha256": segmenter})
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{out / OWNER} is broken; choose another OUT") from error
+    if owner != segmenter:
+        raise ConfigError(
+            f"{out} holds label maps of another segmenter ({str(owner)[:12]}, this one is {segmenter[:12]});"
+            " choose another OUT"
+        )
 
 
 def find_cases(path: Path, *, channels: int) -> dict[str, list[Path]]:

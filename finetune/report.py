@@ -239,17 +239,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     Raises:
         UserError: a folder that holds no run.
-        ConfigError: a folder that does not exist.
+        ConfigError: a folder that does not exist, or a report that does.
     """
     from rich.console import Console
 
     parser = Parser(prog="medseg-ssl report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--out", type=Path, required=True, metavar="HTML", help="the file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report that is there")
     args = parser.parse_args(argv)
     missing = [str(run) for run in args.runs if not run.is_dir()]
     if missing:
         raise ConfigError(f"no such run folder: {', '.join(missing)}")
+    if args.out.is_dir() or (args.out.exists() and not args.overwrite):
+        raise ConfigError(f"{args.out} exists; choose another --out, or --overwrite to replace a report")
     comparisons = [read_comparison(run)[0] for run in args.runs if (run / PLAN).is_file()]
     runs = [read_run(run) for run in args.runs if not (run / PLAN).is_file()]
     title = comparisons[0].title if len(comparisons) == 1 and not runs else "Runs"

@@ -45,8 +45,8 @@ class Paired(Objective):
             temperature: where the learned temperature of the global term starts; it never falls below 0.01.
             embedding: length of the projected vectors.
             pool: how the deepest map becomes a vector (``medseg_ssl.nets.heads.pool``).
-            projection: ``mlp`` compares projections of the pooled features (arXiv 2002.05709), ``none`` the pooled features
-                themselves, so that the shipped encoder's own features are what agrees between the modalities.
+            projection: ``mlp`` compares projections of the pooled features (arXiv 2002.05709), ``none`` the pooled
+                features themselves, so that the shipped encoder's own features are what agrees between the modalities.
             points: points per sample of the voxel term.
             dense_levels: decoder levels, finest first, that the voxel term supervises.
             dense_temperature: temperature of the voxel term.

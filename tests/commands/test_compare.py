@@ -249,6 +249,11 @@ def test_report_verb_takes_comparisons_and_runs(tmp_path, finished):
     page = report_main([str(finished), str(single), "--out", str(tmp_path / "all.html")]).read_text()
     assert "mae beats scratch" in page
     assert "run · pretraining with mae" in page
+    with pytest.raises(ConfigError, match=r"all.html exists"):
+        report_main([str(single), "--out", str(tmp_path / "all.html")])
+    assert (tmp_path / "all.html").read_text() == page
+    report_main([str(single), "--out", str(tmp_path / "all.html"), "--overwrite"])
+    assert (tmp_path / "all.html").read_text() != page
     with pytest.raises(ConfigError, match="no such run folder"):
         report_main([str(tmp_path / "nothing"), "--out", str(tmp_path / "x.html")])
     (tmp_path / "empty").mkdir()

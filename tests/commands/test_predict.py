@@ -31,7 +31,8 @@ def segmenter(monkeypatch):
     return use
 
 
-def run(tmp_path, *more, source="in"):
+def run(tmp_path, *more, source="in", weights=b"weights"):
+    (tmp_path / "s.safetensors").write_bytes(weights)
     return main([str(tmp_path / "s.safetensors"), str(tmp_path / source), str(tmp_path / "out"), *more])
 
 
@@ -40,7 +41,7 @@ def test_folder_of_files(tmp_path, segmenter):
     _, second = write_scan(tmp_path / "in" / "b_0000.nii", shape=(20, 13, 31))
     (tmp_path / "in" / "notes.txt").write_text("not a scan")
     out = run(tmp_path)
-    assert sorted(f.name for f in out.iterdir()) == ["a.nii.gz", "b.nii.gz"]
+    assert sorted(f.name for f in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "segmenter.json"]
     for name, volume in (("a", first), ("b", second)):
         label = read_label(out / f"{name}.nii.gz")
         assert np.array_equal(label.array, volume > 0)
@@ -67,6 +68,18 @@ def test_existing_output_is_left_alone(tmp_path, segmenter, capsys):
     assert "left alone" in capsys.readouterr().err
 
 
+def test_another_segmenter_needs_another_folder(tmp_path, segmenter):
+    write_scan(tmp_path / "in" / "a.nii.gz")
+    run(tmp_path)
+    before = (tmp_path / "out" / "a.nii.gz").read_bytes()
+    with pytest.raises(ConfigError, match=r"label maps of another segmenter.*choose another OUT"):
+        run(tmp_path, weights=b"others")
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == before
+    (tmp_path / "out" / "segmenter.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"segmenter.json is broken"):
+        run(tmp_path)
+
+
 def test_a_failing_file_is_one_line_and_the_others_go_on(tmp_path, segmenter, capsys):
     path, _ = write_scan(tmp_path / "in" / "a.nii.gz")
     (tmp_path / "in" / "b.nii.gz").write_bytes(path.read_bytes()[:200])
@@ -76,7 +89,7 @@ def test_a_failing_file_is_one_line_and_the_others_go_on(tmp_path, segmenter, ca
     assert caught.value.code == 1
     lines = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("b:") for line in lines) == 1
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz", "segmenter.json"]
 
 
 def test_a_bug_in_one_case_does_not_lose_the_others(tmp_path, segmenter, monkeypatch, capsys):
