@@ -3,25 +3,24 @@
 INPUT is one file or a folder. With a segmenter of several channels the files of a case are named as nnU-Net
 names them, ``case_0000.nii.gz``, ``case_0001.nii.gz``, in the order of the segmenter's card.
 ``OUT/<case>.nii.gz`` is written for every case; one that exists is left alone, so the same command goes on where it
-stopped. ``OUT/segmenter.json`` says whose label maps they are; another segmenter needs another folder. A case that
+stopped. ``OUT/identity.json`` says whose label maps they are; another segmenter needs another folder. A case that
 fails is told in one line and the others go on.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medseg_ssl.analysis.tables import claim
 from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError, UserError
 
 if TYPE_CHECKING:
     from medseg_ssl.inference import Predictor
 
-OWNER = "segmenter.json"
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     Raises:
         UserError: no input, or some case failed (after all others were written).
-        ConfigError: OUT is a file or the input folder itself.
+        ConfigError: OUT is a file, the input folder itself, or holds something else than this segmenter's label maps.
     """
     from rich.console import Console
 
@@ -60,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision)
     cases = find_cases(args.input, channels=predictor.card.channels_in)
-    _claim(args.out, file_hash(args.segmenter))
+    claim(
+        args.out, {"segmenter": file_hash(args.segmenter)}, complete="never"
+    )  # cases are complete one by one
     failed, written = 0, 0
     for case, files in cases.items():
         target = args.out / f"{case}.nii.gz"
@@ -84,29 +85,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if failed:
         raise UserError(f"{failed} of {len(cases)} cases failed; the lines above say why")
     return args.out
-
-
-def _claim(out: Path, segmenter: str) -> None:
-    """Write down whose label maps the folder holds.
-
-    Raises:
-        ConfigError: those of another segmenter; a folder of two segmenters' maps could not be told apart.
-    """
-    from medseg_ssl.analysis.tables import write_json
-
-    try:
-        owner = json.loads((out / OWNER).read_text(encoding="utf-8"))["sha256"]
-    except FileNotFoundError:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / OWNER, {"sha256": segmenter})
-        return
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{out / OWNER} is broken; choose another OUT") from error
-    if owner != segmenter:
-        raise ConfigError(
-            f"{out} holds label maps of another segmenter ({str(owner)[:12]}, this one is {segmenter[:12]});"
-            " choose another OUT"
-        )
 
 
 def find_cases(path: Path, *, channels: int) -> dict[str, list[Path]]:

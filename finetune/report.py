@@ -251,7 +251,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     missing = [str(run) for run in args.runs if not run.is_dir()]
     if missing:
         raise ConfigError(f"no such run folder: {', '.join(missing)}")
-    if args.out.is_dir() or (args.out.exists() and not args.overwrite):
+    if args.out.is_dir():
+        raise ConfigError(f"{args.out} is a folder; --out names a file")
+    if args.out.exists() and not args.overwrite:
         raise ConfigError(f"{args.out} exists; choose another --out, or --overwrite to replace a report")
     comparisons = [read_comparison(run)[0] for run in args.runs if (run / PLAN).is_file()]
     runs = [read_run(run) for run in args.runs if not (run / PLAN).is_file()]

@@ -416,7 +416,7 @@ class FrozenEncoder:
         spacing_mm: TripleMm,
         levels: Sequence[int],
         batch_size: int,
-        how: Pooling = "mean",
+        how: Pooling,
     ) -> np.ndarray:
         """Maps at ``levels`` (negative: from the deepest), pooled over their voxels and joined: (N, E)."""
         out = []

@@ -88,7 +88,7 @@ def test_durations(text, steps):
     assert Duration.parse(text).steps(steps_per_epoch=5, total_steps=200) == steps
 
 
-@pytest.mark.parametrize("text", ["2.5 steps", "soon", "10", "-3 steps", True])
+@pytest.mark.parametrize("text", ["2.5 steps", "soon", "10", "-3 steps", -3, True])
 def test_wrong_durations(text):
     with pytest.raises(ValueError, match="is no duration"):
         Duration.parse(text)

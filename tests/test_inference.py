@@ -277,8 +277,8 @@ def test_crop_at_the_cards_spacing_samples_the_right_place():
 def test_pooled_features_of_the_levels_asked_for():
     encoder = FrozenEncoder(PooledEncoder(), card(kind="encoder"))
     crops = np.random.default_rng(0).normal(size=(5, 1, 8, 8, 8)).astype(np.float32)
-    deep = encoder.pooled(crops, spacing_mm=(1, 1, 1), levels=[-1], batch_size=2)
-    both = encoder.pooled(crops, spacing_mm=(1, 1, 1), levels=range(encoder.levels), batch_size=3)
+    deep = encoder.pooled(crops, spacing_mm=(1, 1, 1), levels=[-1], batch_size=2, how="mean")
+    both = encoder.pooled(crops, spacing_mm=(1, 1, 1), levels=range(encoder.levels), batch_size=3, how="mean")
     assert deep.shape == (5, 2)
     assert both.shape == (5, 3)
     assert np.allclose(deep[:, 0], crops.mean(axis=(1, 2, 3, 4)), atol=1e-6)
@@ -286,6 +286,8 @@ def test_pooled_features_of_the_levels_asked_for():
     joined = encoder.pooled(crops, spacing_mm=(1, 1, 1), levels=[-1], batch_size=2, how="mean_max")
     assert joined.shape == (5, 4)
     assert np.allclose(joined[:, :2], deep)
+    halved = crops[:, 0].reshape(5, 4, 2, 4, 2, 4, 2).mean(axis=(2, 4, 6))
+    assert np.allclose(joined[:, 2], halved.max(axis=(1, 2, 3)), atol=1e-6)
     with pytest.raises(UserError, match="2 channels"):
         FrozenEncoder(PooledEncoder(), card(kind="encoder", channels_in=2))
 

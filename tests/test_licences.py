@@ -1,4 +1,4 @@
-"""Every dependency that a plain installation brings says its licence, and none of them is a copyleft one."""
+"""Every dependency of a plain installation says its licence: no GPL of any kind; MPL, per file, is accepted."""
 
 import re
 from importlib import metadata
@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 PERMISSIVE = re.compile(
     r"\b(MIT|BSD|0BSD|Apache|PSF|Python Software Foundation|MPL|Mozilla|Zlib|CC0|ISC|Unlicense|HPND)\b", re.I
 )
-COPYLEFT = re.compile(r"\b(A?GPL|GNU (Affero )?General Public|SSPL|CC[- ]BY[- ]NC)", re.I)
+COPYLEFT = re.compile(r"\b([AL]?GPL|GNU (Affero |Lesser )?General Public|SSPL|CC[- ]BY[- ]NC)", re.I)
 VENDOR = re.compile(r"^(nvidia-|cuda-)")
 """CUDA's own libraries: redistributable under NVIDIA's terms, and brought by torch's plain build alone."""
 
@@ -22,18 +22,22 @@ def licence(distribution: metadata.Distribution) -> str:
 
 
 def installed(name: str, found: dict[str, metadata.Distribution]) -> dict[str, metadata.Distribution]:
-    """The distribution and everything it needs without extras."""
-    key = canonicalize_name(name)
-    if key in found:
-        return found
-    try:
-        found[key] = metadata.distribution(name)
-    except metadata.PackageNotFoundError:  # asked for on other platforms only
-        return found
-    for text in found[key].requires or []:
-        needed = Requirement(text)
-        if needed.marker is None or needed.marker.evaluate({"extra": ""}):
-            installed(needed.name, found)
+    """The distribution and everything it needs, with the extras that are asked for."""
+    todo, done = [(name, "")], set()
+    while todo:
+        name, extra = todo.pop()
+        key = canonicalize_name(name)
+        if (key, extra) in done:
+            continue
+        done.add((key, extra))
+        try:
+            found[key] = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # asked for on other platforms only
+            continue
+        for text in found[key].requires or []:
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                todo += [(needed.name, ""), *((needed.name, wanted) for wanted in needed.extras)]
     return found
 
 
@@ -56,6 +60,8 @@ def test_no_copyleft_among_the_dependencies():
     [
         ("GPL-3.0-only", True),
         ("License :: OSI Approved :: GNU Affero General Public License v3", True),
+        ("LGPL-2.1-or-later AND BSD-3-Clause", True),
+        ("License :: OSI Approved :: GNU Lesser General Public License v3 (LGPLv3) BSD", True),
         ("", True),
         ("MIT", False),
         ("BSD-3-Clause AND 0BSD", False),

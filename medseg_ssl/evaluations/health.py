@@ -18,6 +18,7 @@ from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.draws import numpy_generator
 from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
 from medseg_ssl.inference import FrozenEncoder, crop_size_of, network_crop, network_spacing
+from medseg_ssl.nets.heads import Pooling
 from medseg_ssl.types import Score, Triple
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Health(Evaluation):
             crop_size: voxels (D, H, W) at the encoder's spacing; null takes the size the encoder was trained
                 on.
             levels: pool the deepest map, or every level and join them.
+            pool: ``mean`` over the voxels, or ``mean_max``: mean and maximum, joined.
             seed: of the crops' places.
             batch_size: crops per forward pass.
         """
@@ -50,6 +52,7 @@ class Health(Evaluation):
         crops: int = Field(default=128, ge=FEWEST_CROPS)
         crop_size: Triple | None = None
         levels: Literal["deepest", "all"] = "deepest"
+        pool: Pooling = "mean"
         seed: int = 0
         batch_size: int = Field(default=8, ge=1)
 
@@ -106,6 +109,7 @@ class Health(Evaluation):
                     spacing_mm=network_spacing(model.card, archive.scans[key]),
                     levels=levels,
                     batch_size=self.config.batch_size,
+                    how=self.config.pool,
                 )
                 for key, crops in by_scan.items()
             ]

@@ -20,8 +20,8 @@ def pool(map_BCDHW: Tensor, keep_BDHW: Tensor | None = None, *, how: Pooling = "
         map_BCDHW: features of one level.
         keep_BDHW: bool at the map's size or finer; a map voxel weighs by its share of kept voxels. A sample
             without any kept voxel is pooled over all of them.
-        how: ``mean``, or ``mean_max``, which doubles the length. After instance normalisation a channel's mean says
-            little of what is in a crop; its maximum says whether something is there at all.
+        how: ``mean``, or ``mean_max``, which doubles the length: instance normalisation takes the mean of its channels
+            away, so the maximum may say what a later mean cannot.
 
     Returns:
         Pooled features (B, C) in float32; (B, 2C) for ``mean_max``, means first.

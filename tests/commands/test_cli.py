@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,19 @@ def test_configs_are_found_by_path_and_by_name(tmp_path):
         commandline.find_config("maee", kind="pretrain")
     with pytest.raises(ConfigError, match=r"no config file configs/none\.yaml"):
         commandline.find_config("configs/none.yaml", kind="pretrain")
+
+
+def test_deprecations_inside_torch_are_not_the_users_business(monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "error::BytesWarning")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+
+        def command(words):
+            warnings.warn(
+                "`torch.jit.interface` is deprecated. Please use something.", FutureWarning, stacklevel=1
+            )
+            warnings.warn("our own", FutureWarning, stacklevel=1)
+
+        assert cli.run(command, []) == 0
+    assert [str(w.message) for w in caught] == ["our own"]
+    assert os.environ["PYTHONWARNINGS"].startswith("error::BytesWarning,ignore:`torch.jit.interface`")

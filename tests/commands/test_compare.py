@@ -249,6 +249,8 @@ def test_report_verb_takes_comparisons_and_runs(tmp_path, finished):
     page = report_main([str(finished), str(single), "--out", str(tmp_path / "all.html")]).read_text()
     assert "mae beats scratch" in page
     assert "run · pretraining with mae" in page
+    with pytest.raises(ConfigError, match="is a folder; --out names a file"):
+        report_main([str(single), "--out", str(tmp_path), "--overwrite"])
     with pytest.raises(ConfigError, match=r"all.html exists"):
         report_main([str(single), "--out", str(tmp_path / "all.html")])
     assert (tmp_path / "all.html").read_text() == page

@@ -41,7 +41,7 @@ def test_folder_of_files(tmp_path, segmenter):
     _, second = write_scan(tmp_path / "in" / "b_0000.nii", shape=(20, 13, 31))
     (tmp_path / "in" / "notes.txt").write_text("not a scan")
     out = run(tmp_path)
-    assert sorted(f.name for f in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "segmenter.json"]
+    assert sorted(f.name for f in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "identity.json"]
     for name, volume in (("a", first), ("b", second)):
         label = read_label(out / f"{name}.nii.gz")
         assert np.array_equal(label.array, volume > 0)
@@ -60,8 +60,9 @@ def test_probabilities(tmp_path, segmenter):
 def test_existing_output_is_left_alone(tmp_path, segmenter, capsys):
     write_scan(tmp_path / "in" / "a.nii.gz")
     write_scan(tmp_path / "in" / "b.nii.gz")
-    (tmp_path / "out").mkdir()
+    run(tmp_path, source="in/b.nii.gz")
     (tmp_path / "out" / "a.nii.gz").write_bytes(b"precious")
+    (tmp_path / "out" / "b.nii.gz").unlink()
     run(tmp_path)
     assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"precious"
     assert (tmp_path / "out" / "b.nii.gz").is_file()
@@ -72,12 +73,20 @@ def test_another_segmenter_needs_another_folder(tmp_path, segmenter):
     write_scan(tmp_path / "in" / "a.nii.gz")
     run(tmp_path)
     before = (tmp_path / "out" / "a.nii.gz").read_bytes()
-    with pytest.raises(ConfigError, match=r"label maps of another segmenter.*choose another OUT"):
+    with pytest.raises(
+        ConfigError, match=r"holds other results \(they differ in segmenter.*choose another folder"
+    ):
         run(tmp_path, weights=b"others")
     assert (tmp_path / "out" / "a.nii.gz").read_bytes() == before
-    (tmp_path / "out" / "segmenter.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"segmenter.json is broken"):
+
+
+def test_label_maps_of_nobody_knows_whom_are_not_taken_over(tmp_path, segmenter):
+    write_scan(tmp_path / "in" / "a.nii.gz")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.nii.gz").write_bytes(b"precious")
+    with pytest.raises(ConfigError, match="holds something else; choose a new or empty folder"):
         run(tmp_path)
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
 
 
 def test_a_failing_file_is_one_line_and_the_others_go_on(tmp_path, segmenter, capsys):
@@ -89,7 +98,7 @@ def test_a_failing_file_is_one_line_and_the_others_go_on(tmp_path, segmenter, ca
     assert caught.value.code == 1
     lines = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("b:") for line in lines) == 1
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz", "segmenter.json"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz", "identity.json"]
 
 
 def test_a_bug_in_one_case_does_not_lose_the_others(tmp_path, segmenter, monkeypatch, capsys):

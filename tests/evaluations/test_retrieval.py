@@ -74,6 +74,20 @@ def test_an_encoder_that_sees_the_shared_texture_finds_the_subject():
     assert {row["subject"] for row in found["top1/CT-MR"].per_case} == {f"p{i:02d}" for i in range(SUBJECTS)}
 
 
+class Peaks(Spectrum):
+    """The same power once up and once down: its mean is 0 for everyone, its maximum is not."""
+
+    def forward(self, image_BCDHW, spacing_mm_B3=None):
+        image, power = super().forward(image_BCDHW, spacing_mm_B3)
+        return [image, torch.cat([power, -power], dim=2)]
+
+
+def test_pooling_with_the_maximum_sees_what_a_mean_hides():
+    mean, both = (scores(Peaks(), paired_archive(), pool=how) for how in ("mean", "mean_max"))
+    assert mean["top1/CT-MR"].value < 0.2
+    assert both["top1/CT-MR"].value > 0.6
+
+
 def test_unrelated_scans_stay_at_chance():
     found = scores(Spectrum(), paired_archive(link=False), draws=4)
     assert found["top1/CT-MR"].value < 0.45
