@@ -68,7 +68,7 @@ def read_comparison(out: Path) -> tuple[Comparison, list[dict[str, Any]]]:
     finished = [out / folder for folder in plan["fits"] if (out / folder / DONE).is_file()]
     if not finished:
         raise UserError(f"no fit of {out} has finished yet; run the comparison first")
-    rows = [row for folder in finished for row in read_cases(folder / DONE)]
+    rows = [row for folder in _comparable(out, plan["fits"], finished) for row in read_cases(folder / DONE)]
     order = {name: place for place, name in enumerate(plan["inits"])}
     rows.sort(
         key=lambda row: (order[row["init"]], row["budget"], row["draw"])
@@ -91,6 +91,16 @@ def read_comparison(out: Path) -> tuple[Comparison, list[dict[str, Any]]]:
         planned=len(plan["fits"]),
     )
     return comparison, rows
+
+
+def _comparable(out: Path, planned: Sequence[str], finished: Sequence[Path]) -> list[Path]:
+    """Finished fits of the draws that every init has finished, so that all means are over the same draws.
+
+    A comparison stopped in its first draw has none; then every finished fit counts.
+    """
+    missing = {(out / folder).parts[-2:] for folder in planned if out / folder not in finished}
+    whole = [folder for folder in finished if folder.parts[-2:] not in missing]
+    return whole or list(finished)
 
 
 def _read_plan(out: Path) -> dict[str, Any]:

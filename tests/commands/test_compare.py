@@ -239,6 +239,11 @@ def test_report_only_writes_what_is_done(tmp_path, finished):
     (out / "report.html").unlink()
     assert command.main([str(out), "--report-only", "--quiet"]) == out / "report.html"
     assert "26 of 27" in (out / "report.html").read_text()
+    # a draw that one init lacks counts for none, or the means would be over different draws
+    with open(out / "curve.csv", encoding="utf-8") as stream:
+        draws = [(r["budget"], int(r["draws"])) for r in csv.DictReader(stream) if r["metric"] == "dice"]
+    assert len(set(draws)) == len({budget for budget, _ in draws}), "the same draws for every init"
+    assert sorted(number for _, number in set(draws)) == [2, 3, 3]
 
 
 def test_report_verb_takes_comparisons_and_runs(tmp_path, finished):
