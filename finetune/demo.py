@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     from medseg_ssl.data.phantom import write_phantom
 
-    given = parser().parse_args(argv)
+    given = parser().parse_intermixed_args(argv)
     console = Console(stderr=True, highlight=False)
     out = Path(given.out)
     raw, archive, comparison = out / RAW, out / ARCHIVE, out / COMPARISON
