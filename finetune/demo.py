@@ -50,7 +50,7 @@ def parser() -> Parser:
     """The arguments."""
     made = Parser(prog="medseg-ssl demo", description=__doc__)
     made.add_argument(
-        "out", nargs="?", default="runs/demo", help="folder for everything (default: %(default)s)"
+        "out", nargs="?", default="runs/demo", help="folder for everything (default: runs/demo)"
     )
     made.add_argument("--subjects", type=int, default=28, help="phantom subjects (default: %(default)s)")
     made.add_argument("--config", default="phantom", help="compare config (default: %(default)s)")

@@ -80,7 +80,7 @@ def test_each_optimizer_takes_a_step(name):
 
 @pytest.mark.parametrize("steps", ["0 steps", 0, -3])
 def test_a_run_has_steps(steps):
-    with pytest.raises(ConfigError, match="at least 1 step|-3 is no duration"):
+    with pytest.raises(ConfigError, match=r"at least 1 step|-3 is no duration"):
         parse(TrainConfig, {"steps": steps})
 
 
