@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision)
     cases = find_cases(args.input, channels=predictor.card.channels_in)
-    claim(
-        args.out, {"segmenter": file_hash(args.segmenter)}, complete="never"
-    )  # cases are complete one by one
+    claim(args.out, {"segmenter": file_hash(args.segmenter)})
     failed, written = 0, 0
     for case, files in cases.items():
         target = args.out / f"{case}.nii.gz"

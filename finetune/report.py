@@ -94,13 +94,12 @@ def read_comparison(out: Path) -> tuple[Comparison, list[dict[str, Any]]]:
 
 
 def _comparable(out: Path, planned: Sequence[str], finished: Sequence[Path]) -> list[Path]:
-    """Finished fits of the draws that every init has finished, so that all means are over the same draws.
+    """Finished fits of every (budget, draw) that all its inits have finished, so that means are over the same draws.
 
-    A comparison stopped in its first draw has none; then every finished fit counts.
+    Where no (budget, draw) is whole yet, every finished fit counts.
     """
-    missing = {(out / folder).parts[-2:] for folder in planned if out / folder not in finished}
-    whole = [folder for folder in finished if folder.parts[-2:] not in missing]
-    return whole or list(finished)
+    missing = {folder.parts[-2:] for folder in {out / name for name in planned}.difference(finished)}
+    return [folder for folder in finished if folder.parts[-2:] not in missing] or list(finished)
 
 
 def _read_plan(out: Path) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def run(command: Callable[[list[str]], Any], argv: list[str] | None = None) -> i
     """
     words = sys.argv[1:] if argv is None else argv
     debug = "--debug" in words
-    _hush(DEPRECATION)
+    _hush_deprecation()
     before = _on_terminate(_terminate)
     try:
         command(list(words))  # with --debug, which every command's parser knows
@@ -125,11 +125,11 @@ def script(command: Callable[[list[str]], Any]) -> None:
     raise SystemExit(run(command))
 
 
-def _hush(message: str) -> None:
+def _hush_deprecation() -> None:
     # by the environment too: fits run in processes of their own
-    warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    warnings.filterwarnings("ignore", message=DEPRECATION, category=FutureWarning)
     given = os.environ.get("PYTHONWARNINGS", "")
-    rule = f"ignore:{message}:FutureWarning"
+    rule = f"ignore:{DEPRECATION}:FutureWarning"
     if rule not in given:
         os.environ["PYTHONWARNINGS"] = f"{given},{rule}" if given else rule
 

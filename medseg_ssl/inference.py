@@ -451,7 +451,7 @@ def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         count = torch.cuda.device_count()
         raise UserError(f"no device {name!r} here; there is cpu and {count} CUDA device(s)") from error
     return device

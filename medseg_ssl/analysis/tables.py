@@ -53,13 +53,13 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], *, columns: Sequenc
     return write_text(path, stream.getvalue())
 
 
-def claim(out: Path, identity: Mapping[str, Any], *, complete: str) -> bool:
+def claim(out: Path, identity: Mapping[str, Any], *, complete: str | None = None) -> bool:
     """Take a folder for the results that ``identity`` names.
 
     Args:
         out: the folder; made where it is missing.
         identity: what decides the results (JSON values).
-        complete: the file whose presence says that the results are all there.
+        complete: the file whose presence says that the results are all there; None where each result says so itself.
 
     Returns:
         True where the folder already holds these results, complete.
@@ -81,7 +81,7 @@ def claim(out: Path, identity: Mapping[str, Any], *, complete: str) -> bool:
                 f" {'; '.join(f'{k} {found.get(k)!r} there, {wanted.get(k)!r} here' for k in keys)});"
                 " choose another folder"
             )
-        return (out / complete).is_file()
+        return complete is not None and (out / complete).is_file()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and holds something else; choose a new or empty folder")
     write_json(file, wanted)

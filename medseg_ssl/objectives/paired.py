@@ -98,8 +98,9 @@ class Paired(Objective):
                 f"paired needs pairs of relation {', '.join(config.relations)}; the archive has: {there}"
             )
         if config.global_weight > 0:
-            self.project = (
-                projection_head(
+            self.project: nn.Module = nn.Identity()
+            if config.projection == "mlp":
+                self.project = projection_head(
                     # no batch norm: the loss must not depend on how many devices share the batch
                     "simclr",
                     encoder.channels[-1] * (2 if config.pool == "mean_max" else 1),
@@ -107,9 +108,6 @@ class Paired(Objective):
                     channels_out=config.embedding,
                     batch_norm=False,
                 )
-                if config.projection == "mlp"
-                else nn.Identity()
-            )
             self.log_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
         self.decoder: Decoder | None = None
         if config.dense_weight > 0:
