@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.analysis.label_efficiency import CURVE_COLUMNS
 from medseg_ssl.analysis.tables import write_json
@@ -24,6 +24,9 @@ from .comparison import CompareConfig
 from .crew import Crew, failure_of, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
 from .report import PLAN, write_comparison
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
 
 REPORT = "report.html"
 
@@ -106,7 +109,7 @@ def compare(
             network=next((card["encoder"] for card in cards.values()), None),
             keep=keep,
         )
-        notes = _notes(config, tasks, cards=cards, cases=len(cases), fingerprint=opened.fingerprint)
+        notes = _notes(config, tasks, cards=cards, cases=len(cases), archive=opened)
         _write_plan(out, config, tasks, notes=notes, command=command, subsets=subsets, cases=cases)
         pending = [task for task in tasks if not task.finished]
         failures = crew.fit(fit, pending, done=len(tasks) - len(pending))
@@ -178,8 +181,10 @@ def _card(path: Path) -> dict[str, Any]:
 
 
 def _notes(
-    config: CompareConfig, tasks: Sequence[FitTask], *, cards: Mapping[str, Any], cases: int, fingerprint: str
+    config: CompareConfig, tasks: Sequence[FitTask], *, cards: Mapping[str, Any], cases: int, archive: Archive
 ) -> list[str]:
+    from medseg_ssl.data.budgets import unstated_classes
+
     steps = {task.init: task.steps for task in tasks}
     notes = [
         f"Scored on {cases} cases, subset '{config.subset}' of split '{config.split}'; NSD tolerance "
@@ -196,17 +201,26 @@ def _notes(
             )
         elif init in cards:
             card = cards[init]
-            where = "this archive" if card["archive_fingerprint"] == fingerprint else "another archive"
+            where = (
+                "this archive" if card["archive_fingerprint"] == archive.fingerprint else "another archive"
+            )
             notes.append(
                 f"{init}: {card['objective'] or 'unknown objective'}, {card['steps']} steps on {where}."
             )
-            if card["archive_fingerprint"] != fingerprint:
+            if card["archive_fingerprint"] != archive.fingerprint:
                 notes.append(f"{init}: whether its pretraining saw scored subjects cannot be checked here.")
     for init, tree in config.init_overrides.items():
         text = ", ".join(f"{key}={value}" for key, value in _flat(tree))
         notes.append(f"{init} differs from the others in: {text}.")
     for init, most in config.init_draws.items():
         notes.append(f"{init}: at most {most} draws; paired comparisons use the draws both have.")
+    subsets = {(task.budget, task.draw): task.train_cases for task in tasks}
+    for (budget, draw), drawn in sorted(subsets.items()):
+        if unstated := unstated_classes((archive.cases[case] for case in drawn), archive.classes):
+            labels = "1 label" if budget == 1 else f"{budget} labels"
+            notes.append(
+                f"{labels}, draw {draw}: no labeled case states {', '.join(unstated)}, so no init can predict it there."
+            )
     return notes
 
 

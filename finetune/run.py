@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
+
+logger = logging.getLogger(__name__)
 
 SHIPS = "segmenter.safetensors"
 
@@ -152,15 +155,20 @@ def run_finetune(
     """
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.augment import prepare_batch
+    from medseg_ssl.data.budgets import unstated_classes
     from medseg_ssl.data.loader import Loader
     from medseg_ssl.nets import encoder_file
+    from medseg_ssl.nets.segmenter import silence
     from medseg_ssl.train import runtime
     from medseg_ssl.train.run_folder import hash_file, hash_names, open_run
 
     config, opened = complete_config(config, encoder), Archive.open(archive)
     used = training_cases(opened, config.data.split, cases)
+    unstated = unstated_classes((opened.cases[case] for case in used), opened.classes)
     machine = runtime.start(config.train)
     objective, options = build(config, opened)
+    # a class that is unknown in every case would be free to take over the background
+    silence(heads(objective.export().head), [opened.classes.index(name) for name in unstated])
     views = type(objective).views(options)
     check_crop_sizes(views, objective.encoder.strides)
     if machine.device.type == "cpu" and config.train.precision == "bf16":
@@ -201,6 +209,12 @@ def run_finetune(
             return Path(run) / SHIPS
         if audit is not None and machine.is_main:
             tell(audit, Path(run), quiet=quiet)
+        if unstated and machine.is_main and not quiet:
+            logger.warning(
+                "none of the %d labeled cases states %s: the segmenter will never predict it",
+                len(used),
+                ", ".join(unstated),
+            )
         session = Session(
             run=Path(run),
             config=config.model_dump(mode="json"),
@@ -323,6 +337,7 @@ def make_card(
     config: FinetuneConfig, archive: Archive, views: Mapping[str, Any], cases: Sequence[str], *, steps: int
 ) -> Card:
     """The card of the segmenter that this run ships."""
+    from medseg_ssl.data.budgets import unstated_classes
     from medseg_ssl.nets.encoder_file import Card
 
     assert config.encoder is not None
@@ -334,6 +349,7 @@ def make_card(
         decoder=config.decoder.model_dump(mode="json"),
         channels_in=len(scans),
         classes=archive.classes,
+        silent_classes=unstated_classes((archive.cases[case] for case in cases), archive.classes),
         spacing_mm=first.spacing_mm or archive.recipe.spacing_mm,
         crop_size=first.size,
         intensity={name: policy.model_dump(mode="json") for name, policy in archive.intensity.items()},

@@ -240,7 +240,8 @@ def savings(tables_: Tables, *, init: str, baseline: str) -> list[dict[str, Any]
     Returns:
         One dict per budget: ``savings``, ``ci_low``, ``ci_high`` (None = open), ``labels`` (what the baseline
         needs), ``censored`` (the baseline never gets there: a lower bound), ``at_most`` (it is there already
-        at its smallest budget: an upper bound).
+        at its smallest budget: an upper bound), ``gap`` (mean score of the init minus the baseline's at
+        ``labels``: 0 but for the two bounds).
     """
     grid = budgets_of(tables_, baseline)
     out = []
@@ -265,6 +266,7 @@ def savings(tables_: Tables, *, init: str, baseline: str) -> list[dict[str, Any]
             | {"ci_low": None if ci_low is None else ci_low / budget}
             | {"ci_high": None if ci_high is None else ci_high / budget}
             | {"censored": bool(censored), "at_most": bool(first == 0 and not censored and mean_G[0] < 0)}
+            | {"gap": float(mean_G[first]) if censored or first == 0 else 0.0}
         )
     return out
 
@@ -356,12 +358,18 @@ def summarise(
 
 
 def _better_baseline(dice: Tables, init: str, baselines: Sequence[str]) -> list[dict[str, Any]]:
-    """Savings against the baseline that needs fewest labels at each budget: the strictest reading."""
+    """Savings against the baseline that needs fewest labels at each budget: the strictest reading.
+
+    Where two are bounds at the same number of labels, the one that scores more there.
+    """
     by_budget: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for baseline in baselines:
         for item in savings(dice, init=init, baseline=baseline):
             by_budget[item["budget"]].append(item)
-    return [min(items, key=lambda i: (i["savings"], i["censored"])) for _, items in sorted(by_budget.items())]
+    return [
+        min(items, key=lambda i: (i["savings"], i["censored"], i["gap"]))
+        for _, items in sorted(by_budget.items())
+    ]
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from medseg_ssl import draws
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.data.manifest import Split
+from medseg_ssl.data.manifest import CaseRow, Split
 
 SIDES = ("train", "development", "test")
 
@@ -224,3 +224,9 @@ def _count(key: str, wanted: int | float, total: int) -> int:
     if isinstance(wanted, int):
         return wanted
     return max(1, round(wanted * total)) if wanted > 0 and total > 2 else round(wanted * total)
+
+
+def unstated_classes(cases: Iterable[CaseRow], classes: Sequence[str]) -> tuple[str, ...]:
+    """Classes that no annotator stated in any of these labeled cases, so that nothing can be learned about them."""
+    known = [case.known_classes or (True,) * len(classes) for case in cases]
+    return tuple(name for k, name in enumerate(classes) if not any(stated[k] for stated in known))

@@ -35,6 +35,7 @@ class Card(BaseModel):
         encoder: ``{name, …config}`` of the encoder; ``decoder`` likewise, None without one.
         channels_in: channels of the input.
         classes: class names, background first; empty for an encoder.
+        silent_classes: those among them that no training case stated; the segmenter never predicts them.
         spacing_mm: voxel size (D, H, W) of the training crops; None where the archive had several.
         crop_size: voxels (D, H, W) of the training crops.
         intensity: intensity policy by modality.
@@ -49,6 +50,7 @@ class Card(BaseModel):
     decoder: dict[str, Any] | None = None
     channels_in: int = 1
     classes: tuple[str, ...] = ()
+    silent_classes: tuple[str, ...] = ()
     spacing_mm: TripleMm | None = None
     crop_size: Triple | None = None
     intensity: dict[str, dict[str, Any]] = {}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medseg_ssl.nets.blocks import initialise
 from medseg_ssl.nets.decoders.base import Decoder
 from medseg_ssl.nets.encoders.base import Encoder
+
+SILENT = -1e4
+"""Logit of a class that is never to be predicted: its probability is 0 in float32 and in bfloat16."""
 
 
 class Segmenter(nn.Module):
@@ -61,6 +67,23 @@ class Segmenter(nn.Module):
         features = self.decoder(self.encoder(image_BCDHW, spacing_mm_B3))
         logits = [head(map_) for head, map_ in zip(self.heads, features, strict=False)]
         return [_at_size(logits[0], image_BCDHW), *logits[1:]]
+
+
+@torch.no_grad()
+def silence(heads: Iterable[nn.Module], classes: Collection[int]) -> None:
+    """Make heads never predict some classes: weight 0 and bias ``SILENT``, where no gradient reaches them.
+
+    Raises:
+        ValueError: background among the classes.
+    """
+    if 0 in classes:
+        raise ValueError("the background cannot be silenced")
+    for head in heads:
+        assert isinstance(head, nn.Conv3d)
+        assert head.bias is not None
+        for index in classes:
+            head.weight[index] = 0.0
+            head.bias[index] = SILENT
 
 
 def _at_size(logits_BKDHW: Tensor, image_BCDHW: Tensor) -> Tensor:

@@ -120,6 +120,16 @@ def test_savings_take_the_better_baseline():
     assert "savings" not in summary["inits"]["scratch"]
 
 
+def test_of_two_bounds_the_baseline_that_scores_more_counts():
+    curves = {"scratch": {1: 0.6}, "scratch_long": {1: 0.65}, "better": {1: 0.7}, "worse": {1: 0.5}}
+    summary = le.summarise(rows_of(curves), baselines=["scratch", "scratch_long"], low_budgets=[1])
+    (better,), (worse,) = (summary["inits"][init]["savings"] for init in ("better", "worse"))
+    assert (better["baseline"], better["censored"]) == ("scratch_long", True)
+    assert better["gap"] == pytest.approx(0.05, abs=0.02)
+    assert (worse["baseline"], worse["at_most"]) == ("scratch_long", True)
+    assert worse["gap"] == pytest.approx(-0.15, abs=0.02)
+
+
 def test_verdict_names_both_baselines_and_numbers():
     summary = le.summarise(
         rows_of({"scratch": SCRATCH, "scratch_long": LONG, "better": BETTER}),

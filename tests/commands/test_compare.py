@@ -349,7 +349,7 @@ def test_overrides_of_an_init_reach_its_fits_alone_and_the_report():
     tasks = tasks_of(config, plans.training_subsets(config, fakes.archive()))
     rates = {task.init: task.config.get("optim", {}).get("lr") for task in tasks}
     assert rates == {"scratch": None, "scratch_long": None, "mae": 0.5}
-    notes = command._notes(config, tasks, cards={"mae": fakes.card(Path())}, cases=5, fingerprint="f" * 16)
+    notes = command._notes(config, tasks, cards={"mae": fakes.card(Path())}, cases=5, archive=fakes.archive())
     assert "mae differs from the others in: optim.lr=0.5." in notes
 
 

@@ -168,3 +168,22 @@ def test_every_shipped_config_parses_and_round_trips():
         without = {k: v for k, v in yaml.safe_load(to_yaml(config)).items()}
         without["objective"].pop("decoder", None)
         assert parse(FinetuneConfig, without)
+
+
+def test_a_class_that_no_case_states_is_never_predicted(tmp_path, caplog):
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.inference import Predictor
+
+    archive = write_archive(tmp_path / "archive", known=(True, False)).path
+    command = ["segmentation", str(tmp_path / "run"), "--archive", str(archive), *COMMON[:-1]]
+    shipped = main([*command, "train.steps=6", "optim.lr=0.01", "optim.weight_decay=0.5"])
+    assert "none of the 4 labeled cases states organ: the segmenter will never predict it" in caplog.text
+    assert encoder_file.load_card(shipped).silent_classes == ("organ",)
+    predictor, opened = Predictor.load(shipped), Archive.open(archive)
+    assert not predictor.predict_case(opened, "case-s6").any()
+
+
+def test_a_class_that_one_case_states_is_learned(tmp_path):
+    archive = write_archive(tmp_path / "archive", known=(True, False), stating=("s0",)).path
+    shipped = finetune(archive, tmp_path / "run")
+    assert encoder_file.load_card(shipped).silent_classes == ()

@@ -27,8 +27,18 @@ def volumes(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ct, mr, organ
 
 
-def write_archive(path: Path, *, labels: bool = True, broken: str = "") -> Archive:
-    """Eight subjects; the scan named ``broken`` (such as ``s1-MR``) holds no data anywhere."""
+def write_archive(
+    path: Path,
+    *,
+    labels: bool = True,
+    broken: str = "",
+    known: tuple[bool, ...] = (True, True),
+    stating: tuple[str, ...] = (),
+) -> Archive:
+    """Eight subjects; the scan named ``broken`` (such as ``s1-MR``) holds no data anywhere.
+
+    The annotator stated the classes ``known``, in the subjects ``stating`` all of them.
+    """
     writer = ArchiveWriter.open(path, RECIPE, ("background", "organ") if labels else ())
     scans, cases, pairs = [], [], []
     for number, subject in enumerate((*TRAIN, *DEVELOPMENT, *TEST)):
@@ -41,10 +51,10 @@ def write_archive(path: Path, *, labels: bool = True, broken: str = "") -> Archi
             stored = np.full(SHAPE, -32768) if key == broken else array
             write_volume(path, stored.astype(np.int16), row, recipe=RECIPE, stamp="")
             scans.append(row)
-        known = (True, True) if labels else ()
+        stated = ((True, True) if subject in stating else known) if labels else ()
         scan = (f"{subject}-CT",)
         case = CaseRow(
-            case=f"case-{subject}", subject=subject, scans=scan, labeled=labels, known_classes=known
+            case=f"case-{subject}", subject=subject, scans=scan, labeled=labels, known_classes=stated
         )
         if labels:
             affine = np.array(scans[-2].affine_44)
