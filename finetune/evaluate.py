@@ -44,6 +44,9 @@ def parser() -> Parser:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    parser.add_argument(
+        "--flips", action="store_true", help="average over the mirrorings of training (mirror_axes)"
+    )
     return parser
 
 
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from medseg_ssl.inference import Predictor, file_hash
 
     archive = Archive.open(args.archive)
-    predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision)
+    predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision, flips=args.flips)
     cases = labeled_cases(archive, split=args.split, subset=args.subset)
     identity = {
         "segmenter": file_hash(args.segmenter),
@@ -75,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "subset": args.subset,
         "nsd_tolerance_mm": args.nsd_tolerance_mm,
         "precision": args.precision,
+        "flips": args.flips,
         "task": args.task or archive.fingerprint[:12],
     }
     if claim(args.out, identity, complete="summary.json"):

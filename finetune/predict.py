@@ -35,6 +35,9 @@ def parser() -> Parser:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    parser.add_argument(
+        "--flips", action="store_true", help="average over the mirrorings of training (mirror_axes)"
+    )
     return parser
 
 
@@ -57,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     from medseg_ssl.inference import Predictor, file_hash
 
-    predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision)
+    predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision, flips=args.flips)
     cases = find_cases(args.input, channels=predictor.card.channels_in)
-    claim(args.out, {"segmenter": file_hash(args.segmenter)})
+    claim(args.out, {"segmenter": file_hash(args.segmenter), "flips": args.flips})
     failed, written = 0, 0
     for case, files in cases.items():
         target = args.out / f"{case}.nii.gz"

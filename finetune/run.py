@@ -352,6 +352,7 @@ def make_card(
         silent_classes=unstated_classes((archive.cases[case] for case in cases), archive.classes),
         spacing_mm=first.spacing_mm or archive.recipe.spacing_mm,
         crop_size=first.size,
+        mirror_axes=first.mirror_axes,
         intensity={name: policy.model_dump(mode="json") for name, policy in archive.intensity.items()},
         modalities=tuple(row.modality for row in scans),
         archive_fingerprint=archive.fingerprint,

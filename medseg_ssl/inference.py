@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -97,6 +98,10 @@ class Predictor:
             slow.
         whole_volume: a volume of at most this many times the crop's voxels goes through in one pass.
         stride: the network's largest stride per axis; whole volumes are padded to its multiples.
+        flips: average the logits over every mirroring that training used (2ⁿ passes for n axes).
+
+    Raises:
+        UserError: no such device, or ``flips`` for a network that never saw a mirrored crop.
     """
 
     def __init__(
@@ -110,7 +115,12 @@ class Predictor:
         window_batch: int = 4,
         whole_volume: float = 2.0,
         stride: Triple = (1, 1, 1),
+        flips: bool = False,
     ) -> None:
+        if flips and not card.mirror_axes:
+            raise UserError(
+                "the segmenter was trained without mirror_axes, so flips would only harm its prediction"
+            )
         self.device = usable_device(device)
         self.segmenter = segmenter.to(self.device).eval()
         self.card = card
@@ -120,6 +130,8 @@ class Predictor:
         self.window_batch = max(2, window_batch)
         self.whole_volume = whole_volume
         self.stride = stride
+        axes = [axis + 2 for axis in card.mirror_axes] if flips else []
+        self._flips = [chosen for n in range(len(axes) + 1) for chosen in combinations(axes, n)]
 
     @classmethod
     def load(
@@ -368,8 +380,16 @@ class Predictor:
         if alone:
             image_BCDHW, spacing_mm_B3 = image_BCDHW.expand(2, -1, -1, -1, -1), spacing_mm_B3.expand(2, 3)
         with autocast(self.device, self.precision):
-            logits_BKDHW = self.segmenter(image_BCDHW.to(self.device), spacing_mm_B3.to(self.device))
-        return (logits_BKDHW[:1] if alone else logits_BKDHW).float()
+            logits_BKDHW = self._mean_of_flips(image_BCDHW.to(self.device), spacing_mm_B3.to(self.device))
+        return logits_BKDHW[:1] if alone else logits_BKDHW
+
+    def _mean_of_flips(self, image_BCDHW: Tensor, spacing_mm_B3: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for axes in self._flips:
+            logits_BKDHW = self.segmenter(image_BCDHW.flip(axes), spacing_mm_B3).float().flip(axes)
+            total = logits_BKDHW if total is None else total + logits_BKDHW
+        assert total is not None
+        return total / len(self._flips)
 
 
 class FrozenEncoder:

@@ -39,6 +39,7 @@ class ViewSpec:
         overlap: smallest share of each axis two views of one scan (or of a ``same_box`` pair) have in common;
             None means independent places.
         labeled: True draws from labeled cases and fills ``View.label_BDHW``.
+        mirror_axes: axes (D 0, H 1, W 2) each mirrored with probability 0.5, beside what ``augment`` does.
     """
 
     count: int
@@ -48,6 +49,7 @@ class ViewSpec:
     pair: Literal["none", "same_box", "same_subject"] = "none"
     overlap: float | None = None
     labeled: bool = False
+    mirror_axes: tuple[int, ...] = ()
 
 
 ViewPlan = Mapping[str, ViewSpec]

@@ -21,7 +21,9 @@ BOX = (slice(4, 9), slice(3, 11), slice(5, 8))
 
 def predictor(above=0.0, **options):
     changes = {
-        k: options.pop(k) for k in list(options) if k not in ("window_batch", "whole_volume", "stride")
+        k: options.pop(k)
+        for k in list(options)
+        if k not in ("window_batch", "whole_volume", "stride", "flips")
     }
     return Predictor(Threshold(above, len(changes.get("classes", (0, 0)))), card(**changes), **options)
 
@@ -32,6 +34,39 @@ def one_case(volume, label=None, **options):
     archive.add_scan("s", volume, subject="p", **options)
     archive.add_case("c", ["s"], label)
     return archive
+
+
+class Ramp(torch.nn.Module):
+    """Foreground logit: 1 at the last voxels of W, -1 at the first, so a mirrored pass cancels it; plus D's, kept."""
+
+    def forward(self, image_BCDHW, spacing_mm_B3=None):
+        d, w = image_BCDHW.shape[2], image_BCDHW.shape[4]
+        logit = (
+            torch.linspace(-1, 1, w).expand_as(image_BCDHW) + 0.25 * torch.linspace(-1, 1, d)[:, None, None]
+        )
+        return torch.cat([torch.zeros_like(logit), logit], dim=1)
+
+
+@pytest.mark.parametrize("whole_volume", [0.0, 2.0])
+def test_flips_average_over_the_mirrored_axes_and_no_other(whole_volume):
+    volume = bright_cube((16, 16, 16), BOX)
+    archive = one_case(volume)
+    plain, flipped = (
+        Predictor(Ramp(), card(mirror_axes=(2,)), whole_volume=whole_volume, flips=flips).predict_case(
+            archive, "c"
+        )
+        for flips in (False, True)
+    )
+    assert plain[8, 0, -1] == 1
+    assert plain[8, 0, 0] == 0
+    expected = np.zeros((16, 16, 16), np.uint8)
+    expected[8:] = 1
+    assert np.array_equal(flipped, expected)
+
+
+def test_flips_of_a_network_that_was_never_mirrored_are_refused():
+    with pytest.raises(UserError, match="trained without mirror_axes"):
+        predictor(flips=True)
 
 
 # -- archive cases -------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ The spatial part is drawn here and folded into the crop's one interpolation by t
 runs on the device in ``prepare_batch`` (see ``augment_intensity``): on a GPU host that split was measured
 fastest, and on a CPU it costs nothing. Every number drawn is a function of (seed, global sample index, view).
 
-No recipe mirrors by default. Left and right are anatomy (liver and spleen, labels with sides), so is up;
-where a task has no sides, set ``mirror_axes`` (0 is superior-inferior, 1 anterior-posterior, 2 left-right).
+No recipe mirrors. Left and right are anatomy (liver and spleen, labels with sides), so is up; where a task
+has no sides, an objective sets ``ViewSpec.mirror_axes`` (0 superior-inferior, 1 anterior-posterior, 2
+left-right).
 """
 
 from __future__ import annotations

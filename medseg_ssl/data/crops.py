@@ -75,6 +75,8 @@ def check_plan(plan: ViewPlan, rows: Sequence[ScanRow]) -> None:
             )
         if spec.augment not in AUGMENTS:
             wrong.append(f"{where}: no augmentation named {spec.augment!r}; known: {', '.join(AUGMENTS)}")
+        if not set(spec.mirror_axes) <= {0, 1, 2}:
+            wrong.append(f"{where}: mirror_axes are among 0 (D), 1 (H), 2 (W), got {list(spec.mirror_axes)}")
         if spec.count < 1:
             wrong.append(f"{where}: count must be at least 1, got {spec.count}")
         if spec.pair != "none" and spec.count != 2:

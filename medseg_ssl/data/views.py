@@ -125,9 +125,10 @@ class ViewMaker:
             ratio = crops.ratio_of(group[0], spec.spacing_mm)
             spacing = group[0].spacing_mm
             moving = numpy_generator(self.seed, sample.index, f"spatial/{name}/{number}")
-            move = draw_move(
-                self.spatial[spec.augment], moving, spacing_mm=np.multiply(ratio, spacing).tolist()
-            )
+            recipe = self.spatial[spec.augment]
+            if spec.mirror_axes:
+                recipe = recipe.model_copy(update={"mirror_axes": spec.mirror_axes})
+            move = draw_move(recipe, moving, spacing_mm=np.multiply(ratio, spacing).tolist())
             shifted = start + np.round(move.shift * spec.size) * ratio
             matrix = crops.crop_matrix(
                 shifted, spec.size, ratio=ratio, spacing_mm=spacing, linear_33=move.linear_33, flip=move.flip

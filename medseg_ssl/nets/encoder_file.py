@@ -38,6 +38,7 @@ class Card(BaseModel):
         silent_classes: those among them that no training case stated; the segmenter never predicts them.
         spacing_mm: voxel size (D, H, W) of the training crops; None where the archive had several.
         crop_size: voxels (D, H, W) of the training crops.
+        mirror_axes: axes that were mirrored at random in training.
         intensity: intensity policy by modality.
         modalities: modality of each input channel for a segmenter, modalities seen for an encoder.
         source: where imported weights come from; ``licence`` theirs, or that of the training data's use.
@@ -53,6 +54,7 @@ class Card(BaseModel):
     silent_classes: tuple[str, ...] = ()
     spacing_mm: TripleMm | None = None
     crop_size: Triple | None = None
+    mirror_axes: tuple[int, ...] = ()
     intensity: dict[str, dict[str, Any]] = {}
     modalities: tuple[str, ...] = ()
     archive_fingerprint: str = ""

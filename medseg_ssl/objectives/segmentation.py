@@ -8,7 +8,7 @@ region loss leaves it out, so nothing is learned about it from that case.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -31,6 +31,8 @@ class Segmentation(Objective):
         Attributes:
             size: crop (D, H, W).
             augment: augmentation of image and label.
+            mirror_axes: axes (0 superior-inferior, 1 anterior-posterior, 2 left-right) mirrored at random; none by
+                default, since sides are anatomy. ``predict --flips`` averages over them.
             voxel_loss: ``cross_entropy`` or ``focal``.
             region_loss: ``dice`` or ``jaccard``.
             voxel_weight: α, weight of the voxel loss.
@@ -43,6 +45,7 @@ class Segmentation(Objective):
 
         size: Triple = (64, 64, 64)
         augment: str = "segmentation"
+        mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
         voxel_loss: Literal["cross_entropy", "focal"] = "cross_entropy"
         region_loss: Literal["dice", "jaccard"] = "dice"
         voxel_weight: float = Field(1.0, ge=0.0)
@@ -71,7 +74,10 @@ class Segmentation(Objective):
     @staticmethod
     def views(config: Config) -> ViewPlan:
         """One labeled crop."""
-        return {"labeled": ViewSpec(count=1, size=config.size, augment=config.augment, labeled=True)}
+        spec = ViewSpec(
+            count=1, size=config.size, augment=config.augment, labeled=True, mirror_axes=config.mirror_axes
+        )
+        return {"labeled": spec}
 
     def logits(self, view: View) -> list[Tensor]:
         """Class scores (B, K, D_i, H_i, W_i) of every supervised level, finest first."""

@@ -331,3 +331,35 @@ def test_wrong_use_is_refused(archive):
         Loader(archive, {"crop": ViewSpec(1, (0, 4, 4))}, batch_size=1, steps=1, seed=0)
     with pytest.raises(ConfigError, match="foreground_share"):
         Loader(archive, LABELED, batch_size=1, steps=1, seed=0, foreground_share=3)
+
+
+def test_mirror_axes_mirror_image_and_label_together_about_half_the_time(archive):
+    shape = (16, 20, 24)  # the box of the CT, so every crop is all of it
+    plain, mirrored = (
+        list(
+            Loader(
+                archive,
+                {"crop": ViewSpec(1, shape, labeled=True, mirror_axes=axes)},
+                batch_size=4,
+                steps=10,
+                seed=0,
+                foreground_share=0.0,
+            )
+        )
+        for axes in ((), (1,))
+    )
+    turned = []
+    for before, after in zip(plain, mirrored, strict=True):
+        a, b = before.views["crop"][0], after.views["crop"][0]
+        for i in range(4):
+            flip = torch.equal(b.image_BCDHW[i], a.image_BCDHW[i].flip(2))
+            assert flip != torch.equal(b.image_BCDHW[i], a.image_BCDHW[i])
+            expected = a.label_BDHW[i].flip(1) if flip else a.label_BDHW[i]
+            assert torch.equal(b.label_BDHW[i], expected)
+            turned.append(flip)
+    assert 10 <= sum(turned) <= 30
+
+
+def test_mirror_axes_beyond_the_third_are_refused(archive):
+    with pytest.raises(ConfigError, match=r"mirror_axes are among 0 \(D\), 1 \(H\), 2 \(W\), got \[3\]"):
+        Loader(archive, {"crop": ViewSpec(1, (8, 8, 8), mirror_axes=(3,))}, batch_size=1, steps=1, seed=0)
