@@ -66,13 +66,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.evaluations.segmentation import evaluate_cases, labeled_cases
-    from medseg_ssl.inference import Predictor, file_hash
+    from medseg_ssl.inference.predictor import Predictor
+    from medseg_ssl.train.run_folder import hash_file
 
     archive = Archive.open(args.archive)
     predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision, flips=args.flips)
     cases = labeled_cases(archive, split=args.split, subset=args.subset)
     identity = {
-        "segmenter": file_hash(args.segmenter),
+        "segmenter": hash_file(args.segmenter),
         "archive": archive.fingerprint,
         "split": args.split,
         "subset": args.subset,

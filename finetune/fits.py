@@ -164,7 +164,7 @@ def _score(task: FitTask, segmenter: Path) -> list[dict[str, object]]:
     from medseg_ssl.analysis.metrics import case_metrics
     from medseg_ssl.analysis.pictures import write_slices
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.inference import Predictor
+    from medseg_ssl.inference.predictor import Predictor
 
     wants_gpu = task.config["train"].get("accelerator", "auto") != "cpu"
     device = "cuda" if wants_gpu and torch.cuda.is_available() else "cpu"

@@ -19,7 +19,7 @@ from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from medseg_ssl.inference import Predictor
+    from medseg_ssl.inference.predictor import Predictor
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
@@ -58,11 +58,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if args.out.resolve() == folder.resolve():
         raise ConfigError(f"OUT is the folder of the input, {folder}; label maps need a folder of their own")
 
-    from medseg_ssl.inference import Predictor, file_hash
+    from medseg_ssl.inference.predictor import Predictor
+    from medseg_ssl.train.run_folder import hash_file
 
     predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision, flips=args.flips)
     cases = find_cases(args.input, channels=predictor.card.channels_in)
-    claim(args.out, {"segmenter": file_hash(args.segmenter), "flips": args.flips})
+    claim(args.out, {"segmenter": hash_file(args.segmenter), "flips": args.flips})
     failed, written = 0, 0
     for case, files in cases.items():
         target = args.out / f"{case}.nii.gz"

@@ -364,7 +364,7 @@ def make_card(
 
 def predictor(objective: Objective, *, card: Any, machine: Any) -> Any:
     """The objective's networks as an evaluation wants them."""
-    from medseg_ssl.inference import Predictor, largest_stride
+    from medseg_ssl.inference.predictor import Predictor, largest_stride
     from medseg_ssl.nets.segmenter import Segmenter
 
     parts, described = objective.export(), card()

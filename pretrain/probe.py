@@ -83,12 +83,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     evaluations = config.build()
 
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.inference import FrozenEncoder, file_hash
+    from medseg_ssl.inference.frozen import FrozenEncoder
+    from medseg_ssl.train.run_folder import hash_file
 
     archive = Archive.open(args.archive)
     encoder = FrozenEncoder.load(args.encoder, device=args.device, precision=config.precision)
     identity = {
-        "encoder": file_hash(args.encoder),
+        "encoder": hash_file(args.encoder),
         "archive": archive.fingerprint,
         "config": config.model_dump(mode="json"),
     }

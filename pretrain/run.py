@@ -243,7 +243,7 @@ def make_card(
 
 def frozen(objective: Objective, *, card: Any, machine: Any) -> Any:
     """The objective's encoder as an evaluation wants it."""
-    from medseg_ssl.inference import FrozenEncoder
+    from medseg_ssl.inference.frozen import FrozenEncoder
 
     return FrozenEncoder(objective.export().encoder, card(), device=str(machine.device))
 

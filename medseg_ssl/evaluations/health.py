@@ -17,7 +17,8 @@ from pydantic import Field
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.draws import numpy_generator
 from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
-from medseg_ssl.inference import FrozenEncoder, crop_size_of, network_crop, network_spacing
+from medseg_ssl.inference.frozen import FrozenEncoder, network_crop
+from medseg_ssl.inference.inputs import crop_size_of, network_spacing
 from medseg_ssl.nets.heads import Pooling
 from medseg_ssl.types import Score, Triple
 

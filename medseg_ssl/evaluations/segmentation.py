@@ -10,7 +10,7 @@ from pydantic import Field
 from medseg_ssl.analysis.metrics import METRICS, case_means, case_metrics, summarize
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
-from medseg_ssl.inference import Predictor
+from medseg_ssl.inference.predictor import Predictor
 from medseg_ssl.types import Score
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 from finetune.evaluate import main
 from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.inference import Predictor
+from medseg_ssl.inference.predictor import Predictor
 from tests.evaluations.fakes import MemoryArchive, Threshold, bright_cube, card
 
 BOX = (slice(4, 9), slice(3, 11), slice(5, 8))
@@ -31,7 +31,7 @@ def world(tmp_path, monkeypatch):
         return Predictor(Threshold(classes=3), card(classes=archive.classes))
 
     monkeypatch.setattr("medseg_ssl.data.archive.Archive.open", lambda path: archive)
-    monkeypatch.setattr("medseg_ssl.inference.Predictor.load", load)
+    monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", load)
     (tmp_path / "segmenter.safetensors").write_bytes(b"weights")
     return tmp_path, calls
 
@@ -165,7 +165,7 @@ def test_prepared_archive_of_turned_anisotropic_scans(tmp_path, monkeypatch):
 
     opened = Archive.open(archive)
     one = Predictor(Threshold(), card(classes=opened.classes, spacing_mm=(1.25,) * 3, crop_size=(24, 24, 24)))
-    monkeypatch.setattr("medseg_ssl.inference.Predictor.load", lambda path, **options: one)
+    monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **options: one)
     (tmp_path / "s.safetensors").write_bytes(b"weights")
     out = main([str(tmp_path / "s.safetensors"), str(tmp_path / "out"), "--archive", str(archive)])
     with (out / "cases.csv").open(newline="") as file:

@@ -52,7 +52,7 @@ def test_from_an_encoder_file_with_its_decoder(world, tmp_path):
 
 def test_what_is_shipped_predicts(world, tmp_path):
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.inference import Predictor
+    from medseg_ssl.inference.predictor import Predictor
 
     archive, _ = world
     shipped = finetune(archive, tmp_path)
@@ -172,7 +172,7 @@ def test_every_shipped_config_parses_and_round_trips():
 
 def test_a_class_that_no_case_states_is_never_predicted(tmp_path, caplog):
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.inference import Predictor
+    from medseg_ssl.inference.predictor import Predictor
 
     archive = write_archive(tmp_path / "archive", known=(True, False)).path
     command = ["segmentation", str(tmp_path / "run"), "--archive", str(archive), *COMMON[:-1]]

@@ -7,7 +7,7 @@ import torch
 from finetune.predict import find_cases, main
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.nifti import original_grid, read_label, read_nifti, write_nifti
-from medseg_ssl.inference import Predictor
+from medseg_ssl.inference.predictor import Predictor
 from tests.evaluations.fakes import CT_POLICY, Threshold, affine, bright_cube, card
 
 BOX = (slice(4, 9), slice(3, 11), slice(5, 8))
@@ -24,7 +24,7 @@ def write_scan(path, shape=(14, 13, 12)):
 def segmenter(monkeypatch):
     def use(**changes):
         one = Predictor(Threshold(), card(**changes))
-        monkeypatch.setattr("medseg_ssl.inference.Predictor.load", lambda path, **options: one)
+        monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **options: one)
         return one
 
     use()

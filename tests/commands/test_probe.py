@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medseg_ssl.config import ConfigError
-from medseg_ssl.inference import FrozenEncoder
+from medseg_ssl.inference.frozen import FrozenEncoder
 from pretrain.probe import SCORE_COLUMNS, main
 from tests.evaluations.fakes import MemoryArchive, PooledEncoder, card
 
@@ -29,7 +29,7 @@ def world(tmp_path, monkeypatch):
     archive.set_split(test=("p0", "p1", "p2"), train=("p3",))
     monkeypatch.setattr("medseg_ssl.data.archive.Archive.open", lambda path: archive)
     monkeypatch.setattr(
-        "medseg_ssl.inference.FrozenEncoder.load",
+        "medseg_ssl.inference.frozen.FrozenEncoder.load",
         lambda path, **options: FrozenEncoder(PooledEncoder(), card(kind="encoder")),
     )
     (tmp_path / "encoder.safetensors").write_bytes(b"weights")

@@ -7,7 +7,8 @@ from torch import nn
 from medseg_ssl.config import ConfigError, UserError, find
 from medseg_ssl.evaluations.base import Evaluation
 from medseg_ssl.evaluations.health import Health, effective_rank, mean_cosine
-from medseg_ssl.inference import FrozenEncoder, Predictor
+from medseg_ssl.inference.frozen import FrozenEncoder
+from medseg_ssl.inference.predictor import Predictor
 from tests.evaluations.fakes import MemoryArchive, PooledEncoder, Threshold, card
 
 

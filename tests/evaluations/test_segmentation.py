@@ -6,7 +6,7 @@ import pytest
 from medseg_ssl.config import UserError, find
 from medseg_ssl.evaluations.base import Evaluation
 from medseg_ssl.evaluations.segmentation import Segmentation, evaluate_cases, labeled_cases
-from medseg_ssl.inference import Predictor
+from medseg_ssl.inference.predictor import Predictor
 from tests.evaluations.fakes import MemoryArchive, Threshold, bright_cube, card
 
 BOX = (slice(4, 9), slice(3, 11), slice(5, 8))

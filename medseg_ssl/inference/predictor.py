@@ -1,21 +1,17 @@
-"""Networks of an encoder file, applied: a segmenter to whole scans, an encoder to crops.
+"""A segmenter on whole scans.
 
-A segmenter sees what it was trained on: the card's intensity policy and voxel spacing, zero where there is no
-data. Its probabilities go back to the label's or input's own grid (linear, class by class) before the largest
-one wins.
+It sees what it was trained on: the card's intensity policy and voxel spacing, zero where there is no data. Its
+probabilities go back to the label's or input's own grid (linear, class by class) before the largest one wins.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,40 +20,28 @@ from torch import Tensor, nn
 from medseg_ssl.config import UserError
 from medseg_ssl.data import intensity, nifti
 from medseg_ssl.data.resample import grid_for_spacing, resample, resample_valid, same_grid, spacing_of
-from medseg_ssl.data.store import NO_DATA
-from medseg_ssl.nets.heads import Pooling, pool
-from medseg_ssl.types import Triple, TripleMm
+from medseg_ssl.inference.inputs import (
+    Channel,
+    Precision,
+    archive_channel,
+    autocast,
+    close_spacing,
+    crop_size_of,
+    policy_for,
+    usable_device,
+)
+from medseg_ssl.types import Triple
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.manifest import ScanRow
     from medseg_ssl.nets.encoder_file import Card
-    from medseg_ssl.nets.encoders.base import Encoder
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "bf16"]
-SPACING_TOLERANCE = 0.01
-"""Relative difference of voxel sizes below which a scan is not resampled for a network."""
 STITCH_ON_DEVICE_BYTES = 8 << 30
 SLOW_ALONE_VOXELS = 100_000
 """Below this size the CPU computes two fp32 windows faster than one: torch's 3D convolution falls back to a slow path
 at batch 1 (tiny U-Net, CPU time of 1 and 2 windows: 24³ 84 and 27 ms, 48³ 288 and 253 ms, 64³ 439 and 961 ms)."""
-
-
-@dataclass(frozen=True)
-class Channel:
-    """One scan in physical units, before the network's grid and intensity policy.
-
-    Attributes:
-        valid: False where there is no data; None means data everywhere.
-        line: the clipped line that makes physical values the network's.
-    """
-
-    array_DHW: np.ndarray
-    valid: np.ndarray | None
-    affine_44: np.ndarray
-    line: intensity.Linear
 
 
 class NetworkInput(NamedTuple):
@@ -392,198 +376,12 @@ class Predictor:
         return total / len(self._flips)
 
 
-class FrozenEncoder:
-    """An encoder on crops: one vector per crop.
-
-    Args:
-        encoder: returns the pyramid of an image, finest level first.
-        card: what it was trained on.
-
-    Raises:
-        UserError: the encoder takes several channels; a crop here is of one scan.
-    """
-
-    def __init__(
-        self, encoder: Encoder, card: Card, *, device: str = "cpu", precision: Precision = "fp32"
-    ) -> None:
-        if card.channels_in != 1:
-            raise UserError(
-                f"the encoder takes {card.channels_in} channels; frozen features need one of a single channel"
-            )
-        self.device = usable_device(device)
-        self.encoder = encoder.to(self.device).eval()
-        self.card = card
-        self.precision: Precision = precision
-
-    @classmethod
-    def load(cls, path: Path, *, device: str = "cpu", precision: Precision = "fp32") -> FrozenEncoder:
-        """Read an encoder file (of a segmenter, its encoder)."""
-        from medseg_ssl.nets import encoder_file
-
-        loaded = encoder_file.build(Path(path))
-        return cls(loaded.encoder, loaded.card, device=device, precision=precision)
-
-    @property
-    def levels(self) -> int:
-        """Maps of the pyramid."""
-        return len(self.encoder.channels)
-
-    @torch.inference_mode()
-    def pooled(
-        self,
-        crops_NCDHW: np.ndarray,
-        *,
-        spacing_mm: TripleMm,
-        levels: Sequence[int],
-        batch_size: int,
-        how: Pooling,
-    ) -> np.ndarray:
-        """Maps at ``levels`` (negative: from the deepest), pooled over their voxels and joined: (N, E)."""
-        out = []
-        for start in range(0, len(crops_NCDHW), batch_size):
-            image_BCDHW = torch.from_numpy(crops_NCDHW[start : start + batch_size]).to(self.device)
-            spacing_B3 = torch.tensor([spacing_mm], dtype=torch.float32, device=self.device)
-            with autocast(self.device, self.precision):
-                maps = self.encoder(image_BCDHW, spacing_B3.expand(len(image_BCDHW), 3))
-            out.append(torch.cat([pool(maps[i], how=how) for i in levels], dim=1).cpu().numpy())
-        return np.concatenate(out)
-
-
-def file_hash(path: Path) -> str:
-    """Sha256 of a file, to name weights without their path.
-
-    Raises:
-        UserError: no such file.
-    """
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def usable_device(name: str) -> torch.device:
-    """The torch device of a name such as ``cpu``, ``cuda`` or ``cuda:1``.
-
-    Raises:
-        UserError: no such device here.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        count = torch.cuda.device_count()
-        raise UserError(f"no device {name!r} here; there is cpu and {count} CUDA device(s)") from error
-    return device
-
-
-def autocast(device: torch.device, precision: Precision):
-    """The context of a forward pass at ``precision``."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
 def largest_stride(strides: Sequence[Triple]) -> Triple:
     """Per axis, the largest stride of a pyramid."""
     d, h, w = (max(axis) for axis in zip(*strides, strict=True))
     return d, h, w
 
 
-def close_spacing(spacing_mm: Iterable[float], other_mm: Iterable[float]) -> bool:
-    """Whether two voxel sizes are the same but for rounding."""
-    return all(abs(a - b) <= SPACING_TOLERANCE * b for a, b in zip(spacing_mm, other_mm, strict=True))
-
-
-def policy_for(policies: Mapping[str, Any], modality: str) -> intensity.Policy:
-    """The card's intensity policy of a modality.
-
-    Raises:
-        UserError: the network never saw this modality.
-    """
-    if modality not in policies:
-        raise UserError(
-            f"the network knows no modality {modality!r}; its card names {', '.join(sorted(policies))}"
-        )
-    return intensity.Policy.model_validate(policies[modality])
-
-
-def archive_channel(
-    archive: Archive,
-    key: str,
-    policies: Mapping[str, Any],
-    *,
-    start: Triple = (0, 0, 0),
-    size: Triple | None = None,
-) -> Channel:
-    """A box of a scan in physical units (the whole scan by default), with the card's line for it."""
-    row = archive.scans[key]
-    stored_DHW = archive.read(key, start, row.shape if size is None else size)
-    valid_DHW = stored_DHW != NO_DATA
-    affine_44 = np.array(row.affine_44, dtype=np.float64)
-    affine_44[:3, 3] += affine_44[:3, :3] @ np.asarray(start, dtype=np.float64)
-    line = intensity.linear(policy_for(policies, row.modality), row.statistics, unit=row.unit)
-    array_DHW = stored_DHW.astype(np.float32) * np.float32(row.scale) + np.float32(row.offset)
-    return Channel(array_DHW, None if valid_DHW.all() else valid_DHW, affine_44, line)
-
-
-def crop_size_of(card: Card) -> Triple:
-    """The crop size (D, H, W) a network was trained on.
-
-    Raises:
-        UserError: its card does not say.
-    """
-    if card.crop_size is None:
-        raise UserError(
-            "the card of the network states no crop size, so nobody knows which windows it can read"
-        )
-    return card.crop_size
-
-
-def network_spacing(card: Card, row: ScanRow) -> TripleMm:
-    """Voxel size a scan has in front of the network: its own where the card states none or the same."""
-    if card.spacing_mm is None or close_spacing(row.spacing_mm, card.spacing_mm):
-        return row.spacing_mm
-    return card.spacing_mm
-
-
-class Crop(NamedTuple):
-    """A normalised crop (zero where invalid), where it has data, and where it shows body."""
-
-    image_DHW: np.ndarray
-    valid_DHW: np.ndarray
-    body_DHW: np.ndarray
-
-
-def network_crop(
-    archive: Archive, key: str, card: Card, *, start: Sequence[float] | np.ndarray, size: Sequence[int]
-) -> Crop:
-    """A crop of ``size`` voxels at the network's spacing whose first voxel lies at ``start`` (scan voxels).
-
-    Where the scan has the network's spacing, ``start`` is rounded and nothing is interpolated.
-    """
-    row = archive.scans[key]
-    factor = np.array(network_spacing(card, row)) / np.array(row.spacing_mm)
-    own = close_spacing(factor, (1.0, 1.0, 1.0))
-    low = np.rint(start) if own else np.floor(start) - 1
-    high = low + np.array(size) if own else np.ceil(np.array(start) + (np.array(size) - 1) * factor) + 2
-    first, box = _triple(low), _triple(high - low)
-    channel = archive_channel(archive, key, card.intensity, start=first, size=box)
-    array, valid = channel.array_DHW, channel.valid
-    if not own:
-        to_affine_44 = np.array(row.affine_44, dtype=np.float64)
-        to_affine_44[:3, 3] += to_affine_44[:3, :3] @ np.asarray(start, dtype=np.float64)
-        to_affine_44[:3, :3] *= factor
-        array, valid = resample_valid(array, valid, channel.affine_44, _triple(size), to_affine_44, order=1)
-    if valid is None:
-        valid = np.ones(array.shape, dtype=bool)
-    image_DHW = np.where(valid, channel.line.apply(array), 0.0).astype(np.float32)
-    return Crop(image_DHW, valid, valid & (array > row.statistics.foreground_threshold))
-
-
 def _empty(array_DHW: np.ndarray, valid_DHW: np.ndarray | None) -> bool:
     seen = array_DHW if valid_DHW is None else array_DHW[valid_DHW]
     return seen.size == 0 or bool(seen.min() == seen.max())
-
-
-def _triple(values: Sequence[float] | np.ndarray) -> Triple:
-    d, h, w = (int(v) for v in values)
-    return d, h, w

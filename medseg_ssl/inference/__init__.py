@@ -1,0 +1,1 @@
+"""Networks of an encoder file, applied: a segmenter to whole scans, an encoder to crops."""

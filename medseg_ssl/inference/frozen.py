@@ -1,0 +1,124 @@
+"""A frozen encoder on crops: one vector per crop, for evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from medseg_ssl.config import UserError
+from medseg_ssl.data.resample import resample_valid
+from medseg_ssl.inference.inputs import (
+    Precision,
+    archive_channel,
+    autocast,
+    close_spacing,
+    network_spacing,
+    usable_device,
+)
+from medseg_ssl.nets.heads import Pooling, pool
+from medseg_ssl.types import Triple, TripleMm
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.nets.encoder_file import Card
+    from medseg_ssl.nets.encoders.base import Encoder
+
+
+class FrozenEncoder:
+    """An encoder on crops: one vector per crop.
+
+    Args:
+        encoder: returns the pyramid of an image, finest level first.
+        card: what it was trained on.
+
+    Raises:
+        UserError: the encoder takes several channels; a crop here is of one scan.
+    """
+
+    def __init__(
+        self, encoder: Encoder, card: Card, *, device: str = "cpu", precision: Precision = "fp32"
+    ) -> None:
+        if card.channels_in != 1:
+            raise UserError(
+                f"the encoder takes {card.channels_in} channels; frozen features need one of a single channel"
+            )
+        self.device = usable_device(device)
+        self.encoder = encoder.to(self.device).eval()
+        self.card = card
+        self.precision: Precision = precision
+
+    @classmethod
+    def load(cls, path: Path, *, device: str = "cpu", precision: Precision = "fp32") -> FrozenEncoder:
+        """Read an encoder file (of a segmenter, its encoder)."""
+        from medseg_ssl.nets import encoder_file
+
+        loaded = encoder_file.build(Path(path))
+        return cls(loaded.encoder, loaded.card, device=device, precision=precision)
+
+    @property
+    def levels(self) -> int:
+        """Maps of the pyramid."""
+        return len(self.encoder.channels)
+
+    @torch.inference_mode()
+    def pooled(
+        self,
+        crops_NCDHW: np.ndarray,
+        *,
+        spacing_mm: TripleMm,
+        levels: Sequence[int],
+        batch_size: int,
+        how: Pooling,
+    ) -> np.ndarray:
+        """Maps at ``levels`` (negative: from the deepest), pooled over their voxels and joined: (N, E)."""
+        out = []
+        for start in range(0, len(crops_NCDHW), batch_size):
+            image_BCDHW = torch.from_numpy(crops_NCDHW[start : start + batch_size]).to(self.device)
+            spacing_B3 = torch.tensor([spacing_mm], dtype=torch.float32, device=self.device)
+            with autocast(self.device, self.precision):
+                maps = self.encoder(image_BCDHW, spacing_B3.expand(len(image_BCDHW), 3))
+            out.append(torch.cat([pool(maps[i], how=how) for i in levels], dim=1).cpu().numpy())
+        return np.concatenate(out)
+
+
+class Crop(NamedTuple):
+    """A normalised crop (zero where invalid), where it has data, and where it shows body."""
+
+    image_DHW: np.ndarray
+    valid_DHW: np.ndarray
+    body_DHW: np.ndarray
+
+
+def network_crop(
+    archive: Archive, key: str, card: Card, *, start: Sequence[float] | np.ndarray, size: Sequence[int]
+) -> Crop:
+    """A crop of ``size`` voxels at the network's spacing whose first voxel lies at ``start`` (scan voxels).
+
+    Where the scan has the network's spacing, ``start`` is rounded and nothing is interpolated.
+    """
+    row = archive.scans[key]
+    factor = np.array(network_spacing(card, row)) / np.array(row.spacing_mm)
+    own = close_spacing(factor, (1.0, 1.0, 1.0))
+    low = np.rint(start) if own else np.floor(start) - 1
+    high = low + np.array(size) if own else np.ceil(np.array(start) + (np.array(size) - 1) * factor) + 2
+    first, box = _triple(low), _triple(high - low)
+    channel = archive_channel(archive, key, card.intensity, start=first, size=box)
+    array, valid = channel.array_DHW, channel.valid
+    if not own:
+        to_affine_44 = np.array(row.affine_44, dtype=np.float64)
+        to_affine_44[:3, 3] += to_affine_44[:3, :3] @ np.asarray(start, dtype=np.float64)
+        to_affine_44[:3, :3] *= factor
+        array, valid = resample_valid(array, valid, channel.affine_44, _triple(size), to_affine_44, order=1)
+    if valid is None:
+        valid = np.ones(array.shape, dtype=bool)
+    image_DHW = np.where(valid, channel.line.apply(array), 0.0).astype(np.float32)
+    return Crop(image_DHW, valid, valid & (array > row.statistics.foreground_threshold))
+
+
+def _triple(values: Sequence[float] | np.ndarray) -> Triple:
+    d, h, w = (int(v) for v in values)
+    return d, h, w
