@@ -141,6 +141,27 @@ class Facts:
     relations: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Template:
+    """The mean of many scans of one anatomy and modality, and where the voxels of each scan lie in it.
+
+    Attributes:
+        keys: scans, in the order of S.
+        to_lattice_S44: float64, RAS millimetres of the scan to an index (D, H, W) of its lattice.
+        place_S3DHW: float32, at each lattice point the template voxel (D, H, W) it shows; linear between points.
+        reference_DHW: the mean, in units of the intensity policy.
+        weight_DHW: share of the scans that show body at a template voxel.
+        spacing_mm: side of a template voxel.
+    """
+
+    keys: tuple[str, ...]
+    to_lattice_S44: Tensor
+    place_S3DHW: Tensor
+    reference_DHW: Tensor
+    weight_DHW: Tensor
+    spacing_mm: float
+
+
 class Score(NamedTuple):
     """One number of an evaluation.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
+    from medseg_ssl.train.runtime import Runtime
+    from medseg_ssl.types import Template
 
 SHIPS = "encoder.safetensors"
 
@@ -148,6 +150,8 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
             return Path(run) / SHIPS
+        if objective.takes_templates:
+            objective.use_templates(templates(opened, subjects, Path(run), machine=machine, quiet=quiet))
         session = Session(
             run=Path(run),
             config=config.model_dump(mode="json"),
@@ -194,6 +198,33 @@ def training_subjects(archive: Archive, data: PretrainData) -> frozenset[str]:
     if not subjects:
         raise UserError(f"split '{data.split}' of {archive.path} has no subjects in {', '.join(data.splits)}")
     return subjects
+
+
+def templates(
+    archive: Archive, subjects: Collection[str], run: Path, *, machine: Runtime, quiet: bool
+) -> dict[str, Template]:
+    """A template per modality of the training scans, kept as ``RUN/template_MODALITY.npz``; the main process makes it.
+
+    Raises:
+        UserError: see ``groupwise.load_or_build``.
+    """
+    from medseg_ssl.data.groupwise import load_or_build
+    from medseg_ssl.train.progress import Progress
+
+    found: dict[str, Template] = {}
+    by_modality: dict[str, list[str]] = {}
+    for row in archive.scans.values():
+        if row.subject in subjects:
+            by_modality.setdefault(row.modality, []).append(row.key)
+    for turn in (True, False):  # the others read what the main process wrote
+        if machine.is_main == turn:
+            for modality, keys in sorted(by_modality.items()):
+                with Progress(f"template of {len(keys)} {modality}", quiet=quiet) as progress:
+                    path = run / f"template_{modality}.npz"
+                    found[modality] = load_or_build(path, archive, keys, report=progress.advance)
+        if turn:
+            machine.barrier()
+    return found
 
 
 def build(config: PretrainConfig, archive: Archive) -> tuple[Objective, Any]:

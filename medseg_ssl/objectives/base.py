@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from medseg_ssl.config import Record
 from medseg_ssl.nets.decoders.base import Decoder
 from medseg_ssl.nets.encoders.base import Encoder
-from medseg_ssl.types import Batch, Facts, ViewPlan
+from medseg_ssl.types import Batch, Facts, Template, ViewPlan
 
 
 class ObjectiveConfig(Record):
@@ -54,6 +55,8 @@ class Objective(nn.Module, ABC):
 
     Config: ClassVar[type[ObjectiveConfig]]
     needs: ClassVar[type[Encoder]] = Encoder
+    takes_templates: ClassVar[bool] = False
+    """Whether ``use_templates`` is to be called before training."""
 
     def __init__(self, config: ObjectiveConfig, encoder: Encoder, facts: Facts) -> None:
         super().__init__()
@@ -74,6 +77,9 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """Loss of a batch; every schedule is a function of ``progress`` in [0, 1]."""
+
+    def use_templates(self, templates: Mapping[str, Template]) -> None:
+        """Take the templates of the training scans by modality: once, before training, if ``takes_templates``."""
 
     def after_step(self, progress: float) -> None:
         """Update teachers and queues after the optimizer stepped."""

@@ -42,14 +42,16 @@ class ScheduledOptimizer:
 
 
 def param_groups(objective: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in up to four groups: encoder and rest, with and without weight decay.
+    """Trainable parameters by role (encoder, decoder, rest), with and without weight decay.
 
-    The encoder is known by the name prefix ``encoder.``. Vectors (norms, biases) are never decayed.
+    Encoder and decoder are known by the name prefixes ``encoder.`` and ``decoder.``. Vectors (norms, biases) are never
+    decayed.
     """
     parts: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
-            role = "encoder" if name.startswith("encoder.") else "rest"
+            part = name.split(".", 1)[0]
+            role = part if part in ("encoder", "decoder") else "rest"
             parts.setdefault((role, parameter.ndim > 1), []).append(parameter)
     groups = []
     for (role, decays), parameters in sorted(parts.items()):
@@ -64,7 +66,8 @@ def _rate(
     lengths = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
     warm = min(1.0, config.warmup.steps(**lengths) / total_steps)
     wait = min(1.0, config.decoder_first.steps(**lengths) / total_steps)
-    peak = config.lr * (config.encoder_lr_scale if role == "encoder" else 1.0)
+    scales = {"encoder": config.encoder_lr_scale, "decoder": config.decoder_lr_scale}
+    peak = config.lr * scales.get(role, 1.0)
 
     def rate(progress: float) -> float:
         value = peak * schedules.learning_rate(

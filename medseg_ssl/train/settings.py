@@ -20,7 +20,7 @@ class OptimConfig(Record):
 
     Attributes:
         name: ``adamw`` and ``sgd`` are torch's own; other names are timm's (``lion``, ``lamb``, ``muon``, …).
-        lr: peak learning rate of everything outside the encoder.
+        lr: peak learning rate, but for the two scales below.
         weight_decay: never applied to norms, biases and other vectors.
         betas: of Adam-like optimizers.
         momentum: of SGD (Nesterov, as in nnU-Net).
@@ -29,6 +29,7 @@ class OptimConfig(Record):
         final: factor on the learning rate reached at the end by ``cosine`` and ``linear``.
         clip_norm: largest norm of the whole gradient; null does not clip.
         encoder_lr_scale: the encoder's learning rate as a fraction of ``lr``; 0 freezes it.
+        decoder_lr_scale: the decoder's likewise, for one that was pretrained too; heads always have ``lr``.
         decoder_first: the encoder's learning rate is 0 for this long, then warms up over ``warmup``, so that a fresh
             decoder does not spoil a pretrained encoder.
     """
@@ -43,6 +44,7 @@ class OptimConfig(Record):
     final: float = Field(default=0.0, ge=0, le=1)
     clip_norm: float | None = Field(default=1.0, gt=0)
     encoder_lr_scale: float = Field(default=1.0, ge=0)
+    decoder_lr_scale: float = Field(default=1.0, ge=0)
     decoder_first: Length = _length("0%")
 
 

@@ -92,3 +92,19 @@ def test_betas_are_bounded():
 def test_wrong_keys_are_told_at_once():
     with pytest.raises(ConfigError, match=r"2 errors.*optim.schedule: .*unknown key 'optim.learning_rate'"):
         parse(OptimConfig, {"learning_rate": 1, "schedule": "cosin"}, prefix="optim")
+
+
+def test_a_pretrained_decoder_has_its_own_rate():
+    objective = TinyObjective()
+    objective.decoder = torch.nn.Conv3d(4, 4, 1)
+    optimizer = build(
+        objective, lr=1.0, warmup="0%", schedule="constant", encoder_lr_scale=0.1, decoder_lr_scale=0.2
+    )
+    optimizer.set_rates(0.5)
+    assert optimizer.shown_rates() == pytest.approx({"lr_encoder": 0.1, "lr_decoder": 0.2, "lr_rest": 1.0})
+    by_role = {
+        g["role"]: [tuple(p.shape) for p in g["params"]]
+        for g in optimizer.optimizer.param_groups
+        if g["weight_decay"]
+    }
+    assert by_role["decoder"] == [(4, 4, 1, 1, 1)]
