@@ -22,7 +22,7 @@ from medseg_ssl.analysis.label_efficiency import (
     tables,
 )
 from medseg_ssl.analysis.report import Comparison, Picture, Run, comparison_page, runs_page
-from medseg_ssl.analysis.tables import write_csv, write_json, write_text
+from medseg_ssl.analysis.tables import write_bytes, write_csv, write_json, write_text
 from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError, UserError
 
@@ -51,7 +51,7 @@ def write_comparison(out: Path) -> Comparison:
     write_json(
         out / "summary.json", _without_nan({**summary, **counts, "conditions": list(comparison.notes)})
     )
-    _write_bytes(out / "curve.png", comparison.picture)
+    write_bytes(out / "curve.png", comparison.picture)
     write_text(out / "report.html", comparison_page(comparison))
     return comparison
 
@@ -168,16 +168,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 # -- single runs ---------------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def build(config: FinetuneConfig, archive: Archive) -> tuple[Objective, Any]:
     """The objective around fresh networks, with weights drawn from the seed, and its options.
 
     Raises:
-        ConfigError: the objective takes no decoder, or cannot use this archive.
+        ConfigError: the objective takes no decoder, has no class heads, or cannot use this archive.
     """
     import torch
 
@@ -289,7 +289,12 @@ def build(config: FinetuneConfig, archive: Archive) -> tuple[Objective, Any]:
     facts = archive.facts()
     torch.manual_seed(config.seed)
     encoder = encoder_class(encoder_options, facts.channels)
-    return objective_class(options, encoder, facts), options
+    objective = objective_class(options, encoder, facts)
+    if objective.export().head is None:
+        raise ConfigError(
+            f"objective '{config.objective.name}' has no class heads, so nothing to segment with; 'segmentation' has"
+        )
+    return objective, options
 
 
 def transfer(objective: Objective, encoder: Path, config: TransferConfig) -> Any:

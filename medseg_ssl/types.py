@@ -39,7 +39,7 @@ class ViewSpec:
         overlap: smallest share of each axis two views of one scan (or of a ``same_box`` pair) have in common;
             None means independent places.
         labeled: True draws from labeled cases and fills ``View.label_BDHW``.
-        mirror_axes: axes (D 0, H 1, W 2) each mirrored with probability 0.5, beside what ``augment`` does.
+        mirror_axes: axes (D 0, H 1, W 2) each mirrored with probability 0.5; the named augmentation mirrors none.
     """
 
     count: int
@@ -151,6 +151,7 @@ class Template:
         place_S3DHW: float32, at each lattice point the template voxel (D, H, W) it shows; linear between points.
         reference_DHW: the mean, in units of the intensity policy.
         weight_DHW: share of the scans that show body at a template voxel.
+        likeness_S: mean squared local correlation of each scan with the mean, 0 to 1.
         spacing_mm: side of a template voxel.
     """
 
@@ -159,6 +160,7 @@ class Template:
     place_S3DHW: Tensor
     reference_DHW: Tensor
     weight_DHW: Tensor
+    likeness_S: Tensor
     spacing_mm: float
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from medseg_ssl.objectives.base import Objective
     from medseg_ssl.train.runtime import Runtime
     from medseg_ssl.types import Template
+
+logger = logging.getLogger(__name__)
 
 SHIPS = "encoder.safetensors"
 
@@ -151,7 +154,8 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
         if complete:
             return Path(run) / SHIPS
         if objective.takes_templates:
-            objective.use_templates(templates(opened, subjects, Path(run), machine=machine, quiet=quiet))
+            found = templates(opened, subjects, Path(run), machine=machine, quiet=quiet)
+            objective.use_templates(found, seed=config.seed)
         session = Session(
             run=Path(run),
             config=config.model_dump(mode="json"),
@@ -205,25 +209,40 @@ def templates(
 ) -> dict[str, Template]:
     """A template per modality of the training scans, kept as ``RUN/template_MODALITY.npz``; the main process makes it.
 
+    A modality with a single scan has none: there is nothing to register it to.
+
     Raises:
-        UserError: see ``groupwise.load_or_build``.
+        UserError: no modality has two scans with data, or the run has begun and its template is gone.
     """
     from medseg_ssl.data.groupwise import load_or_build
     from medseg_ssl.train.progress import Progress
 
-    found: dict[str, Template] = {}
     by_modality: dict[str, list[str]] = {}
     for row in archive.scans.values():
         if row.subject in subjects:
             by_modality.setdefault(row.modality, []).append(row.key)
+    alone = sorted(modality for modality, keys in by_modality.items() if len(keys) < 2)
+    if len(alone) == len(by_modality):
+        raise UserError(f"a template needs two scans of a modality; there is one of {', '.join(alone)}")
+    found: dict[str, Template] = {}
     for turn in (True, False):  # the others read what the main process wrote
         if machine.is_main == turn:
             for modality, keys in sorted(by_modality.items()):
-                with Progress(f"template of {len(keys)} {modality}", quiet=quiet) as progress:
-                    path = run / f"template_{modality}.npz"
-                    found[modality] = load_or_build(path, archive, keys, report=progress.advance)
+                if modality in alone:
+                    continue
+                with Progress(f"template of {len(keys)} {modality}", quiet=quiet or not turn) as progress:
+                    found[modality] = load_or_build(
+                        run / f"template_{modality}.npz",
+                        archive,
+                        keys,
+                        device=machine.device,
+                        build_missing=turn and not (run / "last.ckpt").exists(),
+                        report=progress.advance,
+                    )
         if turn:
             machine.barrier()
+    if alone and machine.is_main and not quiet:
+        logger.warning("one scan only of %s: it has no template and teaches nothing", ", ".join(alone))
     return found
 
 

@@ -20,7 +20,7 @@ IDENTITY = "identity.json"
 """
 
 
-def write_text(path: Path, text: str) -> Path:
+def write_bytes(path: Path, content: bytes) -> Path:
     """Write a file whole or not at all.
 
     Raises:
@@ -29,7 +29,7 @@ def write_text(path: Path, text: str) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -37,6 +37,11 @@ def write_text(path: Path, text: str) -> Path:
         if temporary.exists():
             temporary.unlink()
     return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text whole or not at all; see ``write_bytes``."""
+    return write_bytes(path, text.encode())
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> Path:

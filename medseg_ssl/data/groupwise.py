@@ -1,27 +1,30 @@
 """A template of many scans of one anatomy, and the place of each scan's voxels in it; no label is used.
 
-Groupwise registration: every scan is warped to the current template and their mean is the next one (Guimond et al.,
-CVIU 2000; Joshi et al., NeuroImage 2004). A warp is affine plus a displacement on a coarse lattice of control points,
-fitted by gradient on the squared local correlation (Avants et al., Med. Image Anal. 2008) of many scans at once.
-Registration libraries do one pair at a time, at seconds a pair; here a hundred small scans take minutes on one core.
+Groupwise registration: every scan is warped to the current template and their mean is the next one (in the manner of
+Guimond et al., CVIU 2000, and Joshi et al., NeuroImage 2004, but the warps themselves are not averaged, so the template
+keeps about the shape of the scan it began with). A warp is affine plus a displacement on a coarse lattice of control
+points, fitted by gradient on the squared local correlation (Avants et al., Med. Image Anal. 2008) of many scans at
+once, which registration libraries, one pair at a time, do not offer.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import tempfile
+import logging
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medseg_ssl.analysis.tables import write_bytes
 from medseg_ssl.config import UserError
 from medseg_ssl.data.resample import resample_valid
 from medseg_ssl.data.store import NO_DATA
@@ -31,18 +34,26 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.manifest import ScanRow
 
-VERSION = 1
+logger = logging.getLogger(__name__)
+
+VERSION = 2
 """Of the algorithm: a template made by another version is made again."""
 LARGEST_GRID = 300_000
 """Voxels of the working grid; larger anatomies are registered at a coarser spacing."""
 TOGETHER = 1_000_000
 """Voxels registered side by side."""
+MODELS = 200
+"""Scans that make the template, in the order of their content hashes; the others are only registered to it."""
 ROUNDS = ((40, 0), (20, 30), (20, 50), (20, 80))
 """Affine and deformable steps of each round; the first is affine only."""
 FINAL = (30, 80, 30)
 """Affine, deformable and full-resolution steps of the last registration."""
 COARSE_CONTROL, FINE_CONTROL = 4.6, 2.9
 """Working voxels between control points, at half and at full resolution."""
+UNLIKE = 0.5
+"""A scan less like the template than this share of the median shows something else, and gets no place."""
+
+Report = Callable[[int, int], None]
 
 
 def load_or_build(
@@ -50,7 +61,9 @@ def load_or_build(
     archive: Archive,
     keys: Sequence[str],
     *,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    device: torch.device | str = "cpu",
+    build_missing: bool = True,
+    report: Report = lambda done, total: None,
 ) -> Template:
     """The template in ``path`` where it is of these very scans, else a new one, written there whole.
 
@@ -58,137 +71,184 @@ def load_or_build(
         path: an npz file.
         archive: holds the scans.
         keys: scans of one modality; their order does not matter.
+        device: where registration is computed.
+        build_missing: make a new one; otherwise there must be one.
         report: told how many registrations are done, of how many.
 
     Raises:
-        UserError: fewer than two scans with data, a damaged archive, or the file cannot be written.
+        UserError: fewer than two scans with data, a damaged archive, the file cannot be written, or there is none.
     """
     keys = sorted(keys)
-    identity = json.dumps(
-        [VERSION, archive.fingerprint, hashlib.sha256("\n".join(keys).encode()).hexdigest()]
-    )
+    named = hashlib.sha256("\n".join(keys).encode()).hexdigest()
+    identity = json.dumps([VERSION, archive.fingerprint, named])
     found = _load(path, identity)
     if found is None:
-        found = build([archive.scans[key] for key in keys], archive, report=report)
-        _save(path, found, identity)
+        if not build_missing:
+            raise UserError(
+                f"{path} is missing, damaged or of other scans, but training has begun with it; start in a new folder"
+            )
+        found = build([archive.scans[key] for key in keys], archive, device=device, report=report)
+        _save(path, found, identity=identity)
     return found
+
+
+class _Prepared(NamedTuple):
+    """Scans on the working grid: images (B, 1, D, H, W), where they have data, and where they show body."""
+
+    image: Tensor
+    valid: Tensor
+    body: Tensor
+
+    def attended(self) -> Tensor:
+        """Where likeness counts: body and its edge, which is often the strongest there is."""
+        return F.max_pool3d(self.body, 5, stride=1, padding=2) * self.valid
 
 
 def build(
     rows: Sequence[ScanRow],
     archive: Archive,
     *,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    device: torch.device | str = "cpu",
+    report: Report = lambda done, total: None,
 ) -> Template:
     """Register scans of one modality to their common mean.
 
     Args:
         rows: the scans.
         archive: to read them from.
+        device: where registration is computed.
         report: told how many registrations are done, of how many.
 
     Returns:
-        The template and every scan's map to it.
+        The template, and the map to it of every scan that has data and is like it.
 
     Raises:
         UserError: fewer than two scans with data, or a damaged archive.
     """
     rows = sorted(rows, key=lambda row: (row.content_hash, row.key))  # keys are salted; voxels are not
-    spacing, size = working_grid(rows)
-    images, weights, grids = [], [], []
-    for row in rows:
-        affine_44 = _centred(row, spacing, size)
-        image, weight = _normalised(archive, row, size, affine_44)
-        if weight.any():
-            images.append(image)
-            weights.append(weight)
-            grids.append((row.key, affine_44))
-    if len(images) < 2:
-        raise UserError(f"a template needs at least 2 scans with data, got {len(images)} of {len(rows)}")
-    image_N1DHW = torch.from_numpy(np.stack(images))[:, None]
-    weight_N1DHW = torch.from_numpy(np.stack(weights))[:, None].float()
+    spacing_mm, size = working_grid(rows)
     chunk = max(1, TOGETHER // int(np.prod(size)))
-    total, done = (len(ROUNDS) + 1) * len(images), 0
+    models = _read(archive, rows[:MODELS], spacing_mm=spacing_mm, size=size)[1]
+    count = len(models.image)
+    if count < 2:
+        raise UserError(f"a template needs at least 2 scans with data, got {count} of {len(rows)}")
+    total, done = len(ROUNDS) * count + len(rows), 0
 
-    def chunks() -> Iterator[slice]:
+    def parts() -> Iterator[_Prepared]:
         nonlocal done
-        for first in range(0, len(images), chunk):
-            yield slice(first, first + chunk)
-            done += len(images[first : first + chunk])
+        for first in range(0, count, chunk):
+            yield _Prepared(*(volume[first : first + chunk].to(device) for volume in models))
+            done = min(total, done + chunk)
             report(done, total)
 
-    def mean(steps: Sequence[int], template_11DHW: Tensor, weight_11DHW: Tensor) -> tuple[Tensor, Tensor]:
-        values, weights = torch.zeros_like(template_11DHW), torch.zeros_like(weight_11DHW)
-        for part in chunks():
-            image, weight = image_N1DHW[part], weight_N1DHW[part]
-            count = len(image)
-            seen = (weight_11DHW > 0.5).float().expand(count, -1, -1, -1, -1)
-            grid = _register(image, template_11DHW.expand(count, -1, -1, -1, -1), seen, steps=steps)
-            warped = F.grid_sample(image, grid, padding_mode="zeros", align_corners=False)
-            there = F.grid_sample(weight, grid, padding_mode="zeros", align_corners=False)
-            values += (warped * there).sum(0, keepdim=True)
-            weights += there.sum(0, keepdim=True)
-        return values / (weights + 1e-3), weights / len(images)
-
     # begin with the scan that is most like the mean of all: a sharp start, and none that is odd
-    blurred = (image_N1DHW * weight_N1DHW).mean(0, keepdim=True)
-    likeness = ((image_N1DHW * weight_N1DHW - blurred) ** 2).flatten(1).mean(1)
-    first = int(likeness.argmin())
-    template, weight = image_N1DHW[first : first + 1], torch.ones_like(weight_N1DHW[:1])
+    blurred = (models.image * models.valid).mean(0, keepdim=True)
+    first = int(((models.image * models.valid - blurred) ** 2).flatten(1).mean(1).argmin())
+    template = models.image[first : first + 1].to(device)
+    weight = models.body[first : first + 1].to(device)
     for steps in ROUNDS:
-        template, weight = mean(steps, template, weight)
-    place_NDHW3 = torch.cat(
-        [_register(template, image_N1DHW[part], weight_N1DHW[part], steps=FINAL) for part in chunks()]
-    )
-    lattice_N3DHW, spread = _lattice(place_NDHW3, size)
-    to_lattice = [np.linalg.inv(affine_44 @ spread) for _, affine_44 in grids]
+        attended = F.max_pool3d((weight > 0.5).float(), 5, stride=1, padding=2)
+        values, seen, body = (torch.zeros_like(template) for _ in range(3))
+        for part in parts():
+            among = len(part.image)
+            fixed, counted = (v.expand(among, -1, -1, -1, -1) for v in (template, attended))
+            grid, _ = _register(part.image, fixed, counted, steps=steps)
+            there = F.grid_sample(part.valid, grid, padding_mode="zeros", align_corners=False)
+            image = F.grid_sample(part.image, grid, padding_mode="border", align_corners=False)
+            values += (image * there).sum(0, keepdim=True)
+            seen += there.sum(0, keepdim=True)
+            body += F.grid_sample(part.body, grid, padding_mode="zeros", align_corners=False).sum(
+                0, keepdim=True
+            )
+        template, weight = values / seen.clamp(min=1e-3), body / count
+
+    keys, lattices, to_lattice, likeness = [], [], [], []
+    for begin in range(0, len(rows), chunk):
+        grids, scans = _read(archive, rows[begin : begin + chunk], spacing_mm=spacing_mm, size=size)
+        if grids:
+            here = _Prepared(*(volume.to(device) for volume in scans))
+            grid, alike_B = _register(template, here.image, here.attended(), steps=FINAL)
+            lattice, spread_44 = _lattice(grid.cpu(), size)
+            keys += [key for key, _ in grids]
+            lattices.append(lattice)
+            to_lattice += [np.linalg.inv(affine_44 @ spread_44) for _, affine_44 in grids]
+            likeness.append(alike_B.cpu())
+        done = min(total, done + chunk)
+        report(done, total)
+    report(total, total)
+    likeness_S = torch.cat(likeness)
+    kept = likeness_S >= UNLIKE * likeness_S.median()
+    if not kept.all():
+        logger.warning(
+            "%d of %d scans are unlike the template of the others and get no place",
+            int((~kept).sum()),
+            len(kept),
+        )
     return Template(
-        keys=tuple(key for key, _ in grids),
-        to_lattice_S44=torch.from_numpy(np.stack(to_lattice)),
-        place_S3DHW=lattice_N3DHW,
-        reference_DHW=template[0, 0],
-        weight_DHW=weight[0, 0],
-        spacing_mm=spacing,
+        keys=tuple(key for key, keep in zip(keys, kept.tolist(), strict=True) if keep),
+        to_lattice_S44=torch.from_numpy(np.stack(to_lattice))[kept],
+        place_S3DHW=torch.cat(lattices)[kept],
+        reference_DHW=template[0, 0].cpu(),
+        weight_DHW=weight[0, 0].cpu(),
+        likeness_S=likeness_S[kept],
+        spacing_mm=spacing_mm,
     )
 
 
 def working_grid(rows: Sequence[ScanRow]) -> tuple[float, Triple]:
     """Spacing in mm and even size (D, H, W) of one isotropic grid that holds every scan's body box."""
-    extent_N3 = np.array([(np.array(r.foreground_box[1]) - r.foreground_box[0]) * r.spacing_mm for r in rows])
-    extent = np.quantile(extent_N3, 0.95, axis=0)  # a few odd scans must not make the grid coarse for all
-    spacing = float(np.median([max(r.spacing_mm) for r in rows]))
-    spacing = max(spacing, float((np.prod(extent) / LARGEST_GRID) ** (1 / 3)))
-    d, h, w = (max(8, int(2 * np.ceil((length / spacing + 4) / 2))) for length in extent)
-    return spacing, (d, h, w)
+    extents_mm = np.array(
+        [(np.array(r.foreground_box[1]) - r.foreground_box[0]) * r.spacing_mm for r in rows]
+    )
+    extent_mm = np.quantile(extents_mm, 0.95, axis=0)  # a few odd scans must not make the grid coarse for all
+    spacing_mm = float(np.median([max(r.spacing_mm) for r in rows]))
+    spacing_mm = max(spacing_mm, float((np.prod(extent_mm) / LARGEST_GRID) ** (1 / 3)))
+    d, h, w = (max(8, int(2 * np.ceil((length / spacing_mm + 4) / 2))) for length in extent_mm)
+    return spacing_mm, (d, h, w)
 
 
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def _centred(row: ScanRow, spacing: float, size: Triple) -> np.ndarray:
+def _read(
+    archive: Archive, rows: Sequence[ScanRow], *, spacing_mm: float, size: Triple
+) -> tuple[list[tuple[str, np.ndarray]], _Prepared]:
+    """Key and working affine of the scans that show any body, and their voxels."""
+    grids, found = [], []
+    for row in rows:
+        affine_44 = _centred(row, spacing_mm=spacing_mm, size=size)
+        image, valid, body = _normalised(archive, row, size=size, affine_44=affine_44)
+        if body.any():
+            grids.append((row.key, affine_44))
+            found.append((image, valid.astype(np.float32), body.astype(np.float32)))
+    if not found:
+        return [], _Prepared(*(torch.zeros(0, 1, *size) for _ in range(3)))
+    return grids, _Prepared(*(torch.from_numpy(np.stack(v))[:, None] for v in zip(*found, strict=True)))
+
+
+def _centred(row: ScanRow, *, spacing_mm: float, size: Triple) -> np.ndarray:
     """Affine of the working grid around the middle of a scan's body, along the scan's own axes."""
     scan_44 = np.array(row.affine_44, dtype=np.float64)
     low, high = (np.array(corner, dtype=np.float64) for corner in row.foreground_box)
-    middle = scan_44[:3, :3] @ ((low + high - 1) / 2) + scan_44[:3, 3]
+    middle_mm = scan_44[:3, :3] @ ((low + high - 1) / 2) + scan_44[:3, 3]
     affine_44 = np.eye(4)
-    affine_44[:3, :3] = scan_44[:3, :3] / np.array(row.spacing_mm) * spacing
-    affine_44[:3, 3] = middle - affine_44[:3, :3] @ ((np.array(size) - 1) / 2)
+    affine_44[:3, :3] = scan_44[:3, :3] / np.array(row.spacing_mm) * spacing_mm
+    affine_44[:3, 3] = middle_mm - affine_44[:3, :3] @ ((np.array(size) - 1) / 2)
     return affine_44
 
 
 def _normalised(
-    archive: Archive, row: ScanRow, size: Triple, affine_44: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """A scan on the working grid after its intensity policy, and where it shows body."""
+    archive: Archive, row: ScanRow, *, size: Triple, affine_44: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A scan on the working grid after its intensity policy, where it has data, and where it shows body."""
     stored_DHW = archive.read(row.key, (0, 0, 0), row.shape)
-    valid_DHW = stored_DHW != NO_DATA
     physical_DHW = stored_DHW.astype(np.float32) * np.float32(row.scale) + np.float32(row.offset)
-    moved_DHW, there_DHW = resample_valid(
-        physical_DHW, valid_DHW, np.array(row.affine_44), size, affine_44, order=1
+    moved_DHW, valid_DHW = resample_valid(
+        physical_DHW, stored_DHW != NO_DATA, np.array(row.affine_44), size, affine_44, order=1
     )
-    body_DHW = there_DHW & (moved_DHW > row.statistics.foreground_threshold)
     image_DHW = np.clip(archive.linear(row.key).apply(moved_DHW), -3.0, 3.0)
-    return np.where(there_DHW, image_DHW, 0.0).astype(np.float32), body_DHW
+    body_DHW = valid_DHW & (moved_DHW > row.statistics.foreground_threshold)
+    return np.where(valid_DHW, image_DHW, 0.0).astype(np.float32), valid_DHW, body_DHW
 
 
 # -- registration --------------------------------------------------------------------------------------------
@@ -196,48 +256,43 @@ def _normalised(
 
 def _register(
     moving_B1DHW: Tensor, fixed_B1DHW: Tensor, weight_B1DHW: Tensor, *, steps: Sequence[int]
-) -> Tensor:
-    """For each voxel of ``fixed`` its place in ``moving``, (B, D, H, W, 3) as ``grid_sample`` wants it."""
-    count = len(fixed_B1DHW)
+) -> tuple[Tensor, Tensor]:
+    """For each voxel of ``fixed`` its place in ``moving``, (B, D, H, W, 3) for ``grid_sample``; likeness (B,)."""
+    count, full, device = len(fixed_B1DHW), fixed_B1DHW.shape, fixed_B1DHW.device
     moving = moving_B1DHW.expand(count, -1, -1, -1, -1)
-    half = [F.avg_pool3d(volume, 2) for volume in (moving, fixed_B1DHW, weight_B1DHW)]
-    shape = half[1].shape
-    unit_34 = torch.eye(3, 4).expand(count, 3, 4).contiguous()
-    affine_B34 = _climb(
-        unit_34,
-        lambda t: F.affine_grid(t, list(shape), align_corners=False),
-        half,
+    halves = [F.avg_pool3d(volume, 2) for volume in (moving, fixed_B1DHW, weight_B1DHW)]
+    half = halves[1].shape
+    affine_B34, alike_B = _climb(
+        torch.eye(3, 4, device=device).repeat(count, 1, 1),
+        lambda t: F.affine_grid(t, list(half), align_corners=False),
+        halves,
         steps=steps[0],
         rate=0.03,
         radius=2,
     )
-    start = F.affine_grid(affine_B34, list(shape), align_corners=False)
-    coarse = torch.zeros(count, 3, *_control(fixed_B1DHW.shape[2:], COARSE_CONTROL))
-    coarse = _climb(
-        coarse,
-        lambda d: start + _spread(d, shape[2:]),
-        half,
+    start = F.affine_grid(affine_B34, list(half), align_corners=False)
+    coarse, alike_B = _climb(
+        torch.zeros(count, 3, *_control(full[2:], COARSE_CONTROL), device=device),
+        lambda d: start + _spread(d, half[2:]),
+        halves,
         steps=steps[1],
         rate=0.06,
         radius=2,
         stiffness=0.002,
     )
-    full = fixed_B1DHW.shape
     grid = F.affine_grid(affine_B34, list(full), align_corners=False) + _spread(coarse, full[2:])
     if len(steps) < 3:
-        return grid
-    fine = torch.zeros(count, 3, *_control(full[2:], FINE_CONTROL))
-    volumes = [moving, fixed_B1DHW, weight_B1DHW]
-    fine = _climb(
-        fine,
+        return grid, alike_B
+    fine, alike_B = _climb(
+        torch.zeros(count, 3, *_control(full[2:], FINE_CONTROL), device=device),
         lambda d: grid + _spread(d, full[2:]),
-        volumes,
+        [moving, fixed_B1DHW, weight_B1DHW],
         steps=steps[2],
         rate=0.02,
         radius=3,
         stiffness=0.0005,
     )
-    return grid + _spread(fine, full[2:])
+    return grid + _spread(fine, full[2:]), alike_B
 
 
 def _climb(
@@ -249,8 +304,8 @@ def _climb(
     rate: float,
     radius: int,
     stiffness: float = 0.0,
-) -> Tensor:
-    """Parameters after gradient steps on the local correlation of every pair, each pair on its own."""
+) -> tuple[Tensor, Tensor]:
+    """Parameters after gradient steps on each pair's squared local correlation, and that (B,) before the last one."""
     moving, fixed, weight = volumes
     mean = _box_mean(radius)
     fixed_mean = mean(fixed)
@@ -258,6 +313,7 @@ def _climb(
     total = weight.sum((1, 2, 3, 4)).clamp(min=1.0)
     parameters = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([parameters], rate)
+    alike_B = torch.zeros(len(fixed), device=fixed.device)
     with torch.enable_grad():
         for _ in range(steps):
             warped = F.grid_sample(moving, grid_of(parameters), padding_mode="border", align_corners=False)
@@ -265,14 +321,15 @@ def _climb(
             warped_variance = (mean(warped * warped) - warped_mean**2).clamp(min=1e-3)
             covariance = mean(warped * fixed) - warped_mean * fixed_mean
             likeness = covariance**2 / (warped_variance * fixed_variance + 1e-2)
-            loss = -((likeness * weight).sum((1, 2, 3, 4)) / total).sum()
+            pairs_B = (likeness * weight).sum((1, 2, 3, 4)) / total
+            alike_B, loss = pairs_B.detach(), -pairs_B.sum()
             if stiffness:
                 bends = [parameters.diff(dim=axis).square().sum() for axis in (2, 3, 4)]
                 loss = loss + stiffness * torch.stack(bends).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return parameters.detach()
+    return parameters.detach(), alike_B
 
 
 def _box_mean(radius: int) -> Callable[[Tensor], Tensor]:
@@ -297,8 +354,10 @@ def _control(size: Sequence[int], apart: float) -> tuple[int, int, int]:
 
 
 def _spread(control_B3DHW: Tensor, size: Sequence[int]) -> Tensor:
-    """Control points interpolated to every voxel: (B, D, H, W, 3)."""
-    return F.interpolate(control_B3DHW, size=tuple(size), mode="trilinear", align_corners=True).movedim(1, -1)
+    """Control points at every voxel, (B, D, H, W, 3); they span the faces, so any resolution gives the same field."""
+    return F.interpolate(control_B3DHW, size=tuple(size), mode="trilinear", align_corners=False).movedim(
+        1, -1
+    )
 
 
 def _lattice(grid_NDHW3: Tensor, size: Triple) -> tuple[Tensor, np.ndarray]:
@@ -318,31 +377,21 @@ ARRAYS: Mapping[str, str] = {
     "place_S3DHW": "float32",
     "reference_DHW": "float32",
     "weight_DHW": "float32",
+    "likeness_S": "float32",
 }
 
 
-def _save(path: Path, template: Template, identity: str) -> None:
-    temporary: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            arrays = {name: getattr(template, name).numpy() for name in ARRAYS}
-            np.savez_compressed(
-                file,
-                allow_pickle=False,
-                identity=np.array(identity),
-                keys=np.array(template.keys),
-                spacing_mm=np.array(template.spacing_mm),
-                **arrays,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+def _save(path: Path, template: Template, *, identity: str) -> None:
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        allow_pickle=False,
+        identity=np.array(identity),
+        keys=np.array(template.keys),
+        spacing_mm=np.array(template.spacing_mm),
+        **{name: getattr(template, name).numpy() for name in ARRAYS},
+    )
+    write_bytes(path, content.getvalue())
 
 
 def _load(path: Path, identity: str) -> Template | None:
@@ -354,5 +403,5 @@ def _load(path: Path, identity: str) -> Template | None:
             arrays = {name: torch.from_numpy(file[name].astype(kind)) for name, kind in ARRAYS.items()}
             keys = tuple(str(key) for key in file["keys"])
             return Template(keys=keys, spacing_mm=float(file["spacing_mm"]), **arrays)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
         return None

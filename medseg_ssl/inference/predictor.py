@@ -102,9 +102,7 @@ class Predictor:
         flips: bool = False,
     ) -> None:
         if flips and not card.mirror_axes:
-            raise UserError(
-                "the segmenter was trained without mirror_axes, so flips would only harm its prediction"
-            )
+            raise UserError("the segmenter was trained without mirror_axes; flips show it what it never saw")
         self.device = usable_device(device)
         self.segmenter = segmenter.to(self.device).eval()
         self.card = card

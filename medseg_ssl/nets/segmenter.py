@@ -78,7 +78,7 @@ def silence(heads: Iterable[nn.Module], classes: Collection[int]) -> None:
     """
     if 0 in classes:
         raise ValueError("the background cannot be silenced")
-    for head in heads:
+    for head in heads if classes else ():
         assert isinstance(head, nn.Conv3d)
         assert head.bias is not None
         for index in classes:

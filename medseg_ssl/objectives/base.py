@@ -78,7 +78,7 @@ class Objective(nn.Module, ABC):
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """Loss of a batch; every schedule is a function of ``progress`` in [0, 1]."""
 
-    def use_templates(self, templates: Mapping[str, Template]) -> None:
+    def use_templates(self, templates: Mapping[str, Template], *, seed: int) -> None:
         """Take the templates of the training scans by modality: once, before training, if ``takes_templates``."""
 
     def after_step(self, progress: float) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -54,6 +54,13 @@ class Segmentation(Objective):
         batch_region: bool = True
         deep_supervision: bool = True
         decoder: Block = Field(default_factory=lambda: Block(name="unet"))
+
+        @field_validator("mirror_axes")
+        @classmethod
+        def _each_axis_once(cls, axes: tuple[int, ...]) -> tuple[int, ...]:
+            if len(set(axes)) < len(axes):
+                raise ValueError(f"an axis stands twice in {list(axes)}")
+            return axes
 
         @model_validator(mode="after")
         def _some_loss(self) -> Segmentation.Config:

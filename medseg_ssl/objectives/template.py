@@ -27,7 +27,7 @@ from medseg_ssl.types import Batch, Facts, Template, Triple, View, ViewPlan, Vie
 
 
 class TemplatePlaces(Objective):
-    """Voxel embeddings that tell the place in a groupwise template."""
+    """Voxel embeddings that tell the place in a groupwise template. Suffixes: N points, P sites, S scans."""
 
     class Config(ObjectiveConfig):
         """Options.
@@ -69,7 +69,7 @@ class TemplatePlaces(Objective):
         """One crop."""
         return {"crop": ViewSpec(count=1, size=config.size, augment=config.augment)}
 
-    def use_templates(self, templates: Mapping[str, Template]) -> None:
+    def use_templates(self, templates: Mapping[str, Template], *, seed: int) -> None:
         """Make a site every few voxels of each modality's template where at least half of the scans show body.
 
         Raises:
@@ -77,10 +77,10 @@ class TemplatePlaces(Objective):
         """
         for modality, template in sorted(templates.items()):
             places = _Places(template, every=self.config.site_voxels)
-            if not len(places.site_N3):
+            if not len(places.site_P3):
                 raise UserError(f"the template of {modality} has no voxel that half of its scans show")
-            generator = draws.torch_generator(0, 0, f"template/sites/{modality}")
-            start = torch.randn(len(places.site_N3), self.config.embedding, generator=generator)
+            generator = draws.torch_generator(seed, 0, f"template/sites/{modality}")
+            start = torch.randn(len(places.site_P3), self.config.embedding, generator=generator)
             self.sites[modality] = nn.Parameter(start)
             self._places[modality] = places
             self._of_scan |= {key: (modality, number) for number, key in enumerate(template.keys)}
@@ -95,28 +95,29 @@ class TemplatePlaces(Objective):
         embedded_BNE = functional.normalize(self.project(read_BNC).float(), dim=-1)
         losses, errors, counted = [], [], []
         for i, scans in enumerate(batch.scans_B):
-            # a scan that has no template (nothing but air, say) teaches nothing
-            modality, number = self._of_scan.get(scans[0], (next(iter(self.sites)), -1))
-            places, sites_NE = (
+            if scans[0] not in self._of_scan:
+                continue  # nothing but air, or the only one of its modality: it has no place and teaches nothing
+            modality, number = self._of_scan[scans[0]]
+            places, sites_PE = (
                 self._places[modality],
                 functional.normalize(self.sites[modality].float(), dim=-1),
             )
-            if number < 0:
-                place_N3, seen_N = torch.zeros_like(index_BN3[i]), torch.zeros_like(usable_BN[i])
-            else:
-                place_N3, seen_N = places.of(number, view.affine_B44[i], index_BN3[i])
+            place_N3, seen_N = places.of(number, view.affine_B44[i], index_BN3[i])
             weight_N = (usable_BN[i] & seen_N).float()
-            apart_NS = torch.cdist(place_N3, places.on(place_N3.device))
-            target_NS = torch.softmax(-0.5 * (apart_NS / self.config.blur_voxels) ** 2, dim=1)
-            scores_NS = embedded_BNE[i] @ sites_NE.T / self.config.temperature
-            losses.append((-(target_NS * scores_NS.log_softmax(dim=1)).sum(dim=1) * weight_N).sum())
-            nearest_N = apart_NS.gather(1, scores_NS.detach().argmax(dim=1, keepdim=True))[:, 0]
+            # without a matrix product: TF32 would put one point in six nearest to a wrong site
+            apart_NP = torch.cdist(
+                place_N3, places.on(place_N3.device), compute_mode="donot_use_mm_for_euclid_dist"
+            )
+            target_NP = torch.softmax(-0.5 * (apart_NP / self.config.blur_voxels) ** 2, dim=1)
+            scores_NP = embedded_BNE[i] @ sites_PE.T / self.config.temperature
+            losses.append((-(target_NP * scores_NP.log_softmax(dim=1)).sum(dim=1) * weight_N).sum())
+            nearest_N = apart_NP.gather(1, scores_NP.detach().argmax(dim=1, keepdim=True))[:, 0]
             errors.append((nearest_N * places.spacing_mm * weight_N).sum())
             counted.append(weight_N.sum())
+        if not losses:
+            return StepOutput(0.0 * embedded_BNE.sum(), {}, pool(maps[-1], view.valid_BDHW).detach())
         total = torch.stack(counted).sum().clamp(min=1.0)
         loss = torch.stack(losses).sum() / total
-        # every device must touch every parameter, also those of modalities that its samples lack
-        loss = loss + 0.0 * torch.stack([sites.sum() for sites in self.sites.values()]).sum()
         logs = {"place_error_mm": torch.stack(errors).sum().detach() / total}
         return StepOutput(loss, logs, pool(maps[-1], view.valid_BDHW).detach())
 
@@ -136,7 +137,8 @@ class TemplatePlaces(Objective):
         chosen, usable = [], []
         for i, sample in enumerate(batch.sample_index_B.tolist()):
             generator = draws.torch_generator(batch.seed, sample, "template/points")
-            order = torch.randperm(voxels, generator=generator)[: 8 * count].to(device)
+            # candidates with repetition: an order of all voxels of a large crop would cost more than the loss
+            order = torch.randint(voxels, (8 * count,), generator=generator).to(device)
             body = view.foreground_BDHW[i].flatten()[order]
             first = torch.sort((~body).to(torch.int8), stable=True).indices[:count]
             chosen.append(torch.stack(torch.unravel_index(order[first], size), dim=-1).float())
@@ -152,26 +154,27 @@ class _Places:
         self._to_lattice_S44, self._place_S3DHW = template.to_lattice_S44, template.place_S3DHW
         self._shown_DHW = template.weight_DHW >= 0.5
         axes = [torch.arange(every // 2, n, every) for n in template.weight_DHW.shape]
-        grid_N3 = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
-        self.site_N3 = grid_N3[self._shown_DHW[tuple(grid_N3.T)]].float()
+        grid_P3 = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+        self.site_P3 = grid_P3[self._shown_DHW[tuple(grid_P3.T)]].float()
 
     def on(self, device: torch.device) -> Tensor:
-        """Sites (S, 3) in template voxels, on a device."""
-        if self.site_N3.device != device:
-            self.site_N3 = self.site_N3.to(device)
-            self._place_S3DHW, self._shown_DHW = self._place_S3DHW.to(device), self._shown_DHW.to(device)
-        return self.site_N3
+        """Sites (P, 3) in template voxels, on a device."""
+        if self.site_P3.device != device:
+            self.site_P3, self._shown_DHW = self.site_P3.to(device), self._shown_DHW.to(device)
+        return self.site_P3
 
     def of(self, number: int, affine_44: Tensor, index_N3: Tensor) -> tuple[Tensor, Tensor]:
         """Template voxels (N, 3) of a crop's voxels, and whether at least half of the scans show body there."""
-        self.on(index_N3.device)
-        to_lattice_44 = self._to_lattice_S44[number].to(affine_44.device) @ affine_44.double()
+        device = index_N3.device
+        self.on(device)
+        # lattices stay on the CPU: of a large archive all of them would fill a GPU
+        place_3DHW = self._place_S3DHW[number].to(device, non_blocking=True)
+        to_lattice_44 = self._to_lattice_S44[number].to(device, non_blocking=True) @ affine_44.double()
         lattice_N3 = transform(to_lattice_44[None], index_N3[None])[0]
-        place_3DHW = self._place_S3DHW[number]
-        limit_3 = torch.tensor(place_3DHW.shape[1:], device=index_N3.device, dtype=torch.float64) - 1
+        limit_3 = torch.tensor(place_3DHW.shape[1:], device=device, dtype=torch.float64) - 1
         inside_N = ((lattice_N3 >= -0.5) & (lattice_N3 <= limit_3 + 0.5)).all(dim=1)
         place_N3 = read_features(place_3DHW[None], lattice_N3[None].float(), (1, 1, 1))[0]
-        top_3 = torch.tensor(self._shown_DHW.shape, device=index_N3.device) - 1
+        top_3 = torch.tensor(self._shown_DHW.shape, device=device) - 1
         nearest_N3 = place_N3.round().long()
         there_N = ((nearest_N3 >= 0) & (nearest_N3 <= top_3)).all(dim=1)
         shown_N = self._shown_DHW[tuple(nearest_N3.clamp(min=torch.zeros_like(top_3), max=top_3).T)]

@@ -48,6 +48,8 @@ BEFORE_THE_RUN = {
     "warnings.txt",
 }
 """Files that may be there before anything was computed; whatever else is there belongs to the config beside it."""
+TEMPLATE = "template_*.npz"
+"""Made before the first step, and it says itself what it was made of."""
 MIRROR = "wandb"
 
 
@@ -143,7 +145,9 @@ class RunFolder:
         # a run that failed before its first line (no scan that fits, say) may be repeated with a mended config; not
         # so a comparison with some fits done, which would count them among those of the new config
         files = (p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file())
-        return all(file.name in BEFORE_THE_RUN or MIRROR in file.parts for file in files)
+        return all(
+            file.name in BEFORE_THE_RUN or file.match(TEMPLATE) or MIRROR in file.parts for file in files
+        )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -181,7 +182,10 @@ def start(config: TrainConfig) -> Runtime:
     )
     if world > 1:
         fabric.launch()
-    control = torch.distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
+    control = None
+    if fabric.world_size > 1:
+        # the others wait here while the main process works alone, for minutes or hours (a template, an evaluation)
+        control = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
     return Runtime(fabric=fabric, config=config, control=control)
 
 

@@ -350,6 +350,16 @@ def test_overrides_of_an_init_reach_its_fits_alone_and_the_report():
     rates = {task.init: task.config.get("optim", {}).get("lr") for task in tasks}
     assert rates == {"scratch": None, "scratch_long": None, "mae": 0.5}
     notes = command._notes(config, tasks, cards={"mae": fakes.card(Path())}, cases=5, archive=fakes.archive())
+    assert not any("no labeled case states" in note for note in notes)
+    partial = fakes.archive()
+    for name in ("c0", "c1", "c2"):
+        partial.cases[name].known_classes = (True, *[False] * (len(partial.classes) - 1))
+    for task in tasks:
+        object.__setattr__(task, "train_cases", ("c0", "c1")[: task.budget] if task.draw else ("c3",))
+    told = command._notes(config, tasks, cards={}, cases=5, archive=partial)
+    unstated = ", ".join(partial.classes[1:])
+    assert f"1 label, draw 1: no labeled case states {unstated}, so no init can predict it there." in told
+    assert not any("draw 0: no labeled" in note for note in told)
     assert "mae differs from the others in: optim.lr=0.5." in notes
 
 

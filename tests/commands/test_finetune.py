@@ -187,3 +187,32 @@ def test_a_class_that_one_case_states_is_learned(tmp_path):
     archive = write_archive(tmp_path / "archive", known=(True, False), stating=("s0",)).path
     shipped = finetune(archive, tmp_path / "run")
     assert encoder_file.load_card(shipped).silent_classes == ()
+
+
+def test_an_objective_without_class_heads_is_refused(world, tmp_path):
+    archive, _ = world
+    with pytest.raises(ConfigError, match=r"objective 'template' has no class heads.*'segmentation' has"):
+        finetune(archive, tmp_path / "run", "objective={name: template, size: [16, 16, 16]}")
+
+
+def test_mirror_axes_reach_the_card_and_an_axis_stands_once(world, tmp_path):
+    archive, _ = world
+    shipped = finetune(archive, tmp_path / "run", "objective.mirror_axes=[2, 0]")
+    assert encoder_file.load_card(shipped).mirror_axes == (2, 0)
+    with pytest.raises(ConfigError, match=r"an axis stands twice in \[2, 2\]"):
+        finetune(archive, tmp_path / "twice", "objective.mirror_axes=[2, 2]")
+
+
+def test_flips_need_a_mirrored_training_and_folders_of_their_own(world, tmp_path):
+    from finetune.evaluate import main as evaluate
+
+    archive, _ = world
+    shipped = finetune(archive, tmp_path / "run", "objective.mirror_axes=[2]")
+    words = [str(shipped), str(tmp_path / "scores"), "--archive", str(archive)]
+    evaluate([*words, "--flips"])
+    assert json.loads((tmp_path / "scores" / "summary.json").read_text())["flips"] is True
+    with pytest.raises(ConfigError, match="flips"):
+        evaluate(words)
+    plain = finetune(archive, tmp_path / "plain")
+    with pytest.raises(UserError, match="trained without mirror_axes"):
+        evaluate([str(plain), str(tmp_path / "other"), "--archive", str(archive), "--flips"])

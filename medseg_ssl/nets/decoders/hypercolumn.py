@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -48,9 +47,14 @@ class Hypercolumn(Decoder):
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Feature maps (B, channels_out[i], D_i, H_i, W_i), finest first."""
         levels = self.unet(maps)
-        size = levels[0].shape[2:]
-        raised = [
-            F.interpolate(level, size=size, mode="trilinear", align_corners=False) for level in levels[1:]
-        ]
-        mixed = self.mix(torch.cat([levels[0], *raised], dim=1))
+        depth, height, width = levels[0].shape[2:]
+        parts = self.mix.weight.split(list(self.unet.channels_out), dim=1)
+        mixed = F.conv3d(levels[0], parts[0], self.mix.bias)
+        for level, part, stride in zip(levels[1:], parts[1:], self.strides_out[1:], strict=True):
+            # Mixing and linear interpolation commute: to mix first keeps hundreds of channels off full resolution.
+            steps = [s // f for s, f in zip(stride, self.strides_out[0], strict=True)]
+            covered = [n * step for n, step in zip(level.shape[2:], steps, strict=True)]
+            raised = F.interpolate(F.conv3d(level, part), size=covered, mode="trilinear", align_corners=False)
+            # a coarse map of ceil(n / s) cells covers more than n voxels; the rest is cut off, as the U-Net does
+            mixed = mixed + raised[:, :, :depth, :height, :width]
         return [F.leaky_relu(mixed, NEGATIVE_SLOPE), *levels[1:]]
