@@ -14,7 +14,7 @@ from medseg_ssl import cli
 from medseg_ssl.config import ConfigError, UserError, parse
 from medseg_ssl.nets import encoder_file
 from pretrain.run import SHELVES, PretrainConfig, main, run_pretrain
-from tests.train.archives import write_archive
+from tests.train.archives import quick_templates, write_archive
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -25,6 +25,13 @@ SMALL = [
     "train.accelerator=cpu",
     "wandb.mode=disabled",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_registration_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        quick_templates(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +237,38 @@ def test_cli_ends_with_the_code_of_the_error(archive, tmp_path, capsys):
     assert "did you mean 'mae'" in capsys.readouterr().err
     assert cli.main(["pretrain", "mae", str(tmp_path / "run")]) == 2
     assert "--archive" in capsys.readouterr().err
+
+
+# -- templates -----------------------------------------------------------------------------------------------
+
+
+def test_templates_are_made_of_training_subjects_alone(archive, tmp_path):
+    import numpy as np
+
+    from medseg_ssl.data.archive import Archive
+
+    pretrain(archive, tmp_path / "run", config="template")
+    opened = Archive.open(archive)
+    train = set(opened.split("default").train)
+    for modality in ("CT", "MR"):
+        with np.load(tmp_path / "run" / f"template_{modality}.npz") as file:
+            keys = set(file["keys"].tolist())
+        assert keys == {
+            k for k, row in opened.scans.items() if row.subject in train and row.modality == modality
+        }
+
+
+def test_a_run_that_has_begun_wants_its_own_template_back(archive, tmp_path):
+    run = tmp_path / "run"
+    pretrain(archive, run, "train.save_every=2", config="template")
+    (run / "encoder.safetensors").unlink()
+    (run / "template_CT.npz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"template_CT.npz is missing, damaged or of other scans"):
+        pretrain(archive, run, "train.save_every=2", config="template")
+
+
+def test_a_failure_after_the_template_does_not_burn_the_folder(archive, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(ConfigError, match="no optimizer named 'adamww'"):
+        pretrain(archive, run, "optim.name=adamww", config="template")
+    assert pretrain(archive, run, config="template").is_file()

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from medseg_ssl.data import groupwise
 from medseg_ssl.data.archive import Archive
 from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.data.manifest import CaseRow, PairRow, Split
@@ -11,6 +13,14 @@ from medseg_ssl.data.store import write_label, write_volume
 from tests.data.small_archive import RECIPE, scan_row
 
 SHAPE = (20, 22, 24)
+
+
+def quick_templates(patch: pytest.MonkeyPatch, *, rounds: tuple[tuple[int, int], ...] = ((5, 5),)) -> None:
+    """Few steps of registration, where a test needs a template and not a good one."""
+    patch.setattr(groupwise, "ROUNDS", rounds)
+    patch.setattr(groupwise, "FINAL", (5, 5, 5))
+
+
 TRAIN, DEVELOPMENT, TEST = ("s0", "s1", "s2", "s3"), ("s4", "s5"), ("s6", "s7")
 
 

@@ -15,11 +15,18 @@ from medseg_ssl.config import parse, shelf
 from medseg_ssl.nets import encoder_file
 from medseg_ssl.train.runtime import Runtime
 from pretrain.run import PretrainConfig, run_pretrain
-from tests.train.archives import write_archive
+from tests.train.archives import quick_templates, write_archive
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVES = shelf("medseg_ssl.objectives")
 STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_registration_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        quick_templates(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
