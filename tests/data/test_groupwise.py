@@ -1,5 +1,7 @@
 """A template of scans whose true correspondence is known, since one formula painted them all."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -222,3 +224,41 @@ def test_a_damaged_file_is_named_or_made_again(archive, template, tmp_path, dama
     groupwise.load_or_build(path, archive, keys)
     assert len(made) == 2
     assert groupwise.load_or_build(path, archive, keys, build_missing=False).keys == template.keys
+
+
+@pytest.mark.realdata
+def test_real_hippocampi_meet_in_their_template(real_data, tmp_path, monkeypatch):
+    from medseg_ssl.config import parse, read_yaml
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.prepare import PrepareConfig, prepare
+
+    tree = read_yaml(Path(__file__).parents[2] / "configs" / "prepare" / "hippocampus.yaml")
+    archive = Archive.open(
+        prepare(parse(PrepareConfig, tree), [real_data / "msd_hippocampus"], tmp_path / "archive")
+    )
+    cases = {case.scans[0]: case.case for case in archive.cases.values() if case.labeled}
+    rows = sorted((archive.scans[key] for key in cases), key=lambda row: row.content_hash)[:12]
+
+    def overlap(template):
+        """Mean Dice of the whole hippocampus between scans, each seen in the template's voxels."""
+        sites, shown = _Places(template, every=3), []
+        for number, key in enumerate(template.keys):
+            row = archive.scans[key]
+            label = torch.from_numpy(archive.read_label(cases[key], (0, 0, 0), row.shape).astype(np.float32))
+            index = (label > 0).nonzero().float()
+            place, _ = sites.of(number, torch.tensor(row.affine_44, dtype=torch.float64), index)
+            volume = torch.zeros(template.reference_DHW.shape)
+            top = torch.tensor(volume.shape) - 1
+            volume[tuple(place.round().long().clamp(min=torch.zeros(3, dtype=torch.long), max=top).T)] = 1.0
+            shown.append(volume)
+        pairs = [(a, b) for i, a in enumerate(shown) for b in shown[:i]]
+        return float(np.mean([2 * (a * b).sum() / (a.sum() + b.sum()) for a, b in pairs]))
+
+    for name, steps in (("ROUNDS", ((40, 0), (20, 30), (20, 50))), ("FINAL", (30, 80, 30))):
+        monkeypatch.setattr(groupwise, name, steps)
+    registered = overlap(groupwise.build(rows, archive))
+    monkeypatch.setattr(groupwise, "ROUNDS", ())
+    monkeypatch.setattr(groupwise, "FINAL", (0, 0, 0))
+    centred = overlap(groupwise.build(rows, archive))
+    assert registered > centred + 0.1
+    assert registered > 0.5
