@@ -197,7 +197,7 @@ def run_finetune(
     )  # says now, before the run folder is touched, what in the config does not go with the archive
 
     def card() -> Card:
-        return make_card(config, opened, views, used, steps=steps)
+        return make_card(config, opened, views, used, silent=unstated, steps=steps)
 
     inputs = {
         "archive": opened.fingerprint[:16],
@@ -339,10 +339,15 @@ def heads(head: Any) -> Any:
 
 
 def make_card(
-    config: FinetuneConfig, archive: Archive, views: Mapping[str, Any], cases: Sequence[str], *, steps: int
+    config: FinetuneConfig,
+    archive: Archive,
+    views: Mapping[str, Any],
+    cases: Sequence[str],
+    *,
+    silent: tuple[str, ...],
+    steps: int,
 ) -> Card:
     """The card of the segmenter that this run ships."""
-    from medseg_ssl.data.budgets import unstated_classes
     from medseg_ssl.nets.encoder_file import Card
 
     assert config.encoder is not None
@@ -354,7 +359,7 @@ def make_card(
         decoder=config.decoder.model_dump(mode="json"),
         channels_in=len(scans),
         classes=archive.classes,
-        silent_classes=unstated_classes((archive.cases[case] for case in cases), archive.classes),
+        silent_classes=silent,
         spacing_mm=first.spacing_mm or archive.recipe.spacing_mm,
         crop_size=first.size,
         mirror_axes=first.mirror_axes,

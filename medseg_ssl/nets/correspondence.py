@@ -66,8 +66,7 @@ def common_points(a: View, b: View, batch: Batch, *, count: int, purpose: str) -
             .clamp(min=torch.zeros(3, dtype=torch.long, device=device), max=limit_b.long())
         )
         good = inside & a.foreground_BDHW[i][tuple(index_a.T)] & b.foreground_BDHW[i][tuple(near.T)]
-        # A stable sort keeps the drawn order among the usable ones without a shape that depends on the data.
-        first = torch.sort((~good).to(torch.int8), stable=True).indices[:count]
+        first = usable_first(good)[:count]
         grids.append(index_a[first])
         mapped.append(index_b[first])
         usable.append(good[first])
@@ -75,6 +74,14 @@ def common_points(a: View, b: View, batch: Batch, *, count: int, purpose: str) -
     mm = transform(a.affine_B44.double(), index_a_BN3)
     mm = mm - mm.mean(dim=1, keepdim=True)
     return Points(index_a_BN3.float(), torch.stack(mapped).float(), mm.float(), usable_BN)
+
+
+def usable_first(usable_N: Tensor) -> Tensor:
+    """Indices (N,) of the usable ones, in their order, and then of the others.
+
+    A stable sort, so that no shape depends on the data.
+    """
+    return torch.sort((~usable_N).to(torch.int8), stable=True).indices
 
 
 def read_features(map_BCDHW: Tensor, index_BN3: Tensor, stride: Triple) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from medseg_ssl import draws
 from medseg_ssl.config import Block, UserError
-from medseg_ssl.nets.correspondence import read_features, transform
+from medseg_ssl.nets.correspondence import read_features, transform, usable_first
 from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import pool
@@ -104,7 +104,7 @@ class TemplatePlaces(Objective):
             )
             place_N3, seen_N = places.of(number, view.affine_B44[i], index_BN3[i])
             weight_N = (usable_BN[i] & seen_N).float()
-            # without a matrix product: TF32 would put one point in six nearest to a wrong site
+            # without a matrix product, which a GPU may round to TF32: three digits are too few for half a voxel
             apart_NP = torch.cdist(
                 place_N3, places.on(place_N3.device), compute_mode="donot_use_mm_for_euclid_dist"
             )
@@ -140,7 +140,7 @@ class TemplatePlaces(Objective):
             # candidates with repetition: an order of all voxels of a large crop would cost more than the loss
             order = torch.randint(voxels, (8 * count,), generator=generator).to(device)
             body = view.foreground_BDHW[i].flatten()[order]
-            first = torch.sort((~body).to(torch.int8), stable=True).indices[:count]
+            first = usable_first(body)[:count]
             chosen.append(torch.stack(torch.unravel_index(order[first], size), dim=-1).float())
             usable.append(body[first])
         return torch.stack(chosen), torch.stack(usable)
