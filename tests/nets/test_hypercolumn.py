@@ -48,3 +48,20 @@ def test_coarse_levels_stay_in_place_at_sizes_that_strides_do_not_divide():
         decoder.mix.weight[0, 4] = 1.0
     out = decoder([])[0][0, 0, 3, 9]
     assert torch.allclose(out[1:-1], torch.arange(1, 26, dtype=torch.float64), atol=1e-9)
+
+
+def test_three_levels_equal_each_raised_by_itself_step_by_step():
+    torch.manual_seed(0)
+    channels, strides = (4, 6, 8, 10), ((1, 1, 1), (2, 2, 2), (4, 4, 4), (8, 8, 8))
+    decoder = Hypercolumn(Hypercolumn.Config(width=5), channels, strides).double()
+    maps = [
+        torch.randn(1, c, 16 // s[0], 24 // s[0], 8 // s[0], dtype=torch.float64)
+        for c, s in zip(channels, strides, strict=True)
+    ]
+    expected = decoder.mix.bias[:, None, None, None]
+    for level, part in zip(decoder.unet(maps), decoder.mix.weight.split([4, 6, 8], dim=1), strict=True):
+        raised = F.conv3d(level, part)
+        while raised.shape[2] < 16:
+            raised = F.interpolate(raised, scale_factor=2, mode="trilinear", align_corners=False)
+        expected = expected + raised
+    assert torch.allclose(decoder(maps)[0], F.leaky_relu(expected, 0.01), atol=1e-12)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from medseg_ssl.nets.blocks import NEGATIVE_SLOPE, initialise
+from medseg_ssl.nets.blocks import NEGATIVE_SLOPE, initialise, upsample_linear
 from medseg_ssl.nets.decoders.base import Decoder, DecoderConfig
 from medseg_ssl.nets.decoders.unet import UNet
 from medseg_ssl.types import Triple
@@ -47,14 +47,15 @@ class Hypercolumn(Decoder):
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Feature maps (B, channels_out[i], D_i, H_i, W_i), finest first."""
         levels = self.unet(maps)
-        depth, height, width = levels[0].shape[2:]
         parts = self.mix.weight.split(list(self.unet.channels_out), dim=1)
-        mixed = F.conv3d(levels[0], parts[0], self.mix.bias)
-        for level, part, stride in zip(levels[1:], parts[1:], self.strides_out[1:], strict=True):
-            # Mixing and linear interpolation commute: to mix first keeps hundreds of channels off full resolution.
-            steps = [s // f for s, f in zip(stride, self.strides_out[0], strict=True)]
-            covered = [n * step for n, step in zip(level.shape[2:], steps, strict=True)]
-            raised = F.interpolate(F.conv3d(level, part), size=covered, mode="trilinear", align_corners=False)
-            # a coarse map of ceil(n / s) cells covers more than n voxels; the rest is cut off, as the U-Net does
-            mixed = mixed + raised[:, :, :depth, :height, :width]
+        # Mixing and linear interpolation commute: to mix first keeps hundreds of channels off full resolution. Coarser
+        # levels are summed on the way up, so that one interpolation, not one a level, ends at full resolution.
+        mixed, coarser = F.conv3d(levels[-1], parts[-1]), self.strides_out[-1]
+        for level, part, stride in zip(
+            reversed(levels[:-1]), reversed(parts[:-1]), reversed(self.strides_out[:-1]), strict=True
+        ):
+            factor = (coarser[0] // stride[0], coarser[1] // stride[1], coarser[2] // stride[2])
+            mixed = F.conv3d(level, part) + upsample_linear(mixed, factor, size=level.shape[2:])
+            coarser = stride
+        mixed = mixed + self.mix.bias[:, None, None, None]
         return [F.leaky_relu(mixed, NEGATIVE_SLOPE), *levels[1:]]
