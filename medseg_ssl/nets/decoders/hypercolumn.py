@@ -49,13 +49,13 @@ class Hypercolumn(Decoder):
         levels = self.unet(maps)
         parts = self.mix.weight.split(list(self.unet.channels_out), dim=1)
         # Mixing and linear interpolation commute: to mix first keeps hundreds of channels off full resolution. Coarser
-        # levels are summed on the way up, so that one interpolation, not one a level, ends at full resolution.
-        mixed, coarser = F.conv3d(levels[-1], parts[-1]), self.strides_out[-1]
+        # levels are summed on the way up, so that one interpolation, not one a level, ends at full resolution. The bias
+        # goes in where it is cheapest: interpolation keeps constants.
+        mixed, coarser = F.conv3d(levels[-1], parts[-1], self.mix.bias), self.strides_out[-1]
         for level, part, stride in zip(
             reversed(levels[:-1]), reversed(parts[:-1]), reversed(self.strides_out[:-1]), strict=True
         ):
             factor = (coarser[0] // stride[0], coarser[1] // stride[1], coarser[2] // stride[2])
             mixed = F.conv3d(level, part) + upsample_linear(mixed, factor, size=level.shape[2:])
             coarser = stride
-        mixed = mixed + self.mix.bias[:, None, None, None]
         return [F.leaky_relu(mixed, NEGATIVE_SLOPE), *levels[1:]]
