@@ -1,0 +1,49 @@
+"""Every objective on the shelf trains in two processes on the CPU, and does so the same way twice."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from medseg_ssl.config import shelf
+from medseg_ssl.nets import encoder_file
+from tests.train.archives import write_archive
+from tests.train.test_resume import state, tree
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import sys
+import pytest
+from pathlib import Path
+from tests.train.archives import quick_templates
+from pretrain.run import main
+with pytest.MonkeyPatch.context() as patch:
+    quick_templates(patch)
+    main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", shelf("medseg_ssl.objectives"))
+def test_two_processes_train_one_encoder(name, tmp_path):
+    archive = write_archive(tmp_path / "archive").path
+    script, config = tmp_path / "two.py", tmp_path / "config.yaml"
+    script.write_text(SCRIPT)
+    config.write_text(yaml.safe_dump(tree(name)))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    for run in ("a", "b"):
+        words = [str(config), str(tmp_path / run), "--archive", str(archive), "--quiet"]
+        done = subprocess.run(
+            [*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (state(tmp_path / run) for run in ("a", "b"))
+    assert first["step"] == 4
+    assert all(torch.equal(value, second["objective"][key]) for key, value in first["objective"].items())
+    encoder_file.build(tmp_path / "a" / "encoder.safetensors")
+    assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 4, "one process writes"
