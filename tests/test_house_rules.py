@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,9 @@ def test_no_path_or_index_host_in_tracked_files():
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"/(roo[t]|wor[k]|hom[e])/", text), path
         assert not re.search(r"inde[x]-url|fin[d]-links", text), path
+
+
+def test_the_wheel_holds_every_package():
+    stated = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    here = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py")}
+    assert stated == here | {"medseg_ssl.pretrain", "medseg_ssl.finetune", "medseg_ssl.configs"}
