@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg_ssl.config import UserError
-from medseg_ssl.data import intensity, nifti, resample, store
+from medseg_ssl.data import intensity, nifti, reading, resample, store
 from medseg_ssl.data.archive import Recipe
 from medseg_ssl.data.manifest import CaseRow, ScanRow
 from medseg_ssl.data.nifti import BadScan, Volume
@@ -42,6 +42,7 @@ class LabelTask:
         lookup: label value in the file to class index in the archive (``UNKNOWN_LABEL`` for ignored values).
         classes: number of classes, background included.
         unknown_when_absent: class indices that are unknown in a case without a voxel of them.
+        regions: names of regions and their values, for a file that draws named regions.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class LabelTask:
     lookup: dict[int, int]
     classes: int
     unknown_when_absent: frozenset[int]
+    regions: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,12 +183,13 @@ def _ingest_scan(
     names = (raw.modality, raw.contrast, raw.unit, scan.subject, scan.study, scan.frame)
     # the grid comes from the first channel, the names from the config: where either changes, the volume is
     # stale
-    stamp = _stamp(raw.path, *([task.scans[0].raw.path] if native is not None else []), *names)
+    first_files = reading.files_of(task.scans[0].raw) if native is not None else ()
+    stamp = _stamp(*reading.files_of(raw), *first_files, *names)
     stored = store.finished_scan(task.archive, scan.key, recipe=recipe, stamp=stamp)
     if stored is not None:
-        geometry = nifti.read_geometry(raw.path, volume=raw.volume)
+        geometry = reading.read_geometry(raw)
         return stored, Grid(geometry.shape, geometry.affine_44)
-    volume = nifti.read_nifti(raw.path, volume=raw.volume)
+    volume = reading.read_scan(raw)
     if volume.no_data is not None and recipe.non_finite == "drop":
         raise BadScan(
             f"{int(volume.no_data.sum())} voxels are NaN or infinite (non_finite: no_data would keep it)"
@@ -281,11 +284,12 @@ def _ingest_label(label: LabelTask, task: CaseTask, row: ScanRow, native: Grid) 
     """
     recipe = task.recipe
     rules = (label.lookup, label.classes, recipe.resample_labels)
-    stamp = _stamp(label.path, task.scans[0].raw.path, *map(str, rules))
+    raw = task.scans[0].raw
+    stamp = _stamp(label.path, *reading.files_of(raw), *map(str, rules), *map(str, label.regions))
     if store.finished_label(task.archive, task.case, recipe=recipe, stamp=stamp):
         stored = store.open_array(task.archive / "labels" / f"{task.case}.original.b2nd")[...]
         return _known(stored, label)
-    volume = nifti.read_label(label.path)
+    volume = reading.read_label(label.path, raw, regions=label.regions)
     grid = Grid(_triple(volume.array), volume.affine_44)
     if not grid.coincides(native) and not recipe.resample_labels:
         raise BadScan(_grids_differ(grid, native))

@@ -180,29 +180,80 @@ def read_nifti(path: Path, *, volume: int | None = None, allow_constant: bool = 
     image = _open(path, voxels=True)
     original = _original_grid(image, path, volume=volume)
     array_ijk = _voxels(image, original, path, volume=volume)
+    return volume_of(
+        array_ijk,
+        original,
+        flags=_header_flags(image, original),
+        integral=array_ijk.dtype.kind in "iu",
+        path=path,
+        allow_constant=allow_constant,
+    )
+
+
+def volume_of(
+    array_ijk: np.ndarray,
+    original: OriginalGrid,
+    *,
+    valid_ijk: np.ndarray | None = None,
+    flags: tuple[str, ...] = (),
+    integral: bool = False,
+    path: Path | None = None,
+    allow_constant: bool = False,
+) -> Volume:
+    """A volume in canonical axes of voxels in the axes of a file; NaN and infinite voxels become no data.
+
+    Args:
+        array_ijk: voxels, scaling applied.
+        original: their grid.
+        valid_ijk: bool, False where the file says that there is no data; None: everywhere valid.
+        flags: quality flags found so far.
+        integral: the values are known to be whole numbers (otherwise it is looked at).
+        path: for messages.
+        allow_constant: accept a volume whose valid voxels are all equal.
+
+    Raises:
+        BadScan: more than half of the voxels not finite, none of them valid, or (unless allowed) all of them equal.
+    """
     array = np.ascontiguousarray(original.to_canonical(array_ijk), dtype=np.float32)
-    integral = array_ijk.dtype.kind in "iu" or _is_integral(array)
-    quality = _header_flags(image, original)
+    integral = integral or _is_integral(array)
     no_data = None
+    if valid_ijk is not None:
+        no_data = ~np.ascontiguousarray(original.to_canonical(valid_ijk))
+        if no_data.all():
+            raise BadScan("it holds no data: every voxel is padding", path)
     low, high = float(array.min()), float(array.max())
     if not (np.isfinite(low) and np.isfinite(high)):
-        no_data = ~np.isfinite(array)
-        share = float(no_data.mean())
+        broken = ~np.isfinite(array)
+        share = float(broken.mean())
         if share > _MAX_NON_FINITE:
             raise BadScan(
                 f"{share:.0%} of the voxels are NaN or infinite (at most {_MAX_NON_FINITE:.0%})", path
             )
+        no_data = broken if no_data is None else no_data | broken
+        flags = (*flags, "non_finite")
+    if no_data is not None:
         array[no_data] = 0.0
-        quality = (*quality, "non_finite")
-        finite = array[~no_data]
-        low, high = float(finite.min()), float(finite.max())
+        data = array[~no_data]
+        low, high = float(data.min()), float(data.max())
         integral = _is_integral(array)
     if low == high and not allow_constant:
         raise BadScan(f"empty: every voxel has the value {low:g}", path)
     integral = integral and low >= -32767 and high <= 32767
-    return Volume(
-        array, original.affine_44, _spacing(original.affine_44), original, no_data, quality, integral
-    )
+    spacing_mm = _spacing(original.affine_44)
+    return Volume(array, original.affine_44, spacing_mm, original, no_data, flags, integral)
+
+
+def label_of(array_ijk: np.ndarray, original: OriginalGrid) -> Volume:
+    """A label map in canonical axes of uint8 voxels in the axes of a file."""
+    array = np.ascontiguousarray(original.to_canonical(array_ijk), dtype=np.uint8)
+    return Volume(array, original.affine_44, _spacing(original.affine_44), original, None, (), True)
+
+
+def grid_of(shape_ijk: Triple, affine_ijk_44: np.ndarray) -> OriginalGrid:
+    """The grid of voxels that came in axes (i, j, k) with an affine to RAS mm, but from no NIfTI file."""
+    import nibabel as nib
+
+    return OriginalGrid(shape_ijk, affine_ijk_44, nib.orientations.io_orientation(affine_ijk_44))
 
 
 def read_label(path: Path, *, volume: int | None = None) -> Volume:

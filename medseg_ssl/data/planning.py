@@ -94,6 +94,7 @@ def _case_task(
             lookup={**index, **dict.fromkeys(listing.ignored_values, UNKNOWN_LABEL)},
             classes=len(classes),
             unknown_when_absent=frozenset(index[value] for value in listing.unknown_when_absent),
+            regions=case.regions,
         )
     key = writer.key("case", str(root), case.name)
     registered = listing.relation == "registered"
@@ -101,7 +102,8 @@ def _case_task(
 
 
 def _source_text(scan: RawScan) -> str:
-    return str(scan.path) if scan.volume is None else f"{scan.path}#{scan.volume}"
+    part = scan.slices[0][1] if scan.slices else scan.volume
+    return str(scan.path) if not part else f"{scan.path}#{part}"
 
 
 def _declared(listing: Listing, keys: Mapping[RawScan, str]) -> dict[frozenset[str], str]:

@@ -17,7 +17,7 @@ class SourceConfig(Record):
 
 @dataclass(frozen=True)
 class RawScan:
-    """One file that claims to be a scan.
+    """One file, or one stack of DICOM planes, that claims to be a scan.
 
     Attributes:
         path: the file.
@@ -30,6 +30,7 @@ class RawScan:
         channel: position in the case's channel order.
         volume: index in the fourth dimension of a file that holds several channels; None for a 3D file.
         token: the source's own name of this kind of scan (``MR_T1``), to which declared relations refer.
+        slices: file and frame of every plane of a DICOM scan, of which ``path`` is the first; empty for one file.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class RawScan:
     channel: int = 0
     volume: int | None = None
     token: str = ""
+    slices: tuple[tuple[Path, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,16 @@ class RawRelation:
 
 @dataclass(frozen=True)
 class RawCase:
-    """Scans that go in together, in channel order, with one label file (or none)."""
+    """Scans that go in together, in channel order, with one label file (or none).
+
+    Attributes:
+        regions: of a label file that draws named regions (RTSTRUCT, SEG): regular expression of a name, label value.
+    """
 
     name: str
     scans: tuple[RawScan, ...]
     label: Path | None = None
+    regions: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)

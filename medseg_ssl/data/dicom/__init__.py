@@ -1,0 +1,1 @@
+"""DICOM: headers, series, pixels, SUV and contours; the only room that knows pydicom."""

@@ -1,0 +1,441 @@
+"""What is known of an image plane from its header: a plain file is one plane, a multi-frame object is many.
+
+No free text (descriptions, comments, names of protocols) is read. Dates, times and UIDs stay inside ``prepare``: they
+group planes and are hashed or dropped before anything is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medseg_ssl.data.nifti import BadScan
+
+MODALITIES = ("CT", "MR", "PT")
+
+_NOT_VOLUMES = {
+    "1.2.840.10008.1.3.10": "a directory of media (DICOMDIR); the files it lists are read by themselves",
+    "1.2.840.10008.5.1.4.1.1.7": "a screenshot (Secondary Capture), not an image of a scanner",
+    "1.2.840.10008.5.1.4.1.1.7.1": "a screenshot (Secondary Capture), not an image of a scanner",
+    "1.2.840.10008.5.1.4.1.1.7.2": "a screenshot (Secondary Capture), not an image of a scanner",
+    "1.2.840.10008.5.1.4.1.1.7.3": "a screenshot (Secondary Capture), not an image of a scanner",
+    "1.2.840.10008.5.1.4.1.1.7.4": "a screenshot (Secondary Capture), not an image of a scanner",
+    "1.2.840.10008.5.1.4.1.1.104.1": "a document (PDF), not an image",
+    "1.2.840.10008.5.1.4.1.1.481.2": "a radiotherapy dose grid, not a scan",
+    "1.2.840.10008.5.1.4.1.1.481.5": "a radiotherapy plan, not an image",
+    "1.2.840.10008.5.1.4.1.1.88.67": "a radiation dose report, not an image",
+    "1.2.840.10008.5.1.4.1.1.11.1": "a presentation state, not an image",
+    "1.2.840.10008.5.1.4.1.1.66.1": "a spatial registration, not an image",
+}
+_FAMILIES = (
+    ("1.2.840.10008.5.1.4.1.1.88.", "a structured report, not an image"),
+    ("1.2.840.10008.5.1.4.1.1.9.", "a waveform, not an image"),
+    ("1.2.840.10008.5.1.4.1.1.11.", "a presentation state, not an image"),
+)
+CONTOURS = "1.2.840.10008.5.1.4.1.1.481.3"
+"""RT Structure Set Storage."""
+SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+"""Segmentation Storage."""
+
+_TAGS = [
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "Modality",
+    "PatientID",
+    "IssuerOfPatientID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "StudyDate",
+    "ImageType",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "PixelSpacing",
+    "SpacingBetweenSlices",
+    "SliceThickness",
+    "InstanceNumber",
+    "AcquisitionNumber",
+    "TemporalPositionIdentifier",
+    "TriggerTime",
+    "EchoTime",
+    "EchoNumbers",
+    "InversionTime",
+    "RepetitionTime",
+    "ScanningSequence",
+    "SequenceVariant",
+    "MRAcquisitionType",
+    "DiffusionBValue",
+    "ContrastBolusAgent",
+    "ContrastBolusAgentSequence",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "RescaleType",
+    "Units",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+    "AcquisitionTime",
+    "ContentTime",
+    "RadiopharmaceuticalInformationSequence",
+    "ReferencedFrameOfReferenceSequence",
+    "ReferencedSeriesSequence",
+    "LossyImageCompression",
+    "AcquisitionContrast",
+]
+_SIEMENS_B_VALUE = (0x0019, 0x100C)
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One image plane.
+
+    Attributes:
+        path: file that holds it.
+        frame: number in the file, from 0.
+        subject: PatientID, or the study's UID where there is none.
+        study: UID of the study.
+        series: UID of the series.
+        frame_of_reference: UID, ``""`` for unknown.
+        modality: ``CT``, ``MR`` or ``PT``.
+        contrast: ``T1w``, ``FDG``, … or ``""``.
+        image_type: values of ImageType.
+        size: rows and columns.
+        spacing_mm: between rows, between columns.
+        orientation: cosines of a row and of a column, LPS.
+        position_mm: of the first voxel's centre, LPS.
+        phase: what tells repeats of one place apart: b-value, echo, inversion and temporal position.
+        order: what tells them apart where ``phase`` does not: acquisition number and trigger time.
+        instance: InstanceNumber.
+        lossy: the pixels went through lossy compression.
+    """
+
+    path: Path
+    frame: int
+    subject: str
+    study: str
+    series: str
+    frame_of_reference: str
+    modality: str
+    contrast: str
+    image_type: tuple[str, ...]
+    size: tuple[int, int]
+    spacing_mm: tuple[float, float]
+    orientation: tuple[float, float, float, float, float, float]
+    position_mm: tuple[float, float, float]
+    phase: tuple[float | str | None, ...]
+    order: tuple[float | str | None, ...]
+    instance: int
+    lossy: bool
+
+
+@dataclass(frozen=True)
+class Regions:
+    """An object that draws regions on a series (RTSTRUCT or SEG).
+
+    Attributes:
+        path: the file.
+        subject: PatientID.
+        study: UID of the study.
+        series: UIDs of the image series it refers to.
+        frame_of_reference: UIDs of the frames of reference it refers to.
+    """
+
+    path: Path
+    subject: str
+    study: str
+    series: frozenset[str]
+    frame_of_reference: frozenset[str]
+
+
+def read_planes(path: Path) -> list[Plane] | Regions:
+    """What a file holds, from its header.
+
+    Raises:
+        BadScan: no DICOM file, or one that holds no image of CT, MR or PET; the reason tells what it is.
+    """
+    header = open_header(path)
+    with guarded(path):
+        return _read(header, path)
+
+
+def open_header(path: Path, *, pixels: bool = False, every_tag: bool = False) -> Any:
+    """A dataset with the elements that tell what it is (or with every element, or with its pixels too).
+
+    Raises:
+        BadScan: the file cannot be read, or is no DICOM file.
+    """
+    import pydicom
+    from pydicom.errors import InvalidDicomError
+
+    _silence(pydicom)
+    tags: Any = None if pixels or every_tag else [*_TAGS, _SIEMENS_B_VALUE, "DirectoryRecordSequence"]
+    try:
+        try:
+            return pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags)
+        except InvalidDicomError:
+            # old files have no preamble; whether this is one shows in whether it states what it is
+            found = pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags, force=True)
+            if "SOPClassUID" not in found:
+                raise BadScan("not a DICOM file", path) from None
+            return found
+    except BadScan:
+        raise
+    except OSError as error:
+        raise BadScan(f"cannot read the file: {error.strerror or type(error).__name__}", path) from error
+    except Exception as error:  # pydicom raises whatever its parsers meet in a broken header
+        raise BadScan(f"not a readable DICOM file ({type(error).__name__})", path) from error
+
+
+def _silence(pydicom: Any) -> None:
+    """No warnings of pydicom: they quote header values, which name patients, into logs."""
+    settings = pydicom.config.settings
+    if settings.reading_validation_mode != pydicom.config.IGNORE:
+        settings.reading_validation_mode = pydicom.config.IGNORE
+        logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", module=r"pydicom\b")
+
+
+def numbers(values: Any, count: int) -> tuple[float, ...] | None:
+    """A multi-valued number of a header, None where it is absent or not ``count`` finite numbers."""
+    try:
+        found = tuple(float(v) for v in values)
+    except (TypeError, ValueError):
+        return None
+    return found if len(found) == count and all(abs(v) < 1e9 for v in found) else None
+
+
+@contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """A header value that no parser reads ends in ``BadScan``: values are parsed when they are looked at."""
+    try:
+        yield
+    except BadScan:
+        raise
+    except Exception as error:  # parsers of every kind, over bytes of every kind
+        raise BadScan(f"a header value cannot be read ({type(error).__name__})", path) from error
+
+
+def _read(header: Any, path: Path) -> list[Plane] | Regions:
+    sop_class = str(header.get("SOPClassUID", ""))
+    if not sop_class and header.get("DirectoryRecordSequence") is None and not header.get("Rows"):
+        raise BadScan("a DICOM file without an image (it states no SOP class)", path)
+    if sop_class in (CONTOURS, SEGMENTATION):
+        return _regions(header, path)
+    reason = _not_a_scan(header, sop_class)
+    if reason:
+        raise BadScan(reason, path)
+    return _planes(header, path)
+
+
+def _not_a_scan(header: Any, sop_class: str) -> str:
+    """Why the object is no scan; ``""`` if it may be one."""
+    if header.get("DirectoryRecordSequence") is not None:
+        return _NOT_VOLUMES["1.2.840.10008.1.3.10"]
+    if sop_class in _NOT_VOLUMES:
+        return _NOT_VOLUMES[sop_class]
+    family = next((reason for start, reason in _FAMILIES if sop_class.startswith(start)), "")
+    if family:
+        return family
+    modality = str(header.get("Modality", "") or "")
+    if not header.get("Rows") or not header.get("Columns"):
+        return "a DICOM file without an image"
+    if modality not in MODALITIES:
+        shown = modality if modality.isalpha() and len(modality) < 9 else "unknown"
+        return f"modality {shown}; a scan is {', '.join(MODALITIES)}"
+    if int(header.get("SamplesPerPixel", 1) or 1) != 1:
+        return "colour pixels (RGB); a scan has one number per voxel"
+    if str(header.get("PhotometricInterpretation", "MONOCHROME2")) not in ("MONOCHROME1", "MONOCHROME2"):
+        return "colour pixels (palette); a scan has one number per voxel"
+    kinds = {str(value).upper() for value in _values(header.get("ImageType"))}
+    if kinds & {"LOCALIZER", "SCOUT", "REF_SURVIEW"}:
+        return "a localizer, not a volume"
+    if any("PROJECTION" in kind or kind in ("MIP", "MIN_IP") for kind in kinds):
+        return "a projection image, not a slice"
+    if "DOSE_INFO" in kinds or "SCREEN SAVE" in kinds:
+        return "a page of text or a screenshot, not a slice"
+    return ""
+
+
+def _regions(header: Any, path: Path) -> Regions:
+    series, frames = set(), {str(header.get("FrameOfReferenceUID", "") or "")}
+    for frame in _values(header.get("ReferencedFrameOfReferenceSequence")):
+        frames.add(str(frame.get("FrameOfReferenceUID", "") or ""))
+        for study in _values(frame.get("RTReferencedStudySequence")):
+            series |= {str(s.SeriesInstanceUID) for s in _values(study.get("RTReferencedSeriesSequence"))}
+    series |= {str(s.SeriesInstanceUID) for s in _values(header.get("ReferencedSeriesSequence"))}
+    study = str(header.get("StudyInstanceUID", "") or "")
+    return Regions(path, _subject(header, study), study, frozenset(series), frozenset(frames - {""}))
+
+
+def _planes(header: Any, path: Path) -> list[Plane]:
+    per_frame = _values(header.get("PerFrameFunctionalGroupsSequence"))
+    shared = _values(header.get("SharedFunctionalGroupsSequence"))
+    if per_frame:
+        layers = [[header, *shared, frame] for frame in per_frame]
+    elif int(header.get("NumberOfFrames", 1) or 1) > 1:
+        if shared:
+            raise BadScan("a multi-frame object that does not say where its frames lie", path)
+        return _evenly_spaced(header, path)
+    else:
+        layers = [[header]]
+    return [_plane(header, groups, path, number) for number, groups in enumerate(layers)]
+
+
+def _evenly_spaced(header: Any, path: Path) -> list[Plane]:
+    """Frames of an object that states one position and one distance for all of them (as some scanners write)."""
+    step = header.get("SpacingBetweenSlices")
+    first = _plane(header, [header], path, 0)
+    if step is None:
+        raise BadScan("a multi-frame object that does not say where its frames lie", path)
+    row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
+    normal, start = np.cross(row, column), np.array(first.position_mm)
+    places = [start + i * float(step) * normal for i in range(int(header.NumberOfFrames))]
+    return [
+        replace(first, frame=i, position_mm=(float(p[0]), float(p[1]), float(p[2])))
+        for i, p in enumerate(places)
+    ]
+
+
+def _plane(header: Any, groups: Sequence[Any], path: Path, number: int) -> Plane:
+    def find(name: str, *sequences: str) -> Any:
+        """The most specific statement: of the frame, of all frames, of the object."""
+        for group in reversed(groups):
+            for sequence in (*sequences, ""):
+                place = group if not sequence else next(iter(_values(group.get(sequence))), None)
+                if place is not None and place.get(name) not in (None, ""):
+                    return place.get(name)
+        return None
+
+    orientation = numbers(find("ImageOrientationPatient", "PlaneOrientationSequence"), 6)
+    position = numbers(find("ImagePositionPatient", "PlanePositionSequence"), 3)
+    spacing = numbers(find("PixelSpacing", "PixelMeasuresSequence"), 2)
+    if orientation is None or position is None:
+        raise BadScan("it does not say where it lies in space (no image position or orientation)", path)
+    row, column = np.array(orientation[:3]), np.array(orientation[3:])
+    if abs(row @ row - 1) > 0.2 or abs(column @ column - 1) > 0.2 or abs(row @ column) > 0.02:
+        raise BadScan("its image orientation is no pair of perpendicular directions", path)
+    if spacing is None or min(spacing) <= 0:
+        raise BadScan("it does not state its pixel spacing", path)
+    study = str(header.get("StudyInstanceUID", "") or "")
+    image_type = find("FrameType", "MRImageFrameTypeSequence", "CTImageFrameTypeSequence") or header.get(
+        "ImageType"
+    )
+    b_value = find("DiffusionBValue", "MRDiffusionSequence")
+    if b_value is None and _SIEMENS_B_VALUE in header:
+        b_value = header[_SIEMENS_B_VALUE].value
+    phase = (
+        _number(b_value),
+        _number(find("EffectiveEchoTime", "MREchoSequence") or find("EchoTime")),
+        _number(find("InversionTimes", "MRModifierSequence") or find("InversionTime")),
+        _number(find("TemporalPositionIndex", "FrameContentSequence") or find("TemporalPositionIdentifier")),
+    )
+    order = (
+        _number(find("FrameAcquisitionNumber", "FrameContentSequence") or find("AcquisitionNumber")),
+        _number(
+            find("NominalCardiacTriggerDelayTime", "CardiacSynchronizationSequence") or find("TriggerTime")
+        ),
+    )
+    modality = str(header.Modality)
+    return Plane(
+        path=path,
+        frame=number,
+        subject=sys.intern(_subject(header, study)),
+        study=sys.intern(study),
+        series=sys.intern(str(header.get("SeriesInstanceUID", "") or "")),
+        frame_of_reference=sys.intern(str(header.get("FrameOfReferenceUID", "") or "")),
+        modality=sys.intern(modality),
+        contrast=sys.intern(contrast_of(header, modality, find)),
+        image_type=tuple(sys.intern(str(v)) for v in _values(image_type)),
+        size=(int(header.Rows), int(header.Columns)),
+        spacing_mm=(spacing[0], spacing[1]),
+        orientation=orientation,  # pyright: ignore[reportArgumentType]  # six numbers by ``numbers``
+        position_mm=position,  # pyright: ignore[reportArgumentType]
+        phase=phase,
+        order=order,
+        instance=int(_number(header.get("InstanceNumber")) or 0),
+        lossy=str(header.get("LossyImageCompression", "") or "") == "01",
+    )
+
+
+def contrast_of(header: Any, modality: str, find: Any) -> str:
+    """Kind of contrast from physics (times, sequence, tracer), ``""`` where the header does not settle it.
+
+    MR: spin or gradient echo with short TR and TE is T1w, an inversion of 400 to 1400 ms with a short echo too; long TR
+    and TE is T2w, with an inversion above 1500 ms FLAIR; long TR with a short echo PDw; a b-value DWI; a plain gradient
+    echo with a long echo T2star. An agent in the header makes T1w and CT ``+C``. PET: FDG by the tracer's code or name.
+    """
+    agent = bool(find("ContrastBolusAgent")) or bool(_values(header.get("ContrastBolusAgentSequence")))
+    if modality == "PT":
+        return "FDG" if _is_fdg(header) else ""
+    if modality == "CT":
+        return "+C" if agent else ""
+    if find("DiffusionBValue", "MRDiffusionSequence") is not None or _SIEMENS_B_VALUE in header:
+        return "DWI"
+    repetition = _number(find("RepetitionTime", "MRTimingAndRelatedParametersSequence"))
+    echo = _number(find("EffectiveEchoTime", "MREchoSequence") or find("EchoTime"))
+    inversion = _number(find("InversionTimes", "MRModifierSequence") or find("InversionTime"))
+    if not isinstance(repetition, float) or not isinstance(echo, float) or repetition <= 0 or echo <= 0:
+        return ""
+    sequence = {str(v) for v in _values(header.get("ScanningSequence"))}
+    gradient = "GR" in sequence and "SE" not in sequence
+    if isinstance(inversion, float) and inversion > 1500 and echo > 60:
+        return "FLAIR"
+    if isinstance(inversion, float) and 400 <= inversion <= 1400 and echo < 15:
+        return "T1w+C" if agent else "T1w"
+    if isinstance(inversion, float) and inversion > 0:
+        return ""
+    if gradient:
+        if echo > 12:
+            return "T2star"
+        return ("T1w+C" if agent else "T1w") if repetition < 700 and echo < 10 else ""
+    if repetition < 1000 and echo < 30:
+        return "T1w+C" if agent else "T1w"
+    if repetition > 1800 and echo > 60:
+        return "T2w"
+    return "PDw" if repetition > 1800 and echo < 40 else ""
+
+
+def _is_fdg(header: Any) -> bool:
+    for item in _values(header.get("RadiopharmaceuticalInformationSequence")):
+        for code in _values(item.get("RadiopharmaceuticalCodeSequence")):
+            if str(code.get("CodeValue", "")) in ("C-B1031", "35321007"):
+                return True
+        name = "".join(c for c in str(item.get("Radiopharmaceutical", "") or "").lower() if c.isalpha())
+        if "fdg" in name or "fluorodeoxyglucose" in name or "fludeoxyglucose" in name:
+            return True
+    return False
+
+
+def _subject(header: Any, study: str) -> str:
+    return str(header.get("PatientID", "") or "").strip() or study
+
+
+def _values(value: Any) -> list[Any]:
+    """A header's value as a list: absent, one or many."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        return [value]
+    return list(value)
+
+
+def _number(value: Any) -> float | str | None:
+    found = next(iter(_values(value)), None)
+    if found is None or found == "":
+        return None
+    try:
+        return float(found)
+    except (TypeError, ValueError):
+        return str(found)[:16]

@@ -1,0 +1,181 @@
+"""A folder of DICOM files as a PACS exports them: sorted by what their headers state, not by folders or names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from medseg_ssl.config import UserError
+from medseg_ssl.data.dicom import suv
+from medseg_ssl.data.dicom.headers import Plane, Regions, guarded, open_header, read_planes
+from medseg_ssl.data.dicom.pixels import place
+from medseg_ssl.data.dicom.series import Stack, stacks
+from medseg_ssl.data.nifti import BadScan
+from medseg_ssl.data.sources._labels import class_values
+from medseg_ssl.data.sources.base import Listing, RawCase, RawScan, Source, SourceConfig
+
+
+class DicomConfig(SourceConfig):
+    """How a tree of DICOM files is read.
+
+    Attributes:
+        modalities: kinds of scans to take.
+        minimum_slices: a stack with fewer slices is no volume.
+        repeats: of a series with several time points at one place, ``all`` become scans, or the ``first``.
+        regions: class name to regular expressions of region names (whole, any case) in RTSTRUCT and SEG objects;
+            classes are numbered from 1 in this order, and where regions overlap the later wins. Empty: no labels.
+        unknown_when_absent: classes (values or names) that are unknown, not absent, in a case without them.
+        test_subjects: patients reserved for test.
+    """
+
+    modalities: tuple[Literal["CT", "MR", "PT"], ...] = ("CT", "MR", "PT")
+    minimum_slices: int = Field(default=4, ge=2)
+    repeats: Literal["all", "first"] = "all"
+    regions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    unknown_when_absent: tuple[int | str, ...] = ()
+    test_subjects: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _patterns(self) -> DicomConfig:
+        for name, patterns in self.regions.items():
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(
+                        f"regions.{name}: {pattern!r} is no regular expression ({error})"
+                    ) from None
+        return self
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """Label value to class name, without the background."""
+        return dict(enumerate(self.regions, start=1))
+
+
+class Dicom(Source):
+    """Scans found by their headers below a root."""
+
+    Config = DicomConfig
+    config: DicomConfig
+
+    def list(self, root: Path) -> Listing:
+        """List the volumes below ``root``; only headers are read.
+
+        Raises:
+            UserError: the root is missing, or none of its files belongs to a volume.
+        """
+        planes: list[Plane] = []
+        drawings: list[Regions] = []
+        rejected: list[tuple[Path, str]] = []
+        for path in self.files(Path(root)):
+            if path.name.startswith("."):
+                continue
+            try:
+                found = read_planes(path)
+            except BadScan as error:
+                rejected.append((path, error.reason))
+                continue
+            if isinstance(found, Regions):
+                drawings.append(found)
+            elif found[0].modality not in self.config.modalities:
+                rejected.append((path, f"modality {found[0].modality}, which source.modalities leaves out"))
+            else:
+                planes += found
+        made, refused = stacks(planes, minimum_slices=self.config.minimum_slices, repeats=self.config.repeats)
+        whole: list[Stack] = []
+        for stack in made:
+            try:
+                place(stack)
+                whole.append(stack)
+            except BadScan as error:
+                refused.append((stack.planes, error.reason))
+        used = {plane.path for stack in whole for plane in stack.planes}
+        for group, reason in refused:
+            rejected += [(path, reason) for path in dict.fromkeys(p.path for p in group) if path not in used]
+        if not whole:
+            raise UserError(_nothing_found(Path(root), rejected))
+        scans = [(stack, _scan(stack)) for stack in whole]
+        cases, left = self._cases(scans, drawings)
+        rejected += left
+        unknown = set(self.config.test_subjects) - {scan.subject for _, scan in scans}
+        if unknown:
+            raise UserError(f"source.test_subjects names {sorted(unknown)[0]!r}, which is not below {root}")
+        return Listing(
+            cases=tuple(cases),
+            classes={0: "background", **self.config.classes} if self.config.regions else {},
+            unknown_when_absent=class_values(self.config.unknown_when_absent, self.config.classes),
+            rejected=tuple(dict(rejected).items()),
+            test_subjects=frozenset(self.config.test_subjects),
+        )
+
+    def _cases(
+        self, scans: Sequence[tuple[Stack, RawScan]], drawings: Iterable[Regions]
+    ) -> tuple[list[RawCase], list[tuple[Path, str]]]:
+        """A case per scan, with the regions that were drawn on its series; drawings that belong to none."""
+        names = tuple(
+            (pattern, value)
+            for value, patterns in enumerate(self.config.regions.values(), start=1)
+            for pattern in patterns
+        )
+        labels: dict[int, Path] = {}
+        left: list[tuple[Path, str]] = []
+        for drawing in drawings:
+            on = [
+                i
+                for i, (stack, _) in enumerate(scans)
+                if stack.first.series in drawing.series
+                or (not drawing.series and stack.first.frame_of_reference in drawing.frame_of_reference)
+            ]
+            if not names:
+                left.append(
+                    (drawing.path, "regions of interest; source.regions names none of them as classes")
+                )
+            elif not on:
+                left.append((drawing.path, "regions of interest on a series that is not here or no volume"))
+            elif any(i in labels for i in on):
+                left.append((drawing.path, "a second object with regions on one series; the first is kept"))
+            else:
+                labels.update(dict.fromkeys(on, drawing.path))
+        cases = [
+            RawCase(f"{scan.path}#{scan.slices[0][1]}", (scan,), labels.get(i), names if i in labels else ())
+            for i, (_, scan) in enumerate(scans)
+        ]
+        return cases, left
+
+
+def _scan(stack: Stack) -> RawScan:
+    first = stack.first
+    unit = {"CT": "HU"}.get(first.modality, "raw")
+    if first.modality == "PT":
+        try:
+            with guarded(first.path):
+                unit, _ = suv.unit_of(open_header(first.path, every_tag=True))
+        except BadScan:
+            unit = "raw"  # a header that cannot be read gives no SUV
+    token = "_".join(filter(None, (first.modality, first.contrast)))
+    return RawScan(
+        path=first.path,
+        subject=first.subject,
+        study=first.study,
+        modality=first.modality,
+        contrast=first.contrast,
+        unit=unit,
+        frame=first.frame_of_reference,
+        token=token,
+        slices=tuple((plane.path, plane.frame) for plane in stack.planes),
+    )
+
+
+def _nothing_found(root: Path, rejected: list[tuple[Path, str]]) -> str:
+    if not rejected:
+        return f"no scan below {root}: it holds no files"
+    reason, count = Counter(reason for _, reason in rejected).most_common(1)[0]
+    return (
+        f"no scan below {root}: none of {len(rejected)} files belongs to a volume; {count} of them: {reason}"
+    )
