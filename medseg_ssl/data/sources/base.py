@@ -30,6 +30,8 @@ class RawScan:
         channel: position in the case's channel order.
         volume: index in the fourth dimension of a file that holds several channels; None for a 3D file.
         token: the source's own name of this kind of scan (``MR_T1``), to which declared relations refer.
+        no_data_mask: file on the scan's grid that is not 0 where the scan holds no data (1 = defaced); None:
+            nothing is known beyond the voxels themselves.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class RawScan:
     channel: int = 0
     volume: int | None = None
     token: str = ""
+    no_data_mask: Path | None = None
 
 
 @dataclass(frozen=True)
