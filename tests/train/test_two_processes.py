@@ -35,7 +35,14 @@ def test_two_processes_train_one_encoder(name, tmp_path):
     script.write_text(SCRIPT)
     config.write_text(yaml.safe_dump(tree(name)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
     for run in ("a", "b"):
         words = [str(config), str(tmp_path / run), "--archive", str(archive), "--quiet"]
         done = subprocess.run(
