@@ -305,6 +305,13 @@ def test_labels_by_the_entities_of_the_scan(tmp_path, pattern, file):
     assert labels(listed) == {"sub-01_acq-sag_T2w.nii.gz": f"sub-01_{file}.nii.gz", "sub-01_T2w.nii.gz": None}
 
 
+def test_the_label_of_another_run_is_no_label(tmp_path):
+    root = dataset(tmp_path, anat("T1w"), derived("run-2_dseg"))
+    listed = found(root, labels=["*dseg"], classes={1: "cord"})
+    assert labels(listed) == {"sub-01_T1w.nii.gz": None}
+    assert list(reasons(listed)) == ["sub-01_run-2_dseg.nii.gz"]
+
+
 def test_labels_stay_in_their_session_and_data_set(tmp_path):
     dataset(tmp_path / "a", anat("T1w", session="1"), derived("T1w_seg-manual", session="2"))
     dataset(tmp_path / "b", anat("T1w", session="2"))

@@ -259,8 +259,7 @@ def test_a_mask_in_other_axes_is_the_same_mask(tmp_path):
     mask = box_label()
     defaced(tmp_path / "raw", mask)
     path = tmp_path / "raw" / "mask.nii.gz"
-    there = nib.orientations.axcodes2ornt(("P", "S", "L"))
-    nib.save(nib.Nifti1Image.from_filename(path).as_reoriented(there), path)
+    nib.save(nib.Nifti1Image.from_filename(path).as_reoriented([[1, -1], [2, 1], [0, -1]]), path)
     archive = prepared(tmp_path)
     np.testing.assert_array_equal(whole(archive, masked_row(archive)) == store.NO_DATA, mask != 0)
 
