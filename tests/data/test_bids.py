@@ -6,7 +6,7 @@ import pytest
 from medseg_ssl.config import ConfigError, UserError, parse
 from medseg_ssl.data.archive import Archive
 from medseg_ssl.data.prepare import PrepareConfig, prepare
-from medseg_ssl.data.sources import bids
+from medseg_ssl.data.sources import _bids_tree
 from tests.data.scans import body, box_label, save
 from tests.data.test_sources import listing, touch
 
@@ -60,7 +60,7 @@ def sidecar(root, scan, **content):
         ("T2star", "MR", "T2starw"),
         ("T2starw", "MR", "T2starw"),
         ("FLAIR", "MR", "FLAIR"),
-        ("PDw", "MR", "PD"),
+        ("PDw", "MR", "PDw"),
         ("angio", "MR", "angio"),
         ("FLASH", "MR", ""),
         ("part-mag_T1w", "MR", "T1w"),
@@ -254,7 +254,7 @@ def test_frame_of_reference_only_from_the_own_sidecar(tmp_path):
 )
 def test_a_broken_sidecar_is_a_reason_and_no_crash(tmp_path, monkeypatch, content, why):
     if b" " in content:
-        monkeypatch.setattr(bids, "SIDECAR_BYTES", 100)
+        monkeypatch.setattr(_bids_tree, "SIDECAR_BYTES", 100)
     root = dataset(tmp_path, anat("T1w"))
     sidecar(root, anat("T1w")).write_bytes(content)
     listed = found(root)

@@ -9,7 +9,7 @@ import re
 
 from medseg_ssl.data.sources._kinds import Kind
 
-_T1W, _T2W, _PD = (Kind(modality="MR", contrast=name) for name in ("T1w", "T2w", "PD"))
+_T1W, _T2W, _PD = (Kind(modality="MR", contrast=name) for name in ("T1w", "T2w", "PDw"))
 _T2STARW = Kind(modality="MR", contrast="T2starw")
 _CT, _PT = Kind(modality="CT"), Kind(modality="PT")
 

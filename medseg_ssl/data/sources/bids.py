@@ -28,7 +28,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -36,23 +35,16 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from medseg_ssl.config import UserError
-from medseg_ssl.data.nifti import is_nifti_name, nifti_stem
-from medseg_ssl.data.sources._json import read_mapping
+from medseg_ssl.data.nifti import is_nifti_name
+from medseg_ssl.data.sources._bids_tree import DESCRIPTION, BIDSTree, BIDSVolume, Sidecars, read_tree
 from medseg_ssl.data.sources._kinds import Kind
 from medseg_ssl.data.sources._labels import class_values
 from medseg_ssl.data.sources._suffixes import SCANS, why_no_scan
 from medseg_ssl.data.sources.base import Listing, RawCase, RawScan, Source, SourceConfig
 
-SIDECAR_BYTES = 16 * 2**20
-"""A sidecar holds parameters, at most the frame times of a long PET; one that is larger is not read."""
-
-DESCRIPTION = "dataset_description.json"
 _DERIVED = ("space", "res", "den", "label", "desc", "hemi", "seg", "atlas", "scale")
 """Entities that only derivatives have; a label may add them to the entities of its scan."""
 
-_LABEL = r"[A-Za-z0-9+]+"
-_PLACE = re.compile(rf"(?P<subject>sub-{_LABEL})(?:/(?P<session>ses-{_LABEL}))?/(?P<datatype>[A-Za-z0-9]+)")
-_NAME = re.compile(rf"(?P<entities>[a-z]+-{_LABEL}(?:_[a-z]+-{_LABEL})*)_(?P<suffix>[A-Za-z0-9]+)")
 _WITHOUT_AGENT = ("no", "none", "pre", "native", "without")
 _SUV = re.compile(r"suv(?:[ _-]?bw)?(?:\s*[(\[]?\s*g\s*/\s*ml\s*[)\]]?)?", re.IGNORECASE)
 
@@ -107,63 +99,6 @@ class BIDSConfig(SourceConfig):
         return self
 
 
-@dataclass(frozen=True)
-class _Volume:
-    """A NIfTI file in its place.
-
-    Attributes:
-        path: the file.
-        relative: its path below the root.
-        stem: file name without ending.
-        top: the data set's folder, or the derivative's.
-        dataset: the data set's path below the root, ``""`` for the root itself.
-        derivative: name of the derivative it lies in, ``""`` for raw data.
-        subject: ``sub-…`` as its folder says; ``""`` where it lies in no subject's folder.
-        session: ``ses-…`` or ``""``.
-        datatype: ``anat``, ``pet``, …
-        entities: of its name, in order; empty where it is no BIDS name.
-        suffix: likewise.
-    """
-
-    path: Path
-    relative: str
-    stem: str
-    top: Path
-    dataset: str
-    derivative: str
-    subject: str = ""
-    session: str = ""
-    datatype: str = ""
-    entities: tuple[tuple[str, str], ...] = ()
-    suffix: str = ""
-
-    @property
-    def group(self) -> tuple[str, str, str, str]:
-        """What a scan and its label share."""
-        return self.dataset, self.subject, self.session, self.datatype
-
-    def entity(self, key: str) -> str | None:
-        """Value of an entity of its name."""
-        return dict(self.entities).get(key)
-
-
-@dataclass
-class _Tree:
-    """What lies below a root.
-
-    Attributes:
-        volumes: every NIfTI file.
-        sidecars: folder to the names of the JSON files in it.
-        rejected: files that could not be looked into, with the reason.
-        datasets: whether there is a data set.
-    """
-
-    volumes: list[_Volume] = field(default_factory=list)
-    sidecars: dict[Path, list[str]] = field(default_factory=dict)
-    rejected: list[tuple[Path, str]] = field(default_factory=list)
-    datasets: bool = False
-
-
 class BIDS(Source):
     """Scans of the BIDS data sets below a root."""
 
@@ -179,8 +114,8 @@ class BIDS(Source):
         root, config = Path(root), self.config
         if not root.is_dir():
             raise UserError(f"no folder {root}")
-        tree = _read_tree(root)
-        sidecars = _Sidecars(tree.sidecars)
+        tree = read_tree(root)
+        sidecars = Sidecars(tree.sidecars)
         rejected = list(tree.rejected)
         readable = []
         for volume in tree.volumes:
@@ -190,7 +125,7 @@ class BIDS(Source):
                 rejected.append(
                     (volume.path, "its content is not here: a broken link (`datalad get` fetches such files)")
                 )
-        scans: dict[_Volume, RawScan] = {}
+        scans: dict[BIDSVolume, RawScan] = {}
         for volume in readable:
             scan = self._scan(volume, sidecars)
             if isinstance(scan, RawScan):
@@ -215,7 +150,7 @@ class BIDS(Source):
             test_subjects=frozenset(config.test_subjects),
         )
 
-    def _scan(self, volume: _Volume, sidecars: _Sidecars) -> RawScan | str:
+    def _scan(self, volume: BIDSVolume, sidecars: Sidecars) -> RawScan | str:
         """The scan a file holds, or the reason why it is none."""
         config = self.config
         if volume.derivative and volume.derivative not in config.derivatives:
@@ -261,19 +196,19 @@ class BIDS(Source):
     # -- labels ----------------------------------------------------------------------------------------------
 
     def _labels(
-        self, scans: Iterable[_Volume], volumes: Iterable[_Volume]
-    ) -> tuple[dict[_Volume, Path], dict[Path, str]]:
+        self, scans: Iterable[BIDSVolume], volumes: Iterable[BIDSVolume]
+    ) -> tuple[dict[BIDSVolume, Path], dict[Path, str]]:
         """The label of each scan that has one, and label files that cannot be used, with the reason."""
         config = self.config
         if not config.labels:
             return {}, {}
-        candidates: dict[tuple[str, str, str, str], list[_Volume]] = {}
+        candidates: dict[tuple[str, str, str, str], list[BIDSVolume]] = {}
         known = {**SCANS, **config.modalities}
         for volume in volumes:
             # a preprocessed scan is no label, whatever the pattern
             if volume.derivative and volume.subject and volume.suffix not in known:
                 candidates.setdefault(volume.group, []).append(volume)
-        claims: dict[_Volume, list[_Volume]] = {}
+        claims: dict[BIDSVolume, list[BIDSVolume]] = {}
         refused: dict[Path, str] = {}
         for scan in scans:
             if config.labeled is not None and scan.suffix not in config.labeled:
@@ -299,7 +234,7 @@ class BIDS(Source):
                 )
         return labels, refused
 
-    def _found(self, scan: _Volume, candidates: Sequence[_Volume]) -> Iterator[list[_Volume]]:
+    def _found(self, scan: BIDSVolume, candidates: Sequence[BIDSVolume]) -> Iterator[list[BIDSVolume]]:
         """For each entry of ``labels`` in turn, the files that could be meant."""
         for pattern in self.config.labels:
             derivative, _, ending = pattern.rpartition("/")
@@ -311,7 +246,7 @@ class BIDS(Source):
             ]
 
 
-def _rests(volume: _Volume, scan: _Volume) -> Iterator[str]:
+def _rests(volume: BIDSVolume, scan: BIDSVolume) -> Iterator[str]:
     """What the name of a derivative adds to the name of a scan, read in either way BIDS trees have it."""
     if volume.stem.startswith(f"{scan.stem}_"):
         yield volume.stem[len(scan.stem) + 1 :]
@@ -324,7 +259,7 @@ def _rests(volume: _Volume, scan: _Volume) -> Iterator[str]:
 # -- what a scan shows ---------------------------------------------------------------------------------------
 
 
-def _contrast(kind: Kind, volume: _Volume, metadata: Mapping[str, Any]) -> str:
+def _contrast(kind: Kind, volume: BIDSVolume, metadata: Mapping[str, Any]) -> str:
     contrast = kind.contrast
     if kind.modality == "PT":
         return contrast or _tracer(volume.entity("trc") or metadata.get("TracerName"))
@@ -344,157 +279,11 @@ def _is_suv(kind: Kind, metadata: Mapping[str, Any]) -> bool:
     return kind.modality == "PT" and isinstance(units, str) and _SUV.fullmatch(units.strip()) is not None
 
 
-class _Sidecars:
-    """Metadata of scans, from JSON files by BIDS' rule of inheritance.
-
-    Attributes:
-        unreadable: files that say nothing, with the reason.
-    """
-
-    def __init__(self, names: Mapping[Path, Sequence[str]]) -> None:
-        self.unreadable: list[tuple[Path, str]] = []
-        self._read: dict[Path, dict[str, Any]] = {}
-        self._parsed = {
-            folder: [(folder / name, *_parse_name(name.removesuffix(".json"))) for name in inside]
-            for folder, inside in names.items()
-        }
-
-    def of(self, volume: _Volume) -> dict[str, Any]:
-        """What applies to a scan; the nearer file goes before the farther."""
-        metadata: dict[str, Any] = {}
-        folders = [f for f in (volume.path.parent, *volume.path.parents) if f.is_relative_to(volume.top)]
-        for folder in reversed(dict.fromkeys(folders)):
-            applying = [
-                (len(entities), path)
-                for path, entities, suffix in self._parsed.get(folder, ())
-                if suffix == volume.suffix and set(entities) <= set(volume.entities)
-            ]
-            for _, path in sorted(applying):
-                metadata.update(self._content(path))
-        return metadata
-
-    def frame(self, volume: _Volume) -> str:
-        """The frame of reference a raw scan's own sidecar names, else ``""``: what was resampled left it."""
-        path = volume.path.with_name(f"{volume.stem}.json")
-        if volume.derivative or path.name not in {p.name for p, *_ in self._parsed.get(path.parent, ())}:
-            return ""
-        frame = self._content(path).get("FrameOfReferenceUID")
-        return frame.strip() if isinstance(frame, str) else ""
-
-    def _content(self, path: Path) -> dict[str, Any]:
-        if path not in self._read:
-            try:
-                self._read[path] = read_mapping(path, most_bytes=SIDECAR_BYTES)
-            except ValueError as error:
-                self._read[path] = {}
-                self.unreadable.append((path, f"a sidecar that says nothing: {error}"))
-        return self._read[path]
-
-
-# -- the tree ------------------------------------------------------------------------------------------------
-
-
-def _read_tree(root: Path) -> _Tree:
-    tree = _Tree()
-    # the root is named by the user: that makes it a data set even where the description was lost
-    lost = any(entry.is_dir() and entry.name.startswith("sub-") for entry in _entries(root))
-    tree.datasets = lost
-    _walk(root, root, tree, top=root if lost else None, dataset="", derivative="", above=())
-    return tree
-
-
-def _walk(
-    folder: Path,
-    root: Path,
-    tree: _Tree,
-    *,
-    top: Path | None,
-    dataset: str,
-    derivative: str,
-    above: tuple[tuple[int, int], ...],
-) -> None:
-    """Add what a folder holds; links to folders are followed, but never in a circle."""
-    state = folder.stat()
-    if (state.st_dev, state.st_ino) in above:
-        return
-    above = (*above, (state.st_dev, state.st_ino))
-    entries = _entries(folder)
-    relative = folder.relative_to(root)
-    if "derivatives" not in relative.parts and any(entry.name == DESCRIPTION for entry in entries):
-        top, dataset = folder, "" if folder == root else relative.as_posix()
-        tree.datasets = True
-        derivative = folder.name if _is_derivative(folder / DESCRIPTION, tree) else ""
-    elif folder.parent.name == "derivatives" and "derivatives" in relative.parts[:-1]:
-        # some leave out the folder of the pipeline
-        flat = folder.name.startswith("sub-")
-        derivative, top = ("derivatives", folder.parent) if flat else (folder.name, folder)
-    elif folder.name == "derivatives" and folder != root:
-        derivative = derivative or "derivatives"
-    for entry in entries:
-        path = folder / entry.name
-        if entry.is_dir():
-            _walk(path, root, tree, top=top, dataset=dataset, derivative=derivative, above=above)
-        elif entry.name.endswith(".json"):
-            tree.sidecars.setdefault(folder, []).append(entry.name)
-        elif is_nifti_name(path):
-            tree.volumes.append(_volume(path, root, top=top, dataset=dataset, derivative=derivative))
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, in order of names, hidden files left out (``.git`` of a DataLad tree holds copies)."""
-    try:
-        with os.scandir(folder) as found:
-            return sorted((e for e in found if not e.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror or error}") from error
-
-
-def _volume(path: Path, root: Path, *, top: Path | None, dataset: str, derivative: str) -> _Volume:
-    stem = nifti_stem(path)
-    place = None
-    if top is not None:
-        parts = path.parent.relative_to(top).parts
-        # a derivative may have folders of its own before the subject's
-        first = next((i for i, part in enumerate(parts) if part.startswith("sub-")), 0) if derivative else 0
-        place = _PLACE.fullmatch("/".join(parts[first:]))
-    entities, suffix = _parse_name(stem)
-    return _Volume(
-        path=path,
-        relative=path.relative_to(root).as_posix(),
-        stem=stem,
-        top=top or root,
-        dataset=dataset,
-        derivative=derivative,
-        subject=place["subject"] if place else "",
-        session=(place["session"] or "") if place else "",
-        datatype=place["datatype"] if place else "",
-        entities=entities,
-        suffix=suffix,
-    )
-
-
-def _parse_name(stem: str) -> tuple[tuple[tuple[str, str], ...], str]:
-    """Entities and suffix of a name; no entities are fine (``T1w.json``), no suffix means no BIDS name."""
-    found = _NAME.fullmatch(stem)
-    if found is None:
-        return (), stem if re.fullmatch("[A-Za-z0-9]+", stem) else ""
-    pairs = (part.split("-", 1) for part in found["entities"].split("_"))
-    return tuple((key, value) for key, value in pairs), found["suffix"]
-
-
-def _is_derivative(description: Path, tree: _Tree) -> bool:
-    try:
-        return read_mapping(description, most_bytes=SIDECAR_BYTES).get("DatasetType") == "derivative"
-    except ValueError as error:
-        tree.rejected.append((description, f"a description that says nothing: {error}"))
-        return False
-
-
 def _below(dataset: str, name: str) -> str:
     return "/".join(filter(None, (dataset, name)))
 
 
-def _nothing_found(root: Path, tree: _Tree, rejected: Sequence[tuple[Path, str]]) -> str:
+def _nothing_found(root: Path, tree: BIDSTree, rejected: Sequence[tuple[Path, str]]) -> str:
     if not tree.datasets:
         return f"no scan below {root}: it holds no {DESCRIPTION} and no folder sub-<label>, so it is no BIDS data set"
     if not rejected:
