@@ -190,14 +190,33 @@ def _ingest_scan(
         geometry = reading.read_geometry(raw)
         return stored, Grid(geometry.shape, geometry.affine_44)
     volume = reading.read_scan(raw)
-    if volume.no_data is not None and recipe.non_finite == "drop":
+    if volume.no_data is not None and "non_finite" in volume.quality and recipe.non_finite == "drop":
         raise BadScan(
             f"{int(volume.no_data.sum())} voxels are NaN or infinite (non_finite: no_data would keep it)"
         )
     grid = Grid(_triple(volume.array), volume.affine_44)
+    if raw.no_data_mask is not None:
+        masked = _no_data(raw.no_data_mask, grid)
+        volume.no_data = masked if volume.no_data is None else volume.no_data | masked
     target = _target_grid(grid, task, native=native, first=first)
     row = _store_scan(scan, task, volume, target, stamp=stamp)
     return row, grid
+
+
+def _no_data(path: Path, grid: Grid) -> np.ndarray:
+    """Where a source's mask says that a scan holds no data (bool D, H, W).
+
+    Raises:
+        BadScan: it cannot be read, or lies on another grid than its scan.
+    """
+    try:
+        mask = nifti.read_label(path)
+    except BadScan as error:
+        raise BadScan(f"its mask of no data cannot be used: {error.reason}") from error
+    own = Grid(_triple(mask.array), mask.affine_44)
+    if not own.coincides(grid):
+        raise BadScan(f"its mask of no data cannot be used: {_grids_differ(own, grid, what='mask')}")
+    return mask.array != 0
 
 
 def _target_grid(grid: Grid, task: CaseTask, *, native: Grid | None, first: ScanRow | None) -> Grid:
@@ -292,7 +311,7 @@ def _ingest_label(label: LabelTask, task: CaseTask, row: ScanRow, native: Grid) 
     volume = reading.read_label(label.path, raw, regions=label.regions)
     grid = Grid(_triple(volume.array), volume.affine_44)
     if not grid.coincides(native) and not recipe.resample_labels:
-        raise BadScan(_grids_differ(grid, native))
+        raise BadScan(f"{_grids_differ(grid, native)} (resample_labels: true would resample it)")
     original = _classes(volume.array, label)
     on_grid = resample.resample_label(
         original,
@@ -334,7 +353,7 @@ def _known(label_DHW: np.ndarray, label: LabelTask) -> tuple[bool, ...]:
     return tuple(bool(counts[k]) or k not in label.unknown_when_absent for k in range(label.classes))
 
 
-def _grids_differ(label: Grid, scan: Grid) -> str:
+def _grids_differ(label: Grid, scan: Grid, *, what: str = "label") -> str:
     if label.shape != scan.shape:
         difference = f"shape {_shown(label.shape)}, the scan's is {_shown(scan.shape)}"
     else:
@@ -342,7 +361,7 @@ def _grids_differ(label: Grid, scan: Grid) -> str:
         homogeneous = np.vstack([corners, np.ones(corners.shape[1])])
         apart = np.linalg.norm(((label.affine_44 - scan.affine_44) @ homogeneous)[:3], axis=0)
         difference = f"same shape, but a corner lies {apart.max():.2f} mm away"
-    return f"label grid differs from its scan: {difference} (resample_labels: true would resample it)"
+    return f"{what} grid differs from its scan: {difference}"
 
 
 def _stamp(*parts: Path | str) -> str:

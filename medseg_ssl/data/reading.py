@@ -11,7 +11,8 @@ from medseg_ssl.data.sources.base import RawScan
 
 def files_of(raw: RawScan) -> tuple[Path, ...]:
     """Every file that a scan is read from."""
-    return tuple(dict.fromkeys(path for path, _ in raw.slices)) or (raw.path,)
+    mask = () if raw.no_data_mask is None else (raw.no_data_mask,)
+    return (tuple(dict.fromkeys(path for path, _ in raw.slices)) or (raw.path,)) + mask
 
 
 def read_scan(raw: RawScan) -> Volume:

@@ -68,7 +68,10 @@ def test_several_roots(tmp_path):
     ("words", "message"),
     [
         ([], "say where the scans come from"),
-        (["--source", "mds"], r"no source named 'mds' \(did you mean 'msd'\?\); known: folder, msd, nnunet"),
+        (
+            ["--source", "mds"],
+            r"no source named 'mds' \(did you mean 'msd'\?\); known: .*folder, msd, nnunet",
+        ),
         (["--source", "msd", "spacing=1"], "unknown key 'spacing'"),
         (["--source", "msd", "--workers", "0"], "--workers must be at least 1"),
         (["--source", "folder", "--download", "Task04_Hippocampus"], "fetches Decathlon tasks"),

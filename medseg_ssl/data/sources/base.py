@@ -31,6 +31,8 @@ class RawScan:
         volume: index in the fourth dimension of a file that holds several channels; None for a 3D file.
         token: the source's own name of this kind of scan (``MR_T1``), to which declared relations refer.
         slices: file and frame of every plane of a DICOM scan, of which ``path`` is the first; empty for one file.
+        no_data_mask: file on the scan's grid that is not 0 where the scan holds no data (1 = defaced); None:
+            nothing is known beyond the voxels themselves.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class RawScan:
     volume: int | None = None
     token: str = ""
     slices: tuple[tuple[Path, int], ...] = ()
+    no_data_mask: Path | None = None
 
 
 @dataclass(frozen=True)
