@@ -21,7 +21,8 @@ from medseg_ssl.analysis.label_efficiency import (
     summarise,
     tables,
 )
-from medseg_ssl.analysis.report import Comparison, Picture, Run, comparison_page, runs_page
+from medseg_ssl.analysis.page import Picture
+from medseg_ssl.analysis.report import Comparison, Run, comparison_page, runs_page
 from medseg_ssl.analysis.tables import write_bytes, write_csv, write_json, write_text
 from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError, UserError

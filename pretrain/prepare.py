@@ -135,6 +135,7 @@ def _report(console: Console, path: Path) -> None:
     ]
     if summary["dropped"]:
         lines.append(f"{summary['dropped']} files dropped; reasons in {path / 'dropped.csv'}")
+    lines.append(f"to look at: {path / 'overview.html'}")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from medseg_ssl.analysis.figures import curve_figure, loss_figure, series
+from medseg_ssl.analysis.page import Picture, details, figure, gallery, inline, page, section, table, text
 
 METRIC_LABELS = {
     "dice": "Dice",
@@ -22,14 +20,6 @@ METRIC_LABELS = {
 }
 
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG and the line under it."""
-
-    png: bytes
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +92,7 @@ def comparison_sections(comparison: Comparison, *, prefix: str = "curve") -> lis
         count = f"{c.finished} of {c.planned} fits are done"
         partial = f'<p class="warning">Unfinished: {count}. Every number below may move.</p>'
     losses = {stage: loss_figure(of_stage) for stage, of_stage in c.losses.items()}
-    lines = "".join(f"<li>{_text(v)}</li>" for v in c.summary.get("verdicts", ()))
+    lines = "".join(f"<li>{text(v)}</li>" for v in c.summary.get("verdicts", ()))
     return [
         partial + (f'<ul class="verdicts">{lines}</ul>' if lines else "<p>No verdict yet.</p>"),
         section("Label-efficiency curve", _curves(c, prefix)),
@@ -113,15 +103,15 @@ def comparison_sections(comparison: Comparison, *, prefix: str = "curve") -> lis
         section("Loss", figure(f"{prefix}-loss", losses) if losses else ""),
         section(
             "Conditions",
-            "<ul>" + "".join(f"<li>{_text(n)}</li>" for n in c.notes) + "</ul>" if c.notes else "",
+            "<ul>" + "".join(f"<li>{text(n)}</li>" for n in c.notes) + "</ul>" if c.notes else "",
         ),
         section(
             "All metrics and classes", details("show the table", metrics_table(c.curve)) if c.curve else ""
         ),
         section(
-            "Configs", "".join(details(name, f"<pre>{_text(text)}</pre>") for name, text in c.configs.items())
+            "Configs", "".join(details(name, f"<pre>{text(yaml)}</pre>") for name, yaml in c.configs.items())
         ),
-        section("How to make this again", f"<pre>{_text(c.command)}</pre>" if c.command else ""),
+        section("How to make this again", f"<pre>{text(c.command)}</pre>" if c.command else ""),
     ]
 
 
@@ -129,21 +119,21 @@ def runs_page(title: str, *, runs: Sequence[Run], comparisons: Sequence[Comparis
     """One page of any runs: comparisons first, then the losses of all runs, then each run."""
     sections = []
     for number, comparison in enumerate(comparisons):
-        sections.append(f"<h1>{_text(comparison.title)}</h1>")
+        sections.append(f"<h1>{text(comparison.title)}</h1>")
         sections += comparison_sections(comparison, prefix=f"curve{number}")
     losses = {run.name: run.losses for run in runs if run.losses}
     if losses:
         sections.append(section("Loss", figure("runs-loss", {"loss": loss_figure(losses)})))
     for run in runs:
-        numbers = [[_text(k), f"{v:.4g}"] for k, v in sorted(run.last.items())]
+        numbers = [[text(k), f"{v:.4g}"] for k, v in sorted(run.last.items())]
         packages = run.environment.get("packages") or {}
         made = {k: v for k, v in run.environment.items() if not isinstance(v, dict)} | packages
         body = (
             gallery({"": run.pictures} if run.pictures else {})
             + (details("last values", table(["", "value"], numbers)) if numbers else "")
-            + (details("config", f"<pre>{_text(run.config)}</pre>") if run.config else "")
+            + (details("config", f"<pre>{text(run.config)}</pre>") if run.config else "")
             + (
-                details("environment", table(["", ""], [[_text(k), _text(v)] for k, v in made.items()]))
+                details("environment", table(["", ""], [[text(k), text(v)] for k, v in made.items()]))
                 if made
                 else ""
             )
@@ -152,67 +142,7 @@ def runs_page(title: str, *, runs: Sequence[Run], comparisons: Sequence[Comparis
     return page(title, sections)
 
 
-def page(title: str, sections: Sequence[str]) -> str:
-    """A whole HTML document with style, plotly and the code that draws the figures inside it."""
-    from plotly.offline import get_plotlyjs
-
-    body = "\n".join(s for s in sections if s)
-    script = f"<script>{get_plotlyjs()}</script><script>{SCRIPT}</script>" if 'class="figure"' in body else ""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><main><h1>{_text(title)}</h1>\n{body}\n</main>{script}</body></html>\n"
-    )
-
-
 # -- parts ---------------------------------------------------------------------------------------------------
-
-
-def section(title: str, body: str) -> str:
-    """A titled section; nothing without a body."""
-    return f"<section><h2>{_text(title)}</h2>{body}</section>" if body else ""
-
-
-def details(summary: str, body: str) -> str:
-    """A part that opens on a click."""
-    return f"<details><summary>{_text(summary)}</summary>{body}</details>"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are HTML already; the head is plain text."""
-    cells = "".join(f"<th>{_text(h)}</th>" for h in head)
-    lines = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>'
-
-
-def figure(name: str, figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """A plotly figure; of several, buttons choose which is shown."""
-    # "<" would let a name in the data close the script element
-    data = json.dumps(figures, allow_nan=False).replace("<", "\\u003c")
-    buttons = ""
-    if len(figures) > 1:
-        buttons = "".join(
-            f'<button type="button" data-show="{_text(k)}">{_text(k)}</button>' for k in figures
-        )
-        buttons = f'<div class="buttons">{buttons}</div>'
-    return (
-        f'<div class="figure" id="{_text(name)}">{buttons}<div class="plot"></div>'
-        f'<script type="application/json">{data}</script></div>'
-    )
-
-
-def gallery(pictures: Mapping[str, Sequence[Picture]]) -> str:
-    """Rows of pictures with captions."""
-    out = ""
-    for heading, row in pictures.items():
-        cells = "".join(
-            f'<figure><img alt="{_text(p.caption)}" src="{_inline(p.png)}">'
-            f"<figcaption>{_text(p.caption)}</figcaption></figure>"
-            for p in row
-        )
-        out += (f"<h3>{_text(heading)}</h3>" if heading else "") + f'<div class="gallery">{cells}</div>'
-    return out
 
 
 def _curves(c: Comparison, prefix: str) -> str:
@@ -229,7 +159,7 @@ def _curves(c: Comparison, prefix: str) -> str:
         figures[label] = curve_figure(c.curve, metric=metric, baselines=baselines, label=label)
     picture = ""
     if c.picture:
-        picture = f'<noscript><img alt="label-efficiency curve" src="{_inline(c.picture)}"></noscript>'
+        picture = f'<noscript><img alt="label-efficiency curve" src="{inline(c.picture)}"></noscript>'
     caption = (
         '<p class="caption">Mean over classes, then cases, then draws. Bars are 95 % intervals for new '
         "cases and new draws together (crossed random effects). Points of one budget are moved apart a "
@@ -253,7 +183,7 @@ def means_table(curve: Sequence[Row], summary: Mapping[str, Any]) -> str:
         ]
         about = summary.get("inits", {}).get(init, {})
         low, high = about.get("area_ci") or (math.nan, math.nan)
-        rows.append([_text(init), *cells, interval_cell(about.get("area", math.nan), low, high)])
+        rows.append([text(init), *cells, interval_cell(about.get("area", math.nan), low, high)])
     sizes = [
         max((r for rows_ in found.values() for r in rows_ if r["budget"] == b), key=lambda r: r["draws"])
         for b in budgets
@@ -280,11 +210,11 @@ def differences_table(summary: Mapping[str, Any]) -> str:
     for c in found:
         pairs.setdefault((c["init"], c["baseline"]), {})[c["scope"]] = c
     rows = [
-        [f"{_text(init)} − {_text(baseline)}", *(_difference_cell(own[s]) if s in own else "" for s in order)]
+        [f"{text(init)} − {text(baseline)}", *(_difference_cell(own[s]) if s in own else "" for s in order)]
         for (init, baseline), own in pairs.items()
     ]
     tests = [
-        [f"{_text(c['init'])} − {_text(c['baseline'])}", scopes[c["scope"]], f"{c['cases']} × {c['draws']}"]
+        [f"{text(c['init'])} − {text(c['baseline'])}", scopes[c["scope"]], f"{c['cases']} × {c['draws']}"]
         + [_p(c[name]) for name in ("p", "p_holm", "t_p", "wilcoxon_p")]
         for c in found
     ]
@@ -326,7 +256,7 @@ def savings_table(summary: Mapping[str, Any], curve: Sequence[Row]) -> str:
     for init, about in summary.get("inits", {}).items():
         if about.get("savings"):
             at = {s["budget"]: s for s in about["savings"]}
-            rows.append([_text(init), *(savings_cell(at[b], budgets) if b in at else "" for b in budgets)])
+            rows.append([text(init), *(savings_cell(at[b], budgets) if b in at else "" for b in budgets)])
     if not rows:
         return ""
     note = (
@@ -343,7 +273,7 @@ def savings_cell(item: Mapping[str, Any], budgets: Sequence[int]) -> str:
     low, high = item["ci_low"], item["ci_high"]
     start = f"below {budgets[0] / item['budget']:.2f}" if low is None else f"{low:.2f}"
     end = f"above {budgets[-1] / item['budget']:.2f}" if high is None else f"{high:.2f}"
-    return f"{sign}{item['savings']:.2f}×<small>{start} to {end}<br>vs {_text(item['baseline'])}</small>"
+    return f"{sign}{item['savings']:.2f}×<small>{start} to {end}<br>vs {text(item['baseline'])}</small>"
 
 
 def metrics_table(curve: Sequence[Row]) -> str:
@@ -351,9 +281,9 @@ def metrics_table(curve: Sequence[Row]) -> str:
     head = ["init", "labels", "metric", "mean (95 % interval)", "cases × draws"]
     rows = [
         [
-            _text(r["init"]),
+            text(r["init"]),
             str(r["budget"]),
-            _text(METRIC_LABELS.get(r["metric"], r["metric"])),
+            text(METRIC_LABELS.get(r["metric"], r["metric"])),
             interval_cell(r["mean"], r["ci_low"], r["ci_high"]),
             f"{r['cases']} × {r['draws']}",
         ]
@@ -376,83 +306,3 @@ def _p(value: float) -> str:
     if math.isnan(value):
         return ""
     return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _inline(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-STYLE = """
-:root { --ink: #22262d; --soft: #69707d; --line: #e4e7ec; --accent: #0072b2; }
-* { box-sizing: border-box; }
-body {
-  margin: 0; background: #f6f7f9; color: var(--ink);
-  font: 16px/1.55 -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif;
-}
-main { max-width: 1160px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 1.7rem; margin: 0 0 20px; }
-h2 { font-size: 1.15rem; margin: 0 0 14px; }
-h3 { font-size: .92rem; margin: 18px 0 8px; color: var(--soft); font-weight: 600; }
-section {
-  background: white; border: 1px solid var(--line); border-radius: 10px;
-  padding: 20px 22px; margin: 18px 0;
-}
-.verdicts { list-style: none; margin: 0; padding: 0; }
-.verdicts li {
-  background: white; border: 1px solid var(--line); border-left: 4px solid var(--accent);
-  border-radius: 8px; padding: 12px 16px; margin: 8px 0;
-}
-.warning {
-  background: #fff6e0; border: 1px solid #f0d48a; border-radius: 8px;
-  padding: 10px 16px; margin: 0 0 12px;
-}
-.caption { color: var(--soft); font-size: .88rem; margin: 10px 0 0; max-width: 100ch; }
-.plot { height: 480px; }
-.wide { overflow-x: auto; }
-table {
-  border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums;
-}
-th { text-align: left; color: var(--soft); font-weight: 600; font-size: .82rem; vertical-align: bottom; }
-th, td { padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td:first-child { font-weight: 600; }
-td small { display: block; color: var(--soft); font-weight: 400; white-space: nowrap; }
-.better { color: #00664b; font-weight: 600; }
-.worse { color: #b3261e; font-weight: 600; }
-.buttons { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 8px; }
-button {
-  font: inherit; font-size: .85rem; padding: 3px 11px; border: 1px solid var(--line);
-  border-radius: 999px; background: white; color: var(--ink); cursor: pointer;
-}
-button[aria-pressed="true"] { background: var(--ink); border-color: var(--ink); color: white; }
-.gallery { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
-figure { margin: 0; }
-figure img { width: 100%; border-radius: 6px; background: black; display: block; }
-figcaption { color: var(--soft); font-size: .82rem; margin-top: 4px; }
-details { margin: 8px 0 0; }
-summary { cursor: pointer; color: var(--accent); }
-pre {
-  background: #f6f7f9; border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px;
-  overflow-x: auto; font-size: .82rem; line-height: 1.45;
-}
-noscript img { max-width: 100%; }
-@media print { body { background: white; } section { break-inside: avoid; } }
-"""
-
-SCRIPT = """
-for (const box of document.querySelectorAll(".figure")) {
-  const figures = JSON.parse(box.querySelector("script").textContent);
-  const plot = box.querySelector(".plot"), buttons = box.querySelectorAll("button");
-  const show = (name) => {
-    const chosen = figures[name];
-    Plotly.react(plot, chosen.data, chosen.layout, 
-      {responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]]});
-    for (const b of buttons) b.setAttribute("aria-pressed", b.dataset.show === name);
-  };
-  for (const b of buttons) b.addEventListener("click", () => show(b.dataset.show));
-  show(Object.keys(figures)[0]);
-}
-"""

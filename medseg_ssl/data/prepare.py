@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medseg_ssl.analysis.tables import write_text
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.archive import Archive, Recipe
 from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.data.budgets import SIDES
 from medseg_ssl.data.ingest import CaseTask, Dropped, Outcome, ingest
 from medseg_ssl.data.manifest import CaseRow, ScanRow, Split
+from medseg_ssl.data.overview import overview_page
 from medseg_ssl.data.pairing import derive_pairs
 from medseg_ssl.data.placing import PrepareSplit, check_split, place_subjects
 from medseg_ssl.data.planning import Plan, plan_tasks
@@ -69,7 +71,7 @@ def prepare(
         on_progress: called as cases finish.
 
     Returns:
-        The archive's folder; its ``summary.json`` tells what was done.
+        The archive's folder; its ``summary.json`` tells what was done, ``overview.html`` shows what is in it.
 
     Raises:
         ConfigError: the archive has another recipe, or the config does not fit the source.
@@ -110,6 +112,7 @@ def prepare(
         dropped=sorted(dropped.items()),
         summary=summary,
     )
+    write_text(Path(out) / "overview.html", overview_page(Archive.open(Path(out))))
     return Path(out)
 
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from medseg_ssl.analysis import figures, pictures, report
+from medseg_ssl.analysis import figures, page, pictures, report
 from medseg_ssl.analysis.label_efficiency import curve_rows, summarise
 
 from .test_label_efficiency import BETTER, LONG, SCRATCH, rows_of
@@ -31,7 +31,7 @@ def comparison(**changes):
 
 @pytest.fixture(scope="module")
 def html():
-    rows = {"worst": [report.Picture(pictures.contour_png(disk()), f"caption {EVIL}")]}
+    rows = {"worst": [page.Picture(pictures.contour_png(disk()), f"caption {EVIL}")]}
     return report.comparison_page(
         comparison(
             notes=[f"note {EVIL}"],

@@ -257,6 +257,13 @@ def test_what_is_no_scan_is_told_why(tmp_path, options, reason):
         listing(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["Anonymous", "ANON-1", "", "000", "unknown"])
+def test_a_name_that_everybody_has_is_nobodys(tmp_path, name):
+    for study in ("a", "b"):
+        write_series(tmp_path / study, noise(5, 4, 4), places(5), study=study, subject=name)
+    assert len({case.scans[0].subject for case in listing(tmp_path).cases}) == 2
+
+
 def test_files_that_are_no_dicom_are_told(tmp_path):
     write_series(tmp_path, noise(5, 4, 4), places(5))
     (tmp_path / "report.pdf").write_bytes(b"%PDF-1.4 nothing")
@@ -454,7 +461,7 @@ def test_segmentation_objects(tmp_path):
             "T1w",
         ),
         ({"RepetitionTime": 3000, "EchoTime": 20, "ScanningSequence": "SE"}, "PDw"),
-        ({"RepetitionTime": 600, "EchoTime": 20, "ScanningSequence": "GR"}, "T2star"),
+        ({"RepetitionTime": 600, "EchoTime": 20, "ScanningSequence": "GR"}, "T2starw"),
         ({"RepetitionTime": 1500, "EchoTime": 45, "ScanningSequence": "SE"}, ""),
         ({"SeriesDescription": "T1 of John Doe"}, ""),
     ],

@@ -7,6 +7,7 @@ group planes and are hashed or dropped before anything is written.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -94,6 +95,9 @@ _TAGS = [
     "LossyImageCompression",
     "AcquisitionContrast",
 ]
+_NOBODY = re.compile(
+    r"(anon(ym(ous|i[sz]ed|e)?)?|unknown|none|null|nil|na|test|phantom|patient|subject|noid|deidentified)0*1?"
+)
 _SIEMENS_B_VALUE = (0x0019, 0x100C)
 
 
@@ -104,7 +108,7 @@ class Plane:
     Attributes:
         path: file that holds it.
         frame: number in the file, from 0.
-        subject: PatientID, or the study's UID where there is none.
+        subject: PatientID, or the study's UID where there is none, or one that anonymisers give to everybody.
         study: UID of the study.
         series: UID of the series.
         frame_of_reference: UID, ``""`` for unknown.
@@ -374,7 +378,7 @@ def contrast_of(header: Any, modality: str, find: Any) -> str:
 
     MR: spin or gradient echo with short TR and TE is T1w, an inversion of 400 to 1400 ms with a short echo too; long TR
     and TE is T2w, with an inversion above 1500 ms FLAIR; long TR with a short echo PDw; a b-value DWI; a plain gradient
-    echo with a long echo T2star. An agent in the header makes T1w and CT ``+C``. PET: FDG by the tracer's code or name.
+    echo with a long echo T2starw. An agent in the header makes T1w and CT ``+C``. PET: FDG by the tracer's code or name.
     """
     agent = bool(find("ContrastBolusAgent")) or bool(_values(header.get("ContrastBolusAgentSequence")))
     if modality == "PT":
@@ -398,7 +402,7 @@ def contrast_of(header: Any, modality: str, find: Any) -> str:
         return ""
     if gradient:
         if echo > 12:
-            return "T2star"
+            return "T2starw"
         return ("T1w+C" if agent else "T1w") if repetition < 700 and echo < 10 else ""
     if repetition < 1000 and echo < 30:
         return "T1w+C" if agent else "T1w"
@@ -419,7 +423,10 @@ def _is_fdg(header: Any) -> bool:
 
 
 def _subject(header: Any, study: str) -> str:
-    return str(header.get("PatientID", "") or "").strip() or study
+    name = str(header.get("PatientID", "") or "").strip()
+    # what anonymisers write for everybody is nobody's name: of two such studies nobody knows that they are one person's
+    letters = "".join(c for c in name.lower() if c.isalnum())
+    return study if not letters.strip("0") or _NOBODY.fullmatch(letters) else name
 
 
 def _values(value: Any) -> list[Any]:
