@@ -87,7 +87,8 @@ def compare(
     crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
     device = f"{len(gpus)} GPUs" if gpus else "cpu"
     with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device):
-        pretrains = plans.pretrain_tasks(config, out, archive=archive)
+        protect = () if test_archive is None or not _held_out(test) else (test_archive,)
+        pretrains = plans.pretrain_tasks(config, out, archive=archive, protect=protect)
         files = {**given, **crew.pretrain(pretrain, pretrains)}
         cards = {name: _card(path) for name, path in files.items()}
         _check_networks(config, cards)
@@ -109,7 +110,7 @@ def compare(
             network=next((card["encoder"] for card in cards.values()), None),
             keep=keep,
         )
-        notes = _notes(config, tasks, cards=cards, cases=len(cases), archive=opened)
+        notes = _notes(config, tasks, cards=cards, cases=len(cases), archive=opened, test=test)
         _write_plan(out, config, tasks, notes=notes, command=command, subsets=subsets, cases=cases)
         pending = [task for task in tasks if not task.finished]
         failures = crew.fit(fit, pending, done=len(tasks) - len(pending))
@@ -174,6 +175,12 @@ def _check_networks(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]
         )
 
 
+def _held_out(archive: Archive) -> bool:
+    """Whether the archive keeps subjects back; one that does not is scored as a whole, and checked as such."""
+    split = archive.split()
+    return bool(split.test or split.development)
+
+
 def _card(path: Path) -> dict[str, Any]:
     from medseg_ssl.nets.encoder_file import load_card
 
@@ -181,7 +188,13 @@ def _card(path: Path) -> dict[str, Any]:
 
 
 def _notes(
-    config: CompareConfig, tasks: Sequence[FitTask], *, cards: Mapping[str, Any], cases: int, archive: Archive
+    config: CompareConfig,
+    tasks: Sequence[FitTask],
+    *,
+    cards: Mapping[str, Any],
+    cases: int,
+    archive: Archive,
+    test: Archive | None = None,
 ) -> list[str]:
     from medseg_ssl.data.budgets import unstated_classes
 
@@ -207,7 +220,11 @@ def _notes(
             notes.append(
                 f"{init}: {card['objective'] or 'unknown objective'}, {card['steps']} steps on {where}."
             )
-            if card["archive_fingerprint"] != archive.fingerprint:
+            protected = {entry["archive"] for entry in card.get("checked_against", ())}
+            if (
+                card["archive_fingerprint"] != archive.fingerprint
+                and (test or archive).fingerprint not in protected
+            ):
                 notes.append(f"{init}: whether its pretraining saw scored subjects cannot be checked here.")
     for init, tree in config.init_overrides.items():
         text = ", ".join(f"{key}={value}" for key, value in _flat(tree))

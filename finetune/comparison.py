@@ -199,6 +199,10 @@ def resolve(config: CompareConfig) -> CompareConfig:
             raise ConfigError(
                 f"inits.{name}.pretrain.data.split is {pretraining.data.split!r}, split is {config.split!r}"
             )
+        if pretraining.data.protect:
+            raise ConfigError(
+                f"inits.{name}.pretrain.data.protect has no place in a comparison, which protects what it scores"
+            )
         if finetune.encoder is not None and finetune.encoder != pretraining.encoder:
             different = differences(finetune.encoder.model_dump(), pretraining.encoder.model_dump())
             raise ConfigError(
@@ -277,8 +281,10 @@ def scored_cases(config: CompareConfig, archive: Archive, test_archive: Archive)
     """Cases to score: those of the subset, or all labeled ones of a test archive whose subset is empty.
 
     Raises:
-        UserError: no such case, other classes, or a scan that stands on the training side too.
+        UserError: no such case, other classes, or a scan that stands on the training side too, by its voxels or looks.
     """
+    from medseg_ssl.data.leakage import leaks
+
     subjects = set(getattr(test_archive.split(config.split), config.subset))
     outside = test_archive.fingerprint != archive.fingerprint
     if outside and not subjects:
@@ -297,24 +303,25 @@ def scored_cases(config: CompareConfig, archive: Archive, test_archive: Archive)
     training = {
         s for side in ("train", "development", "test") if side != config.subset for s in getattr(split, side)
     }
-    known = {row.content_hash for row in archive.scans.values() if row.subject in training or outside}
-    shared = [
-        c
-        for c in cases
-        if any(test_archive.scans[s].content_hash in known for s in test_archive.cases[c].scans)
-    ]
+    known = [row for row in archive.scans.values() if row.subject in training or outside]
+    scored = [test_archive.scans[s] for c in cases for s in test_archive.cases[c].scans]
+    found = {leak.scan: leak for leak in leaks(scored, known, threshold=archive.recipe.near_duplicate)}
+    shared = [c for c in cases if found.keys() & set(test_archive.cases[c].scans)]
     if shared:
+        first = next(found[s] for s in test_archive.cases[shared[0]].scans if s in found)
         raise UserError(
-            f"{len(shared)} of {len(cases)} scored cases hold a scan that also stands on the training side "
-            f"(the first is {shared[0]}): leave these subjects out of training, or name another test archive"
+            f"{len(shared)} of {len(cases)} scored cases hold a scan that also stands on the training side (the first "
+            f"is {shared[0]}: {first}): leave these subjects out of training, or name another test archive"
         )
     return cases
 
 
-def pretrain_tasks(config: CompareConfig, out: Path, *, archive: Path) -> list[PretrainTask]:
-    """The pretrainings that are part of the run."""
+def pretrain_tasks(
+    config: CompareConfig, out: Path, *, archive: Path, protect: tuple[Path, ...] = ()
+) -> list[PretrainTask]:
+    """The pretrainings that are part of the run; ``protect`` are archives whose test subjects they must not see."""
     return [
-        PretrainTask(folder=out / "pretrain" / name, config=kind["pretrain"], archive=archive, init=name)
+        PretrainTask(out / "pretrain" / name, kind["pretrain"], archive, init=name, protect=protect)
         for name, kind in config.inits.items()
         if isinstance(kind, Mapping)
     ]

@@ -85,12 +85,13 @@ class FitTask:
 
 @dataclass(frozen=True)
 class PretrainTask:
-    """One pretraining of a comparison, picklable."""
+    """One pretraining of a comparison, picklable; ``protect`` are archives whose test subjects it must not see."""
 
     folder: Path
     config: Mapping[str, Any]
     archive: Path
     init: str
+    protect: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -102,6 +103,8 @@ def pretrain_init(task: PretrainTask) -> Path:
     """Pretrain, or go on with what an interrupted comparison left."""
     command = importlib.import_module(locate("pretrain.run"))
     config = parse(command.PretrainConfig, task.config, prefix=f"inits.{task.init}.pretrain")
+    data = config.data.model_copy(update={"protect": task.protect})
+    config = config.model_copy(update={"data": data})
     return command.run_pretrain(config, task.folder, archive=task.archive, quiet=True)
 
 

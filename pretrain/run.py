@@ -46,6 +46,8 @@ class PretrainData(Record):
         split: name of the archive's split.
         splits: its lists that are used; never the test subjects.
         modality_temperature: a modality with n scans is drawn with a probability like n to this power.
+        protect: other archives, whose test and development subjects must not be among those trained on. Given on the
+            command line (``data.protect=[ARCHIVE]``), since paths stand in no YAML; the run folder keeps fingerprints.
     """
 
     batch_size: int = Field(ge=1)
@@ -53,6 +55,7 @@ class PretrainData(Record):
     split: str = "default"
     splits: tuple[Literal["train", "development"], ...] = Field(default=("train",), min_length=1)
     modality_temperature: float = Field(default=0.5, ge=0, le=1)
+    protect: tuple[Path, ...] = Field(default=(), exclude=True)
 
 
 class PretrainConfig(Record):
@@ -106,11 +109,13 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
         ``RUN/encoder.safetensors``.
 
     Raises:
-        ConfigError: config and archive do not go together, or the folder holds another run.
+        ConfigError: config and archive do not go together, a training scan repeats a protected one, or the folder
+            holds another run.
         UserError: a broken archive, a loss that is not finite, a full disk.
     """
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.augment import prepare_batch
+    from medseg_ssl.data.leakage import guard
     from medseg_ssl.data.loader import Loader
     from medseg_ssl.nets import encoder_file
     from medseg_ssl.train import runtime
@@ -118,6 +123,7 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
 
     config, opened = with_defaults(config, SHELVES), Archive.open(archive)
     subjects = training_subjects(opened, config.data)
+    checked = guard(opened, subjects, split=config.data.split, protect=config.data.protect)
     machine = runtime.start(config.train)
     objective, options = build(config, opened)
     views = type(objective).views(options)
@@ -147,9 +153,12 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
     )  # says now, before the run folder is touched, what in the config does not go with the archive
 
     def card() -> Card:
-        return make_card(config, opened, views, steps=steps, channels=objective.encoder.channels_in)
+        made = make_card(config, opened, views, steps=steps, channels=objective.encoder.channels_in)
+        return made.model_copy(update={"checked_against": checked})
 
-    inputs = {"archive": opened.fingerprint[:16]}
+    inputs: dict[str, Any] = {"archive": opened.fingerprint[:16]}
+    if config.data.protect:
+        inputs["protect"] = [entry["archive"][:16] for entry in checked[1:]]
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
             return Path(run) / SHIPS

@@ -29,9 +29,11 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationError, field_validator
 
 from medseg_ssl.config import Block, Record, UserError
+from medseg_ssl.data.appearance import SIMILARITY
 from medseg_ssl.data.budgets import read_split
 from medseg_ssl.data.intensity import Linear, Policy, linear, policies
 from medseg_ssl.data.manifest import CaseRow, PairRow, Row, ScanRow, Split
+from medseg_ssl.data.quality import Quality
 from medseg_ssl.data.sources.base import Source
 from medseg_ssl.data.store import NO_DATA, open_array, read_box
 from medseg_ssl.types import MODALITIES, Facts, Triple, TripleMm
@@ -71,8 +73,10 @@ class Recipe(Record):
             dropped.
         resample_labels: bring a label that lies on another grid than its scan to the scan's grid; otherwise
             such a case is refused.
-        drop_duplicates: leave out scans whose content stands in the archive already; otherwise they are
-            flagged.
+        drop_duplicates: leave out scans whose voxels stand in the archive already (true), or also those that look the
+            same (``near``, see ``appearance.py``); otherwise they are flagged.
+        near_duplicate: cosine of two appearances from which scans count as near copies; 1 finds equal ones only.
+        quality: thresholds of the checks of each scan, and the flags that drop one.
         intensity: policies that differ from ``intensity.DEFAULT_POLICIES``, by modality.
         foreground: foreground thresholds in physical units that replace the modality's rule.
         split: the default split.
@@ -85,7 +89,9 @@ class Recipe(Record):
     no_data: bool = True
     non_finite: Literal["no_data", "drop"] = "no_data"
     resample_labels: bool = False
-    drop_duplicates: bool = False
+    drop_duplicates: bool | Literal["near"] = False
+    near_duplicate: float = Field(default=SIMILARITY, gt=0.5, le=1)
+    quality: Quality = Quality()
     intensity: dict[str, Policy] = Field(default_factory=dict)
     foreground: dict[str, float] = Field(default_factory=dict)
     split: SplitRecipe = SplitRecipe()
@@ -104,7 +110,7 @@ class Recipe(Record):
 
     def voxel_hash(self) -> str:
         """Hash of what decides a volume and its row; a finished one of the same hash is not redone."""
-        without = {"split", "intensity", "drop_duplicates"}
+        without = {"split", "intensity", "drop_duplicates", "near_duplicate"}
         return _digest({"format": FORMAT, **self.model_dump(mode="json", exclude=without)})[:16]
 
     def checked(self) -> Recipe:

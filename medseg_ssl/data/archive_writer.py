@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.archive import FORMAT, Archive, Recipe, fingerprint_of, read_head, rows_text
 from medseg_ssl.data.budgets import check_split, read_split, write_split
@@ -22,7 +25,7 @@ from medseg_ssl.data.store import label_hash
 _KEY_LENGTH = 16
 _NEXT = ".next"
 """Folder in which a commit is staged; complete once it holds ``archive.json``."""
-_ROWS_ONLY = ("split", "intensity", "drop_duplicates")
+_ROWS_ONLY = ("split", "intensity", "drop_duplicates", "near_duplicate")
 
 
 class ArchiveWriter:
@@ -67,12 +70,12 @@ class ArchiveWriter:
                 _finish_commit(path)
             if (path / "archive.json").exists():
                 head = read_head(path)
-                _same_recipe(path, {**head["recipe"], "classes": head["classes"]}, wanted)
+                _same_recipe(path, _completed({**head["recipe"], "classes": head["classes"]}), wanted)
                 before = Archive.open(path)
             elif started.is_file():
                 # an interrupted first run: volumes exist, rows do not
                 # (rows decide about split and intensity, so these may still change)
-                begun = json.loads(started.read_text(encoding="utf-8"))
+                begun = _completed(json.loads(started.read_text(encoding="utf-8")))
                 _same_recipe(path, {**begun, **{key: wanted[key] for key in _ROWS_ONLY}}, wanted)
             elif path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise UserError(f"{path} exists and is no archive; choose another --out")
@@ -232,6 +235,14 @@ def _finish_commit(path: Path) -> None:
                 os.replace(file, target)
         os.replace(staged / "archive.json", path / "archive.json")
     shutil.rmtree(staged, ignore_errors=True)
+
+
+def _completed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored recipe with the defaults of keys that did not exist when it was written."""
+    recipe = {key: value for key, value in tree.items() if key != "classes"}
+    with contextlib.suppress(ValidationError):  # of another version: the comparison names what differs
+        recipe = Recipe.model_validate(recipe).model_dump(mode="json")
+    return {**recipe, "classes": tree.get("classes")}
 
 
 def _same_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

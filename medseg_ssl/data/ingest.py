@@ -11,14 +11,13 @@ import numpy as np
 
 from medseg_ssl.config import UserError
 from medseg_ssl.data import intensity, nifti, reading, resample, store
+from medseg_ssl.data.appearance import appearance
 from medseg_ssl.data.archive import Recipe
 from medseg_ssl.data.manifest import CaseRow, ScanRow
 from medseg_ssl.data.nifti import BadScan, Volume
+from medseg_ssl.data.quality import findings
 from medseg_ssl.data.sources.base import RawScan
 from medseg_ssl.types import UNKNOWN_LABEL, Triple
-
-THIN_VOXELS = 8
-"""A volume with fewer voxels along an axis is flagged ``thin``."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +240,7 @@ def _store_scan(scan: ScanTask, task: CaseTask, volume: Volume, target: Grid, *,
             valid = ~outside if valid is None else valid & ~outside
     if valid is not None and not valid.any():
         raise BadScan("it holds no data: every voxel has the value that stands for no data")
+    in_file = valid
     values, valid = resample.resample_valid(
         volume.array,
         valid,
@@ -258,10 +258,22 @@ def _store_scan(scan: ScanTask, task: CaseTask, volume: Volume, target: Grid, *,
     if threshold is None:
         threshold = intensity.foreground_threshold(values, valid, modality=raw.modality, unit=raw.unit)
     body = intensity.foreground(values, valid, raw.modality, unit=raw.unit, threshold=threshold)
-    quality = [*volume.quality]
+    found = findings(
+        volume.array,
+        in_file,
+        modality=raw.modality,
+        unit=raw.unit,
+        spacing_mm=volume.spacing_mm,
+        archive_shape=target.shape,
+        threshold=threshold,
+        limits=recipe.quality,
+    )
+    unwanted = [found[flag] for flag in recipe.quality.drop if flag in found]
+    if unwanted:
+        raise BadScan("; ".join(unwanted))
+    quality = [*volume.quality, *found]
     quality += ["clipped"] if stored.clipped else []
     quality += ["no_data"] if not valid.all() else []
-    quality += ["thin"] if min(target.shape) < THIN_VOXELS else []
     row = ScanRow(
         key=scan.key,
         subject=scan.subject,
@@ -284,6 +296,7 @@ def _store_scan(scan: ScanTask, task: CaseTask, volume: Volume, target: Grid, *,
         ),
         quality=tuple(quality),
         source=recipe.source.name,
+        appearance=appearance(volume.array, in_file, volume.spacing_mm),
     )
     store.write_volume(task.archive, stored.stored, row, recipe=recipe, stamp=stamp)
     return row

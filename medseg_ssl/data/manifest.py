@@ -48,6 +48,8 @@ class ScanRow(Row):
         scale: physical value = stored int16 · scale + offset; stored −32768 is no data.
         content_hash: sha256 of the source volume as float32 C-order (D, H, W) little-endian bytes; free of the salt,
             so splits drawn from it are the same in every archive of the same data.
+        appearance: fingerprint that survives resampling and other number formats (``appearance.py``), free of the salt;
+            ``""`` for a flat scan and in archives made before it existed.
         original_shape: grid of the source file after reorientation to RAS+.
         foreground_box: [start, stop) of the body in archive voxels.
     """
@@ -72,6 +74,7 @@ class ScanRow(Row):
     quality: tuple[str, ...] = ()
     source: str = ""
     generation: int = 1
+    appearance: str = ""
 
 
 class CaseRow(Row):

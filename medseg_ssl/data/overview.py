@@ -19,6 +19,7 @@ from medseg_ssl.analysis.page import Picture, gallery, inline, page, section, ta
 from medseg_ssl.config import UserError
 from medseg_ssl.data.archive import Archive
 from medseg_ssl.data.manifest import ScanRow
+from medseg_ssl.data.quality import badness, worst_first
 from medseg_ssl.data.store import NO_DATA
 
 SIDES = ("train", "development", "test")
@@ -76,7 +77,7 @@ def headline(archive: Archive) -> str:
 def overview_page(archive: Archive, *, sample: int = SAMPLE) -> str:
     """The page of an archive: its tables, distributions, worst scans first, and middle slices of a seeded sample."""
     parts = {sheet.title: sheet for sheet in sheets(archive)}
-    worst = worst_first(archive.scans.values())[:_WORST]
+    worst = [row for row in worst_first(archive.scans.values())[:_WORST] if badness(row)]
     chosen = _sample(archive, sample)
 
     def told(*titles: str) -> list[str]:
@@ -89,12 +90,6 @@ def overview_page(archive: Archive, *, sample: int = SAMPLE) -> str:
     body += [section("Distributions", _distributions(archive))]
     body += told("geometry", "intensities of the body, median over scans")
     return page("Archive overview", body)
-
-
-def worst_first(rows: Iterable[ScanRow]) -> list[ScanRow]:
-    """Scans with quality flags, those with most flags first; scans without a flag are left out."""
-    flagged = [row for row in rows if row.quality]
-    return sorted(flagged, key=lambda row: (-len(row.quality), row.key))
 
 
 # -- tables --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data import budgets
 from medseg_ssl.data.archive import SplitRecipe
+from medseg_ssl.data.duplicates import Twins
 from medseg_ssl.data.manifest import CaseRow, ScanRow, Split
 from medseg_ssl.data.planning import Plan
 from medseg_ssl.data.sources.base import Listing
@@ -67,6 +68,7 @@ def place_subjects(
     cases: Sequence[CaseRow],
     plan: Plan,
     earlier: Split | None,
+    twins: Sequence[Twins] = (),
 ) -> Split:
     """Place every subject: as an earlier generation placed it, as the source or the config says, or by lot.
 
@@ -78,6 +80,7 @@ def place_subjects(
         cases: every case.
         plan: names of the subjects, and those a source reserves for test.
         earlier: the split of an earlier generation, which is kept; None before the first.
+        twins: near copies across subjects, who go to one side where no name or earlier split says otherwise.
 
     Raises:
         ConfigError: impossible numbers.
@@ -86,13 +89,14 @@ def place_subjects(
     hashes: dict[str, set[str]] = {}
     for row in scans:
         hashes.setdefault(row.subject, set()).add(row.content_hash)
+    alike = _alike(hashes, twins)
     key = {name: subject for subject, name in plan.names.items()}
     test = (plan.reserved_test | {key[name] for name in wanted.test_subjects}) & set(hashes)
     development = {key[name] for name in wanted.development_subjects} & set(hashes)
     if earlier is not None:
-        return _grown(earlier, hashes, test, plan)
+        return _grown(earlier, hashes, test, plan, alike=alike)
     labeled = {case.subject for case in cases if case.labeled} or set(hashes)
-    lots = {s: sorted(h) for s, h in hashes.items() if s in labeled | test and s not in development}
+    lots = {s: sorted(h) for s, h in alike.items() if s in labeled | test and s not in development}
     split = budgets.make_split(
         lots,
         seed=wanted.seed,
@@ -102,11 +106,36 @@ def place_subjects(
     )
     development |= set(split.development)
     places = {**dict.fromkeys(split.train, "train"), **dict.fromkeys(split.test, "test")}
-    return _placed(split, hashes, {**places, **dict.fromkeys(development, "development")}, plan)
+    sides = {**places, **dict.fromkeys(development, "development")}
+    return _placed(split, hashes, sides, plan, alike=alike)
 
 
-def _placed(split: Split, hashes: Mapping[str, set[str]], places: Mapping[str, str], plan: Plan) -> Split:
-    """Add the subjects that have no side yet: to train, or to the side that holds the same voxels already."""
+def _alike(hashes: Mapping[str, set[str]], twins: Sequence[Twins]) -> dict[str, set[str]]:
+    """The content of each subject and, shared with its twins, a mark that sorts behind any hash."""
+    alike = {subject: set(content) for subject, content in hashes.items()}
+    for twin in twins:
+        subjects = {twin.scan_a.subject, twin.scan_b.subject}
+        if subjects <= alike.keys():
+            for subject in subjects:
+                alike[subject].add(
+                    "~" + "~".join(sorted((twin.scan_a.content_hash, twin.scan_b.content_hash)))
+                )
+    return alike
+
+
+def _placed(
+    split: Split,
+    hashes: Mapping[str, set[str]],
+    places: Mapping[str, str],
+    plan: Plan,
+    *,
+    alike: Mapping[str, set[str]] | None = None,
+) -> Split:
+    """Add the subjects that have no side yet: to train, or to the side that holds the same voxels or look already.
+
+    Equal voxels on two sides are an error; an equal look there is no proof, and stays for a person to judge.
+    """
+    alike = hashes if alike is None else alike
     sides: dict[str, str] = {}
     owner: dict[str, str] = {}
     for subject, side in places.items():
@@ -119,14 +148,17 @@ def _placed(split: Split, hashes: Mapping[str, set[str]], places: Mapping[str, s
                     f"subjects {names[0]!r} ({sides[other]}) and {names[1]!r} ({side}) share a scan; "
                     "one subject is in one split only"
                 )
+    for subject in places:
+        for mark in alike.get(subject, ()):
+            owner.setdefault(mark, subject)
     waiting = sorted(set(hashes) - set(sides), key=lambda s: (min(hashes[s]), s))
     while waiting:
         # a twin of a twin goes along too, whoever comes first; who has none at all trains
-        joined = [s for s in waiting if hashes[s] & owner.keys()] or waiting
+        joined = [s for s in waiting if alike[s] & owner.keys()] or waiting
         for subject in joined:
-            twins = {sides[owner[content]] for content in hashes[subject] if content in owner}
+            twins = {sides[owner[content]] for content in alike[subject] if content in owner}
             sides[subject] = next((side for side in ("test", "development") if side in twins), "train")
-            for content in hashes[subject]:
+            for content in alike[subject]:
                 owner.setdefault(content, subject)
         waiting = [s for s in waiting if s not in sides]
     order = [*split.train, *split.development, *split.test]
@@ -135,7 +167,14 @@ def _placed(split: Split, hashes: Mapping[str, set[str]], places: Mapping[str, s
     return budgets.check_split(Split(name=split.name, seed=split.seed, **members), known=set(hashes))
 
 
-def _grown(earlier: Split, hashes: Mapping[str, set[str]], test: set[str], plan: Plan) -> Split:
+def _grown(
+    earlier: Split,
+    hashes: Mapping[str, set[str]],
+    test: set[str],
+    plan: Plan,
+    *,
+    alike: Mapping[str, set[str]],
+) -> Split:
     """The split of an archive that grew: nobody changes sides, new subjects train unless reserved."""
     places = {s: side for side in budgets.SIDES for s in getattr(earlier, side) if s in hashes}
     for subject in test:
@@ -146,4 +185,4 @@ def _grown(earlier: Split, hashes: Mapping[str, set[str]], test: set[str], plan:
                 "one subject is in one split only: prepare a new archive"
             )
         places[subject] = "test"
-    return _placed(earlier, hashes, places, plan)
+    return _placed(earlier, hashes, places, plan, alike=alike)

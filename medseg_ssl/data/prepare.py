@@ -19,6 +19,8 @@ from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.archive import Archive, Recipe
 from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.data.budgets import SIDES
+from medseg_ssl.data.duplicates import Copies, find_copies
+from medseg_ssl.data.duplicates import notes as copy_notes
 from medseg_ssl.data.ingest import CaseTask, Dropped, Outcome, ingest
 from medseg_ssl.data.manifest import CaseRow, ScanRow, Split
 from medseg_ssl.data.overview import overview_page
@@ -93,16 +95,19 @@ def prepare(
     outcomes = _run(plan.tasks, workers=workers, engine=engine, on_progress=on_progress)
     plan.dropped += [d for outcome in outcomes for d in outcome.dropped]
     scans, cases = _merge(writer, outcomes)
-    scans, cases, duplicates = _duplicates(scans, cases, drop=recipe.drop_duplicates)
-    plan.dropped += [Dropped(key, Path(plan.sources.get(key, key)), reason) for key, reason in duplicates]
+    copies = find_copies(scans, cases, drop=recipe.drop_duplicates, threshold=recipe.near_duplicate)
+    scans, cases = copies.scans, copies.cases
+    plan.dropped += [Dropped(key, Path(plan.sources.get(key, key)), reason) for key, reason in copies.dropped]
     if not scans:
         _discard(writer)
         raise UserError(_nothing_kept(plan, listings))
-    split = place_subjects(config.split, scans, cases=cases, plan=plan, earlier=writer.split())
+    split = place_subjects(
+        config.split, scans, cases=cases, plan=plan, earlier=writer.split(), twins=copies.twins
+    )
     pairs = derive_pairs(scans, declared=_earlier_relations(writer) | plan.declared)
     dropped = _earlier_drops(writer, plan) | {d.key: d.reason for d in plan.dropped}
     summary = _summary(scans, cases, pairs.rows, split, dropped)
-    summary["notes"] = _notes(scans, demoted=len(pairs.demoted))
+    summary["notes"] = _notes(copies, demoted=len(pairs.demoted))
     writer.commit(
         scans,
         cases,
@@ -192,32 +197,6 @@ def _earlier_drops(writer: ArchiveWriter, plan: Plan) -> dict[str, str]:
     return {key: reason for key, reason in rows if key not in plan.sources}
 
 
-def _duplicates(
-    scans: Sequence[ScanRow], cases: Sequence[CaseRow], *, drop: bool
-) -> tuple[list[ScanRow], list[CaseRow], list[tuple[str, str]]]:
-    """Flag scans with the same voxels as an earlier one, or drop them where the recipe says so.
-
-    Of several equal scans a labeled one is kept. A case of several channels is never torn apart.
-    """
-    labeled = {key for case in cases if case.labeled for key in case.scans}
-    channels = {key for case in cases if len(case.scans) > 1 for key in case.scans}
-    kept: dict[str, str] = {}
-    for row in sorted(scans, key=lambda r: (r.key not in labeled, r.generation)):
-        kept.setdefault(row.content_hash, row.key)
-    repeated = {r.key for r in scans if kept[r.content_hash] != r.key}
-    gone = repeated - channels - labeled if drop else set()
-    flagged = [
-        r.model_copy(update={"quality": (*r.quality, "duplicate")})
-        if r.key in repeated and "duplicate" not in r.quality
-        else r
-        for r in scans
-        if r.key not in gone
-    ]
-    by_key = {r.key: r for r in scans}
-    reasons = [(key, f"same voxels as scan {kept[by_key[key].content_hash]}") for key in sorted(gone)]
-    return flagged, [c for c in cases if not gone & set(c.scans)], reasons
-
-
 def _discard(writer: ArchiveWriter) -> None:
     """Remove the folders of an archive that never held anything: its place is free for another try."""
     if writer.generation or any((writer.path / "volumes").iterdir()):
@@ -259,16 +238,15 @@ def _summary(
     }
 
 
-def _notes(scans: Sequence[ScanRow], *, demoted: int) -> list[str]:
+def _notes(copies: Copies, *, demoted: int) -> list[str]:
     """Things a person should know, one line each."""
-    flags = Counter(flag for row in scans for flag in row.quality)
+    flags = Counter(flag for row in copies.scans for flag in row.quality)
     notes = []
     if flags["non_finite"]:
         notes.append(
             f"{flags['non_finite']} scans hold NaN or infinite voxels, kept as no data (flag non_finite)"
         )
-    if flags["duplicate"]:
-        notes.append(f"{flags['duplicate']} scans have the same voxels as another (flag duplicate)")
+    notes += copy_notes(copies)
     if demoted:
         notes.append(f"{demoted} pairs declared registered lie on different grids and are kept as same_frame")
     return notes

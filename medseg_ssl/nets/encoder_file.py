@@ -41,6 +41,7 @@ class Card(BaseModel):
         mirror_axes: axes that were mirrored at random in training.
         intensity: intensity policy by modality.
         modalities: modality of each input channel for a segmenter, modalities seen for an encoder.
+        checked_against: protected scans that no training scan repeats, one entry per archive (``data/leakage.py``).
         source: where imported weights come from; ``licence`` theirs, or that of the training data's use.
     """
 
@@ -61,6 +62,7 @@ class Card(BaseModel):
     code_version: str = ""
     objective: str = ""
     steps: int = 0
+    checked_against: tuple[dict[str, Any], ...] = ()
     licence: str = ""
     source: str = ""
 

@@ -54,14 +54,25 @@ def archive(*, train: int = 6, test: int = 5, hashes: dict[str, str] | None = No
         for s in subjects
     }
     scans = {
-        f"v{s[1:]}": SimpleNamespace(subject=s, modality="MR", content_hash=(hashes or {}).get(s, s))
+        f"v{s[1:]}": SimpleNamespace(
+            key=f"v{s[1:]}",
+            subject=s,
+            modality="MR",
+            content_hash=(hashes or {}).get(s, s),
+            appearance="",
+        )
         for s in subjects
     }
     split = Split(
         name="default", seed=0, train=tuple(subjects[:train]), development=(), test=tuple(subjects[train:])
     )
     return SimpleNamespace(
-        fingerprint="f" * 16, classes=CLASSES, cases=cases, scans=scans, split=lambda name="default": split
+        fingerprint="f" * 16,
+        recipe=SimpleNamespace(near_duplicate=0.95),
+        classes=CLASSES,
+        cases=cases,
+        scans=scans,
+        split=lambda name="default": split,
     )
 
 

@@ -1,6 +1,7 @@
 """Comparisons: same subsets for every init, restarts that change nothing, honest failures, configs that parse."""
 
 import csv
+import dataclasses
 import json
 import signal
 import subprocess
@@ -13,14 +14,23 @@ import pytest
 from finetune import compare as command
 from finetune import comparison as plans
 from finetune import crew as crew_module
+from finetune import fits
 from finetune.report import main as report_main
 from medseg_ssl.config import ConfigError, UserError, override, parse, to_yaml
 from medseg_ssl.data.archive import Archive
 from medseg_ssl.train.interrupt import Interrupted
+from pretrain import run as pretrain_command
+from tests.data.heads import head, seen
 
 from . import fake_comparison as fakes
 
 ROOT = Path(__file__).parents[2]
+PRETRAINING = {
+    "encoder": {"name": "resenc", "size": "tiny"},
+    "objective": {"name": "mae"},
+    "data": {"batch_size": 2},
+    "train": {"steps": "4 steps"},
+}
 TABLES = ("cases.csv", "curve.csv", "summary.json", "curve.png", "report.html")
 
 
@@ -403,8 +413,47 @@ def test_too_large_budget_and_scored_scans_in_training_are_refused(tmp_path):
         UserError, match="1 of 5 scored cases hold a scan that also stands on the training side"
     ):
         plans.scored_cases(fakes.config(), leaking, leaking)
+    looking = fakes.archive()
+    for key in ("v7", "v3"):
+        looking.scans[key].appearance = seen("row", head(0)).appearance
+    with pytest.raises(
+        UserError, match=r"the first is c7: scan v7 has the look \(similarity 1.000\) of v3\): leave"
+    ):
+        plans.scored_cases(fakes.config(), looking, looking)
     with pytest.raises(UserError, match="no labeled case in subset 'development'"):
         plans.scored_cases(fakes.config(subset="development"), fakes.archive(), fakes.archive())
+
+
+def test_pretraining_is_kept_from_a_test_archive_of_its_own(tmp_path, monkeypatch):
+    seen_by = []
+    monkeypatch.setattr(
+        pretrain_command, "run_pretrain", lambda config, *_, **__: seen_by.append(config.data.protect)
+    )
+
+    def pretrain(task):
+        fits.pretrain_init(dataclasses.replace(task, config=PRETRAINING))
+        return fakes.fake_pretrain(task)
+
+    for number, options in enumerate(({}, {"test_archive": Path("other")})):
+        command.compare(
+            fakes.config(),
+            tmp_path / str(number),
+            archive=Path("archive"),
+            quiet=True,
+            fit=fakes.fake_fit,
+            pretrain=pretrain,
+            **options,
+        )
+    assert seen_by == [(), (Path("other"),)]
+
+
+def test_protect_has_no_place_in_a_comparison():
+    tree = {**PRETRAINING, "data": {"batch_size": 2, "protect": ["other"]}}
+    config = fakes.config(inits={"scratch": "scratch", "mae": {"pretrain": tree}})
+    with pytest.raises(
+        ConfigError, match=r"inits\.mae\.pretrain\.data\.protect has no place in a comparison"
+    ):
+        plans.resolve(config)
 
 
 def test_scratch_long_without_pretraining_is_refused():

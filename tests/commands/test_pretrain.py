@@ -12,6 +12,7 @@ import yaml
 
 from medseg_ssl import cli
 from medseg_ssl.config import ConfigError, UserError, parse
+from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.nets import encoder_file
 from pretrain.run import SHELVES, PretrainConfig, main, run_pretrain
 from tests.train.archives import quick_templates, write_archive
@@ -272,3 +273,53 @@ def test_a_failure_after_the_template_does_not_burn_the_folder(archive, tmp_path
     with pytest.raises(ConfigError, match="no optimizer named 'adamww'"):
         pretrain(archive, run, "optim.name=adamww", config="template")
     assert pretrain(archive, run, config="template").is_file()
+
+
+def like(path, keep, *, scan):
+    """The archive again, with one more development subject that repeats the voxels of ``scan`` of the first."""
+    other = write_archive(path)
+    rows = [r.model_copy(update={"content_hash": scan}) if r.key == keep else r for r in other.scans.values()]
+    writer = ArchiveWriter.open(path, other.recipe, other.classes)
+    others = [
+        r.model_copy(update={"content_hash": f"other {r.key}"}) if r.content_hash == r.key else r
+        for r in rows
+    ]
+    return writer.commit(others, other.cases.values(), other.pairs, splits=[other.split()])
+
+
+def test_protected_scans_are_refused_and_the_card_tells_what_was_checked(archive, tmp_path):
+    leaking = like(tmp_path / "leaking", "s4-CT", scan="s0-CT")
+    with pytest.raises(
+        ConfigError, match=r"1 scan\(s\) .*: scan s0-CT has the voxels of s4-CT; leave"
+    ) as caught:
+        pretrain(archive, tmp_path / "run", f"data.protect=[{leaking.path}]")
+    assert caught.value.code == 2
+    assert not (tmp_path / "run").exists()
+    clean = like(tmp_path / "clean", "s0-CT", scan="s0-CT")  # which trains there as well
+    shipped = pretrain(archive, tmp_path / "run", f"data.protect=[{clean.path}]")
+    own, other = encoder_file.load_card(shipped).checked_against
+    assert (own["sides"], own["scans"]) == (["test"], 4)
+    assert (other["archive"], other["sides"], other["scans"]) == (
+        clean.fingerprint,
+        ["test", "development"],
+        8,
+    )
+    # the run folder knows the archive by its fingerprint, never by its path
+    for name in ("config.yaml", "environment.json", "inputs.json", "metrics.jsonl"):
+        assert "clean" not in (tmp_path / "run" / name).read_text()
+    with pytest.raises(ConfigError, match="protect"):
+        pretrain(archive, tmp_path / "run")
+
+
+def test_a_test_subject_under_another_name_is_not_pretrained_on(tmp_path):
+    opened = write_archive(tmp_path / "archive")
+    rows = [
+        r.model_copy(update={"content_hash": "s7-MR"}) if r.key == "s1-MR" else r
+        for r in opened.scans.values()
+    ]
+    writer = ArchiveWriter.open(opened.path, opened.recipe, opened.classes)
+    writer.commit(rows, opened.cases.values(), opened.pairs, splits=[opened.split()])
+    with pytest.raises(
+        ConfigError, match="under test of its own split 'default': scan s1-MR has the voxels of s7-MR"
+    ):
+        pretrain(opened.path, tmp_path / "run")

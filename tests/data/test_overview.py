@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medseg_ssl.data.overview import middle_slices, overview_page, sheets, worst_first
-from tests.data.small_archive import scan_row
+from medseg_ssl.data.overview import middle_slices, overview_page, sheets
 from tests.train.archives import write_archive
 
 
@@ -39,13 +38,6 @@ def test_the_page_holds_every_part_and_fetches_nothing(archive):
     assert not re.search(r'(?:src|href)="(?!data:)', html)
     assert str(archive.path) not in html
     assert html == overview_page(archive, sample=5)
-
-
-def test_worst_scans_come_first():
-    rows = [scan_row(k, (4, 4, 4)) for k in "abc"]
-    flagged = [rows[0], rows[1].model_copy(update={"quality": ("thin",)})]
-    flagged.append(rows[2].model_copy(update={"quality": ("thin", "clipped")}))
-    assert [row.key for row in worst_first(flagged)] == ["c", "b"]
 
 
 def test_slices_are_upright_and_in_proportion(archive):

@@ -1,5 +1,6 @@
 import csv
 import gzip
+import hashlib
 import json
 import re
 import stat
@@ -14,7 +15,8 @@ from medseg_ssl.data.archive import Archive
 from medseg_ssl.data.manifest import Split
 from medseg_ssl.data.planning import Plan
 from medseg_ssl.data.prepare import PrepareConfig, prepare
-from tests.data.scans import LABELED_FOLDER, affine, body, box_label, folder_tree, msd_task, save
+from tests.data.heads import head
+from tests.data.scans import FOLDER, LABELED_FOLDER, affine, body, box_label, folder_tree, msd_task, save
 
 SPLIT = {"seed": 0, "test": 1, "development": 1}
 
@@ -257,6 +259,86 @@ def test_duplicates(tmp_path, drop):
         # the labeled one is the original
         assert (len(archive.scans), len(flagged)) == (9, 1)
         assert not any(set(c.scans) & {flagged[0].key} for c in archive.cases.values() if c.labeled)
+
+
+def test_a_named_check_drops_with_its_numbers_and_the_others_flag(tmp_path):
+    msd_task(tmp_path / "raw", 4)
+    again = body(0)
+    again[5] = again[4]
+    save(tmp_path / "raw" / "imagesTr" / "case_000.nii.gz", again)
+    dropped = "repeated_slices: 1 planes equal to their neighbour (repeated_slices: 0)"
+    archive = made(tmp_path, quality={"drop": ["repeated_slices", "wrong_scale"]})
+    assert len(archive.scans) == 3
+    assert only_reason(tmp_path, "imagesTr/case_000.nii.gz") == dropped
+    assert only_reason(tmp_path, "labelsTr/case_000.nii.gz") == "its scan was dropped"
+    # 1680 voxels are few, and that is only said
+    assert all("tiny" in row.quality for row in archive.scans.values())
+    path = prepare(config(quality={"tiny_voxels": 1000, "tiny_mm": 1}), [tmp_path / "raw"], tmp_path / "mild")
+    flags = [row.quality for row in Archive.open(path).scans.values() if row.quality]
+    assert [[flag for flag in quality if flag != "saturated"] for quality in flags] == [["repeated_slices"]]
+
+
+def near_copies(root):
+    """Four heads, and a fifth subject who is the third one with other numbers in the file."""
+    for i in range(4):
+        save(root / f"head_{i}_MR_T1.nii.gz", head(i))
+    save(root / "again_2_MR_T1.nii.gz", np.rint(head(2) * 3 + 20))
+    return root
+
+
+def test_a_near_copy_under_another_name_stays_on_its_side(tmp_path):
+    near_copies(tmp_path / "raw")
+    block = {**FOLDER, "pattern": "{subject}_{modality}.nii.gz"}
+    for seed in range(4):
+        path = prepare(
+            config(block, split={**SPLIT, "seed": seed}), [tmp_path / "raw"], tmp_path / f"out{seed}"
+        )
+        archive = Archive.open(path)
+        [copy] = [row for row in archive.scans.values() if "near_duplicate" in row.quality]
+        places = private(path)
+        twins = {row.subject for key, row in archive.scans.items() if "_2_" in places[key]}
+        assert copy.subject in twins
+        assert len(twins) == 2
+        assert any(twins <= set(getattr(archive.split(), side)) for side in ("train", "development", "test"))
+        summary = json.loads((path / "summary.json").read_text())
+        assert summary["quality"]["near_duplicate"] == 1
+        [note] = [note for note in summary["notes"] if note.startswith("maybe one subject under two names: ")]
+        assert all(subject in note for subject in twins)
+        assert "head_2" not in note
+    # named for two sides they stay there: a look is no proof, and pretraining will ask
+    split = {"test": 0, "development": 0, "test_subjects": ["head_2"], "development_subjects": ["again_2"]}
+    archive = Archive.open(prepare(config(block, split=split), [tmp_path / "raw"], tmp_path / "named"))
+    assert (len(archive.split().test), len(archive.split().development)) == (1, 1)
+
+
+def test_near_copies_are_dropped_where_the_recipe_says_so(tmp_path):
+    near_copies(tmp_path / "raw")
+    archive = made(tmp_path, FOLDER, drop_duplicates="near")
+    assert len(archive.scans) == 4
+    assert re.match(r"near copy of scan [0-9a-f]+: similarity 1\.000", reasons(tmp_path / "out").popitem()[1])
+    with pytest.raises(ConfigError, match="drop_duplicates"):
+        config(drop_duplicates="all")
+
+
+def test_an_archive_made_before_appearances_opens_and_grows(tmp_path):
+    near_copies(tmp_path / "raw")
+    before = made(tmp_path, FOLDER)
+    path = tmp_path / "out"
+    rows = [json.loads(line) for line in (path / "manifest.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["appearance"]
+    older = "".join(json.dumps(row) + "\n" for row in rows)
+    head_file = json.loads((path / "archive.json").read_text())
+    for key in ("quality", "near_duplicate"):
+        del head_file["recipe"][key]
+    head_file["rows"]["manifest.jsonl"] = hashlib.sha256(older.encode()).hexdigest()
+    (path / "manifest.jsonl").write_text(older)
+    (path / "archive.json").write_text(json.dumps(head_file))
+    opened = Archive.open(path)
+    assert {row.appearance for row in opened.scans.values()} == {""}
+    assert opened.recipe == before.recipe
+    grown = made(tmp_path, FOLDER)
+    assert all(row.appearance for row in grown.scans.values())
 
 
 # -- again and again -------------------------------------------------------------------------------------------------

@@ -376,9 +376,10 @@ def _plane(header: Any, groups: Sequence[Any], path: Path, number: int) -> Plane
 def contrast_of(header: Any, modality: str, find: Any) -> str:
     """Kind of contrast from physics (times, sequence, tracer), ``""`` where the header does not settle it.
 
-    MR: spin or gradient echo with short TR and TE is T1w, an inversion of 400 to 1400 ms with a short echo too; long TR
-    and TE is T2w, with an inversion above 1500 ms FLAIR; long TR with a short echo PDw; a b-value DWI; a plain gradient
-    echo with a long echo T2starw. An agent in the header makes T1w and CT ``+C``. PET: FDG by the tracer's code or name.
+    MR: spin or gradient echo with short TR and TE is T1w, an inversion of 400 to 1400 ms with a short echo too; long
+    TR and TE is T2w, with an inversion above 1500 ms FLAIR; long TR with a short echo PDw; a b-value DWI; a gradient
+    echo with a long echo T2starw. An agent in the header makes T1w and CT ``+C``. PET: FDG by the tracer's code or
+    name.
     """
     agent = bool(find("ContrastBolusAgent")) or bool(_values(header.get("ContrastBolusAgentSequence")))
     if modality == "PT":
