@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> Path:
         roots = [download_task(arguments.download, roots[0] if roots else _downloads())]
     console = Console(stderr=True, quiet=arguments.quiet)
     with _progress(console) as progress:
-        bar = progress.add_task("prepare", total=None)
+        bar = progress.add_task("cases", total=None)
+        bar_of_pairs = progress.add_task("pairs", total=None)
         path = prepare(
             config,
             roots,
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> Path:
             workers=arguments.workers,
             engine=arguments.engine,
             on_progress=lambda finished, total: progress.update(bar, completed=finished, total=total),
+            on_pairs=lambda finished, total: progress.update(bar_of_pairs, completed=finished, total=total),
         )
     _report(console, path)
     return path
@@ -115,7 +117,6 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("cases,"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -46,6 +46,7 @@ class PretrainData(Record):
         split: name of the archive's split.
         splits: its lists that are used; never the test subjects.
         modality_temperature: a modality with n scans is drawn with a probability like n to this power.
+        max_offset_mm: pairs of one frame of reference that were measured to lie further apart are left out.
         protect: other archives, whose test and development subjects must not be among those trained on. Given on the
             command line (``data.protect=[ARCHIVE]``), since paths stand in no YAML; the run folder keeps fingerprints.
     """
@@ -55,6 +56,7 @@ class PretrainData(Record):
     split: str = "default"
     splits: tuple[Literal["train", "development"], ...] = Field(default=("train",), min_length=1)
     modality_temperature: float = Field(default=0.5, ge=0, le=1)
+    max_offset_mm: float | None = Field(default=None, ge=0)
     protect: tuple[Path, ...] = Field(default=(), exclude=True)
 
 
@@ -147,6 +149,7 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
         subjects=sorted(subjects),
         relations=type(objective).relations(options),
         modality_temperature=config.data.modality_temperature,
+        max_offset_mm=config.data.max_offset_mm,
     )
     load(
         steps=1

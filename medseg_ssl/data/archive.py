@@ -77,6 +77,7 @@ class Recipe(Record):
             same (``near``, see ``appearance.py``); otherwise they are flagged.
         near_duplicate: cosine of two appearances from which scans count as near copies; 1 finds equal ones only.
         quality: thresholds of the checks of each scan, and the flags that drop one.
+        measure_pairs: measure how pairs of one frame of reference lie on one another (see ``alignment.py``).
         intensity: policies that differ from ``intensity.DEFAULT_POLICIES``, by modality.
         foreground: foreground thresholds in physical units that replace the modality's rule.
         split: the default split.
@@ -92,6 +93,7 @@ class Recipe(Record):
     drop_duplicates: bool | Literal["near"] = False
     near_duplicate: float = Field(default=SIMILARITY, gt=0.5, le=1)
     quality: Quality = Quality()
+    measure_pairs: bool = True
     intensity: dict[str, Policy] = Field(default_factory=dict)
     foreground: dict[str, float] = Field(default_factory=dict)
     split: SplitRecipe = SplitRecipe()
@@ -110,7 +112,7 @@ class Recipe(Record):
 
     def voxel_hash(self) -> str:
         """Hash of what decides a volume and its row; a finished one of the same hash is not redone."""
-        without = {"split", "intensity", "drop_duplicates", "near_duplicate"}
+        without = {"split", "intensity", "drop_duplicates", "near_duplicate", "measure_pairs"}
         return _digest({"format": FORMAT, **self.model_dump(mode="json", exclude=without)})[:16]
 
     def checked(self) -> Recipe:

@@ -71,6 +71,10 @@ class CaseTask:
     label: LabelTask | None = None
     registered: bool = False
 
+    def __str__(self) -> str:
+        """For messages on this machine."""
+        return str(self.scans[0].raw.path)
+
 
 @dataclass(frozen=True)
 class Dropped:

@@ -59,6 +59,7 @@ class Loader:
         foreground_share: float = 0.33,
         minimum_foreground: float = 0.05,
         modality_temperature: float = 0.5,
+        max_offset_mm: float | None = None,
         spatial: Mapping[str, Spatial] = SPATIAL,
         pin_memory: bool = False,
     ) -> None:
@@ -81,6 +82,7 @@ class Loader:
             foreground_share: share of labeled crops centred on a voxel of a random known class.
             minimum_foreground: share of an unlabeled crop that should be body.
             modality_temperature: 1 keeps the archive's proportions of modalities, 0 evens them out.
+            max_offset_mm: pairs that were measured to lie further apart are left out.
             spatial: spatial recipes by name.
             pin_memory: hand out pinned memory, for a GPU.
 
@@ -104,6 +106,7 @@ class Loader:
             cases=cases,
             relations=relations,
             modality_temperature=modality_temperature,
+            max_offset_mm=max_offset_mm,
         )
         used = {key for unit in self.sampler.units for key in unit.scans}
         crops.check_plan(plan, [archive.scans[key] for key in sorted(used)])

@@ -93,11 +93,18 @@ class CaseRow(Row):
 
 
 class PairRow(Row):
-    """Two scans of one subject and how they relate (``pairs.jsonl``)."""
+    """Two scans of one subject and how they relate (``pairs.jsonl``).
+
+    Attributes:
+        overlap: Dice of both bodies where both scans have data; None: not measured, or no shared frame.
+        offset_mm: how far they lie apart as measured (``alignment.py``); None likewise.
+    """
 
     scan_a: str
     scan_b: str
     relation: Literal["registered", "same_frame", "same_study", "same_subject"]
+    overlap: float | None = None
+    offset_mm: float | None = None
 
 
 class Split(Row):

@@ -18,7 +18,7 @@ from medseg_ssl import draws
 from medseg_ssl.analysis.page import Picture, gallery, inline, page, section, table, text
 from medseg_ssl.config import UserError
 from medseg_ssl.data.archive import Archive
-from medseg_ssl.data.manifest import ScanRow
+from medseg_ssl.data.manifest import PairRow, ScanRow
 from medseg_ssl.data.quality import badness, worst_first
 from medseg_ssl.data.store import NO_DATA
 
@@ -60,6 +60,7 @@ def sheets(archive: Archive, *, split: str = "default") -> list[Sheet]:
         _intensities(archive),
         _labels(archive, split),
         _pairs(archive),
+        _misplaced(archive),
         _counted("quality", "flag", (flag for row in archive.scans.values() for flag in row.quality)),
         _counted("dropped", "reason", _reasons(archive.path / "dropped.csv")),
     ]
@@ -84,7 +85,7 @@ def overview_page(archive: Archive, *, sample: int = SAMPLE) -> str:
         return [section(title.capitalize(), _html(parts[title])) for title in titles if title in parts]
 
     body = [section("Archive", f"<p>{text(headline(archive))}</p>")]
-    body += told("scans", "pairs", "labels", "quality", "dropped")
+    body += told("scans", "pairs", "pairs that lie apart", "labels", "quality", "dropped")
     body += [section("Worst quality first", gallery({"": _pictures(archive, worst)}) if worst else "")]
     body += [section(f"Middle slices of {len(chosen)} scans", gallery(_by_kind(archive, chosen)))]
     body += [section("Distributions", _distributions(archive))]
@@ -151,12 +152,38 @@ def _labels(archive: Archive, split: str) -> Sheet:
 
 
 def _pairs(archive: Archive) -> Sheet:
-    counts: Counter[tuple[str, str]] = Counter()
+    groups: dict[tuple[str, str], list[PairRow]] = {}
     for pair in archive.pairs:
         ends = sorted(kind_of_row(archive.scans[key]) for key in (pair.scan_a, pair.scan_b))
-        counts[pair.relation, " – ".join(ends)] += 1
-    rows = tuple((relation, ends, str(count)) for (relation, ends), count in sorted(counts.items()))
-    return Sheet("pairs", ("relation", "modalities", "pairs"), rows, left=2)
+        groups.setdefault((pair.relation, " – ".join(ends)), []).append(pair)
+    rows = []
+    for (relation, ends), members in sorted(groups.items()):
+        overlaps = [pair.overlap for pair in members if pair.overlap is not None]
+        offsets = [pair.offset_mm for pair in members if pair.offset_mm is not None]
+        rows.append(
+            (
+                relation,
+                ends,
+                str(len(members)),
+                f"{np.median(overlaps):.2f}" if overlaps else "",
+                f"{np.median(offsets):.1f}, {max(offsets):.1f}" if offsets else "",
+            )
+        )
+    columns = ("relation", "modalities", "pairs", "median overlap", "offset in mm, median and largest")
+    return Sheet("pairs", columns, tuple(rows), left=2)
+
+
+def _misplaced(archive: Archive) -> Sheet:
+    apart = sorted((p for p in archive.pairs if p.offset_mm), key=lambda p: -(p.offset_mm or 0.0))
+    rows = []
+    for pair in apart[:_MOST_SHOWN]:
+        kinds = " – ".join(kind_of_row(archive.scans[key]) for key in (pair.scan_a, pair.scan_b))
+        overlap = "" if pair.overlap is None else f"{pair.overlap:.2f}"
+        rows.append(
+            (f"{pair.scan_a[:8]} – {pair.scan_b[:8]}", kinds, pair.relation, overlap, f"{pair.offset_mm:.1f}")
+        )
+    columns = ("pair", "modalities", "relation", "overlap", "offset in mm")
+    return Sheet("pairs that lie apart", columns, tuple(rows), left=3)
 
 
 def _counted(title: str, name: str, items: Iterable[str]) -> Sheet:

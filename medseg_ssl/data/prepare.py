@@ -16,12 +16,13 @@ from typing import Any
 
 from medseg_ssl.analysis.tables import write_text
 from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.data.alignment import measure, measured_before, pair_of, pairs_to_measure, with_measures
 from medseg_ssl.data.archive import Archive, Recipe
 from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.data.budgets import SIDES
 from medseg_ssl.data.duplicates import Copies, find_copies
 from medseg_ssl.data.duplicates import notes as copy_notes
-from medseg_ssl.data.ingest import CaseTask, Dropped, Outcome, ingest
+from medseg_ssl.data.ingest import Dropped, Outcome, ingest
 from medseg_ssl.data.manifest import CaseRow, ScanRow, Split
 from medseg_ssl.data.overview import overview_page
 from medseg_ssl.data.pairing import derive_pairs
@@ -61,6 +62,7 @@ def prepare(
     workers: int = 1,
     engine: str = "local",
     on_progress: Progress | None = None,
+    on_pairs: Progress | None = None,
 ) -> Path:
     """Prepare raw scans into an archive.
 
@@ -71,6 +73,7 @@ def prepare(
         workers: processes.
         engine: ``local`` or ``ray``.
         on_progress: called as cases finish.
+        on_pairs: called as pairs are measured.
 
     Returns:
         The archive's folder; its ``summary.json`` tells what was done, ``overview.html`` shows what is in it.
@@ -92,7 +95,7 @@ def prepare(
     recipe = config.recipe()
     writer = ArchiveWriter.open(Path(out), recipe, tuple(classes.values()))
     plan = plan_tasks(listings, writer, recipe=recipe, classes=classes)
-    outcomes = _run(plan.tasks, workers=workers, engine=engine, on_progress=on_progress)
+    outcomes = _run(ingest, plan.tasks, workers=workers, engine=engine, on_progress=on_progress)
     plan.dropped += [d for outcome in outcomes for d in outcome.dropped]
     scans, cases = _merge(writer, outcomes)
     copies = find_copies(scans, cases, drop=recipe.drop_duplicates, threshold=recipe.near_duplicate)
@@ -104,14 +107,24 @@ def prepare(
     split = place_subjects(
         config.split, scans, cases=cases, plan=plan, earlier=writer.split(), twins=copies.twins
     )
-    pairs = derive_pairs(scans, declared=_earlier_relations(writer) | plan.declared)
+    before = Archive.open(writer.path).pairs if writer.generation else []
+    # of earlier generations the sources need not be listed in this run
+    stated = {frozenset((p.scan_a, p.scan_b)): p.relation for p in before}
+    pairs = derive_pairs(scans, declared=stated | plan.declared)
+    if recipe.measure_pairs:
+        known = measured_before(before, old=writer.scans, new=scans)
+        tasks = pairs_to_measure(pairs.rows, scans, known, archive=writer.path)
+        found = _run(measure, tasks, workers=workers, engine=engine, on_progress=on_pairs)
+        measured = with_measures(pairs.rows, known | dict(zip(map(pair_of, tasks), found, strict=True)))
+    else:
+        measured = pairs.rows
     dropped = _earlier_drops(writer, plan) | {d.key: d.reason for d in plan.dropped}
-    summary = _summary(scans, cases, pairs.rows, split, dropped)
+    summary = _summary(scans, cases, measured, split, dropped)
     summary["notes"] = _notes(copies, demoted=len(pairs.demoted))
     writer.commit(
         scans,
         cases,
-        pairs.rows,
+        measured,
         splits=[split],
         sources=plan.sources,
         dropped=sorted(dropped.items()),
@@ -122,8 +135,13 @@ def prepare(
 
 
 def _run(
-    tasks: Sequence[CaseTask], *, workers: int, engine: str, on_progress: Progress | None
-) -> list[Outcome]:
+    function: Callable[[Any], Any],
+    tasks: Sequence[Any],
+    *,
+    workers: int,
+    engine: str,
+    on_progress: Progress | None,
+) -> list[Any]:
     done = 0
 
     def tick(index: int, result: object) -> None:
@@ -134,14 +152,7 @@ def _run(
 
     if on_progress is not None:
         on_progress(0, len(tasks))
-    return map_tasks(
-        ingest,
-        tasks,
-        workers=workers,
-        engine=engine,
-        on_result=tick,
-        describe=lambda task: str(task.scans[0].raw.path),
-    )
+    return map_tasks(function, tasks, workers=workers, engine=engine, on_result=tick, describe=str)
 
 
 # -- before the workers --------------------------------------------------------------------------------------
@@ -178,13 +189,6 @@ def _merge(writer: ArchiveWriter, outcomes: Iterable[Outcome]) -> tuple[list[Sca
                 scans[row.key] = row.model_copy(update=kept)
         cases.update((case.case, case) for case in outcome.cases)
     return list(scans.values()), list(cases.values())
-
-
-def _earlier_relations(writer: ArchiveWriter) -> dict[frozenset[str], str]:
-    """Relations of an earlier generation, whose sources need not be listed in this run."""
-    if not writer.generation:
-        return {}
-    return {frozenset((p.scan_a, p.scan_b)): p.relation for p in Archive.open(writer.path).pairs}
 
 
 def _earlier_drops(writer: ArchiveWriter, plan: Plan) -> dict[str, str]:

@@ -62,6 +62,7 @@ class Sampler:
         cases: Collection[str] | None = None,
         relations: Sequence[str] = (),
         modality_temperature: float = 0.5,
+        max_offset_mm: float | None = None,
     ) -> None:
         """List the units.
 
@@ -74,6 +75,7 @@ class Sampler:
             relations: of pairs the objective can use; empty for all.
             modality_temperature: 1 keeps the proportions of the archive, 0 gives every modality the same
                 share.
+            max_offset_mm: leave out pairs that were measured to lie further apart.
 
         Raises:
             UserError: nothing to draw from, or a subject or case the archive does not have.
@@ -89,7 +91,7 @@ class Sampler:
         if any(spec.labeled for spec in plan.values()):
             self.units = self._cases(cases)
         elif any(spec.pair != "none" for spec in plan.values()):
-            self.units = self._pairs(relations)
+            self.units = self._pairs(relations, max_offset_mm)
         else:
             self.units = self._scans()
         groups = sorted({unit.group for unit in self.units})
@@ -145,7 +147,7 @@ class Sampler:
             raise UserError(f"no scan to draw from in archive {self._archive.path}")
         return self._ordered(_Unit((row.modality,), row.subject, (row.key,)) for row in rows)
 
-    def _pairs(self, relations: Sequence[str]) -> list[_Unit]:
+    def _pairs(self, relations: Sequence[str], max_offset_mm: float | None) -> list[_Unit]:
         unknown = [r for r in relations if r not in RELATIONS]
         if unknown:
             raise ConfigError(f"no relation named {unknown[0]!r}; known: {', '.join(RELATIONS)}")
@@ -157,13 +159,17 @@ class Sampler:
                 (scans[pair.scan_a], scans[pair.scan_b]),
                 key=lambda row: (row.modality, row.content_hash, row.key),
             )
-            if pair.relation in wanted and self._wanted(a.subject):
+            apart = (
+                max_offset_mm is not None and pair.offset_mm is not None and pair.offset_mm > max_offset_mm
+            )
+            if pair.relation in wanted and self._wanted(a.subject) and not apart:
                 units.append(_Unit((a.modality, b.modality), a.subject, (a.key, b.key), None, pair.relation))
         if not units:
             present = sorted({pair.relation for pair in self._archive.pairs})
             raise UserError(
                 f"no pair to draw from in archive {self._archive.path}: the objective takes "
                 f"{', '.join(sorted(wanted))}; the archive has {', '.join(present) or 'no pairs'}"
+                + ("" if max_offset_mm is None else f", at most {max_offset_mm:g} mm apart")
                 + ("" if self._subjects is None else f" (over all subjects; {len(self._subjects)} asked for)")
             )
         return self._ordered(units)

@@ -26,7 +26,7 @@ def test_counts_are_those_of_the_archive(archive):
         ("CT", "HU", "8", "8", "4", "2", "2"),
         ("MR", "raw", "8", "8", "4", "2", "2"),
     )
-    assert cells(archive, "pairs") == (("registered", "CT – MR", "8"),)
+    assert cells(archive, "pairs") == (("registered", "CT – MR", "8", "", ""),)
     assert cells(archive, "labels")[1] == ("1 organ", "8 of 8", "4", "2", "2")
 
 
