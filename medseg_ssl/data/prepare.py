@@ -50,7 +50,9 @@ class PrepareConfig(Recipe):
         tree = self.checked().model_dump()
         for name in ("test_subjects", "development_subjects"):
             tree["split"].pop(name)
+        # names of subjects and of folders in the source stay out of the archive
         tree["source"].pop("test_subjects", None)
+        tree["source"].pop("folders", None)
         return Recipe.model_validate(tree)
 
 

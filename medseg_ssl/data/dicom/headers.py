@@ -186,13 +186,15 @@ def open_header(path: Path, *, pixels: bool = False, every_tag: bool = False) ->
     _silence(pydicom)
     tags: Any = None if pixels or every_tag else [*_TAGS, _SIEMENS_B_VALUE, "DirectoryRecordSequence"]
     try:
-        try:
-            return pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags)
-        except InvalidDicomError:
-            # old files have no preamble; whether this is one shows in whether it states what it is
-            found = pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags, force=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags)
+            except InvalidDicomError:
+                # old files have no preamble; whether this is one shows in whether it states what it is
+                found = pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags, force=True)
             if "SOPClassUID" not in found:
-                raise BadScan("not a DICOM file", path) from None
+                raise BadScan("not a DICOM file", path)
             return found
     except BadScan:
         raise

@@ -41,10 +41,10 @@ _KNOWN: tuple[tuple[str, Kind], ...] = (
     (r"ct|ct[ _-]?scan|cect|computed tomography", Kind(modality="CT")),
     (r"pet|pt|fdg[ _-]?pet|pet[ _-]?fdg", Kind(modality="PT")),
     (r"mri?|mr[ _-]?image", Kind(modality="MR")),
-    (r"(?:mri?[ _-]?)?t1w?", Kind(modality="MR", contrast="T1w")),
+    (r"(?:mri?[ _-]?)?t1[wn]?", Kind(modality="MR", contrast="T1w")),
     (r"(?:mri?[ _-]?)?(?:t1w?[ _-]?(?:gd|c|ce|post))", Kind(modality="MR", contrast="T1w+C")),
     (r"(?:mri?[ _-]?)?t2w?", Kind(modality="MR", contrast="T2w")),
-    (r"(?:mri?[ _-]?)?(?:t2[ _-]?)?flair", Kind(modality="MR", contrast="FLAIR")),
+    (r"(?:mri?[ _-]?)?(?:(?:t2[ _-]?)?flair|t2f|fla)", Kind(modality="MR", contrast="FLAIR")),
     (r"(?:mri?[ _-]?)?(?:adc|dwi|pd|swi)", Kind(modality="MR", contrast="")),
 )
 

@@ -70,10 +70,20 @@ class Dicom(Source):
         Raises:
             UserError: the root is missing, or none of its files belongs to a volume.
         """
+        found = self.list_files(self.files(Path(root)))
+        if not found.cases:
+            raise UserError(_nothing_found(Path(root), found.rejected))
+        unknown = set(self.config.test_subjects) - {case.scans[0].subject for case in found.cases}
+        if unknown:
+            raise UserError(f"source.test_subjects names {sorted(unknown)[0]!r}, which is not below {root}")
+        return found
+
+    def list_files(self, files: Iterable[Path]) -> Listing:
+        """List the volumes among some files; there may be none."""
         planes: list[Plane] = []
         drawings: list[Regions] = []
         rejected: list[tuple[Path, str]] = []
-        for path in self.files(Path(root)):
+        for path in files:
             if path.name.startswith("."):
                 continue
             try:
@@ -98,14 +108,9 @@ class Dicom(Source):
         used = {plane.path for stack in whole for plane in stack.planes}
         for group, reason in refused:
             rejected += [(path, reason) for path in dict.fromkeys(p.path for p in group) if path not in used]
-        if not whole:
-            raise UserError(_nothing_found(Path(root), rejected))
         scans = [(stack, _scan(stack)) for stack in whole]
         cases, left = self._cases(scans, drawings)
         rejected += left
-        unknown = set(self.config.test_subjects) - {scan.subject for _, scan in scans}
-        if unknown:
-            raise UserError(f"source.test_subjects names {sorted(unknown)[0]!r}, which is not below {root}")
         return Listing(
             cases=tuple(cases),
             classes={0: "background", **self.config.classes} if self.config.regions else {},
@@ -172,7 +177,7 @@ def _scan(stack: Stack) -> RawScan:
     )
 
 
-def _nothing_found(root: Path, rejected: list[tuple[Path, str]]) -> str:
+def _nothing_found(root: Path, rejected: Sequence[tuple[Path, str]]) -> str:
     if not rejected:
         return f"no scan below {root}: it holds no files"
     reason, count = Counter(reason for _, reason in rejected).most_common(1)[0]

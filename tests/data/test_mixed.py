@@ -1,0 +1,125 @@
+"""A heap of data sets below one root."""
+
+import json
+
+import pytest
+
+from medseg_ssl.config import Block, ConfigError, UserError
+from medseg_ssl.data.prepare import PrepareConfig
+from medseg_ssl.data.sources.base import Source
+from tests.data.dicom_files import places, write_series
+from tests.data.scans import msd_task
+from tests.data.test_dicom import noise
+
+
+def listing(root, **options):
+    cls, config = Block(name="mixed", **options).resolve("medseg_ssl.data.sources", Source, prefix="source")
+    return cls(config).list(root)
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def heap(root):
+    msd_task(root / "task", cases=3, test=1)
+    touch(root, "study/dataset_description.json", "study/sub-01/anat/sub-01_T1w.nii.gz")
+    (root / "study/dataset_description.json").write_text('{"Name": "s", "BIDSVersion": "1.8.0"}')
+    touch(
+        root,
+        "brains/p7_T1.nii.gz",
+        "brains/p7_FLAIR.nii.gz",
+        "brains/p8/t1c.nii.gz",
+        "brains/p8/p8_lesion.nii.gz",
+    )
+    for number, path in enumerate(write_series(root / "export/a", noise(6, 4, 4), places(6), subject="P1")):
+        if number % 2:
+            path.rename(root / ("brains" if number == 1 else "export") / f"IM{number}")
+    touch(root, "README.md", "brains/notes.txt")
+    return root
+
+
+def test_each_set_is_read_by_its_own_source(tmp_path):
+    found = listing(heap(tmp_path))
+    kinds = sorted((c.scans[0].subject, c.scans[0].modality, c.scans[0].contrast) for c in found.cases)
+    assert ("brains/p7", "MR", "FLAIR") in kinds
+    assert ("brains/p7", "MR", "T1w") in kinds
+    assert ("brains/p8", "MR", "T1w+C") in kinds
+    assert ("study/sub-01", "MR", "T1w") in kinds
+    assert sum(subject.startswith("task/") for subject, *_ in kinds) == 4
+    assert len(found.test_subjects) == 1
+    assert not any(case.label for case in found.cases)
+    reasons = {path.name: reason for path, reason in found.rejected}
+    assert "does not tell its modality" in reasons["p8_lesion.nii.gz"]
+    assert sum(reason.startswith("a label;") for _, reason in found.rejected) == 3
+
+
+def test_a_series_scattered_over_folders_is_one_scan(tmp_path):
+    found = listing(heap(tmp_path))
+    scans = [case.scans[0] for case in found.cases if case.scans[0].slices]
+    assert [(len(scan.slices), scan.subject) for scan in scans] == [(6, "P1")]
+
+
+def test_a_folder_can_be_explained(tmp_path):
+    touch(tmp_path, "odd/7.nii.gz", "odd/8.nii.gz")
+    with pytest.raises(UserError, match=r"no scan below .*does not tell its modality"):
+        listing(tmp_path)
+    block = {"name": "folder", "pattern": "{subject}.nii.gz", "modalities": {"CT": {"modality": "CT"}}}
+    found = listing(tmp_path, folders={"odd": block})
+    assert [c.scans[0].subject for c in found.cases] == ["odd/7", "odd/8"]
+    with pytest.raises(UserError, match=r"source\.folders names 'old'"):
+        listing(tmp_path, folders={"old": block})
+    with pytest.raises(ConfigError, match=r"source\.folders\.odd\.patern"):
+        listing(tmp_path, folders={"odd": {**block, "patern": "x"}})
+
+
+def test_a_set_that_cannot_be_read_is_told_without_its_path(tmp_path, caplog):
+    touch(tmp_path, "John Doe/imagesTr/a.nii.gz", "b_CT.nii.gz")
+    (tmp_path / "John Doe/dataset.json").write_text(
+        json.dumps({"training": [{"image": "x"}], "modality": {"0": "zz"}})
+    )
+    found = listing(tmp_path)
+    assert [c.scans[0].modality for c in found.cases] == ["CT"]
+    assert {p.name for p, _ in found.rejected} == {"a.nii.gz", "dataset.json"}
+    assert not any("Doe" in reason for _, reason in found.rejected)
+    assert "is left out" in caplog.text
+
+
+def test_subjects_can_be_reserved_for_test(tmp_path):
+    touch(tmp_path, "a/p1_CT.nii.gz", "a/p2_CT.nii.gz")
+    assert listing(tmp_path, test_subjects=["a/p2"]).test_subjects == {"a/p2"}
+    with pytest.raises(UserError, match=r"source\.test_subjects names 'p2'"):
+        listing(tmp_path, test_subjects=["p2"])
+
+
+def test_names_of_folders_stay_out_of_the_recipe():
+    block = {"name": "folder", "pattern": "{subject}.nii.gz", "modalities": {"CT": {"modality": "CT"}}}
+    config = PrepareConfig.model_validate(
+        {"source": {"name": "mixed", "folders": {"clinic of Dr Doe": block}}}
+    )
+    assert "Doe" not in config.recipe().model_dump_json()
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_all_real_sets_thrown_together(real_data):
+    folders = {
+        "ct_unlabeled": {
+            "name": "folder",
+            "pattern": "{subject}.nii.gz",
+            "modalities": {"CT": {"modality": "CT"}},
+        }
+    }
+    found = listing(real_data, folders=folders)
+    used = {path for case in found.cases for scan in case.scans for path in (scan.path,)}
+    by_top = {}
+    for path in used:
+        top = path.relative_to(real_data).parts[0]
+        by_top[top] = by_top.get(top, 0) + 1
+    assert by_top["msd_hippocampus"] == 180
+    assert by_top["openkbp_ct"] >= 52
+    assert by_top["ct_unlabeled"] == 3
+    assert {"dicom_odd", "bids_real", "sts_ct_pet_mr", "open_ms_mr", "brain_tumor_4contrast"} <= set(by_top)
