@@ -86,7 +86,7 @@ def overview_page(archive: Archive, *, sample: int = SAMPLE) -> str:
 
     body = [section("Archive", f"<p>{text(headline(archive))}</p>")]
     body += told("scans", "pairs", "pairs that lie apart", "labels", "quality", "dropped")
-    body += [section("Worst quality first", gallery({"": _pictures(archive, worst)}) if worst else "")]
+    body += [section("Worst quality first", gallery({"": list(_pictures(archive, worst))}) if worst else "")]
     body += [section(f"Middle slices of {len(chosen)} scans", gallery(_by_kind(archive, chosen)))]
     body += [section("Distributions", _distributions(archive))]
     body += told("geometry", "intensities of the body, median over scans")
@@ -279,11 +279,7 @@ def _by_kind(archive: Archive, rows: Sequence[ScanRow]) -> dict[str, list[Pictur
     return {kind: list(_pictures(archive, members)) for (kind, _), members in _kinds(rows).items()}
 
 
-def _pictures(archive: Archive, rows: Sequence[ScanRow]) -> list[Picture]:
-    return list(_drawn(archive, rows))
-
-
-def _drawn(archive: Archive, rows: Sequence[ScanRow]) -> Iterator[Picture]:
+def _pictures(archive: Archive, rows: Sequence[ScanRow]) -> Iterator[Picture]:
     for row in rows:
         flags = f" · {', '.join(row.quality)}" if row.quality else ""
         shape = "×".join(map(str, row.shape))

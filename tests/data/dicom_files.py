@@ -88,7 +88,10 @@ def write_series(
         found.RescaleSlope = 1.0 if slopes is None else float(slopes[number])
         found.RescaleIntercept = 0.0
         for key, value in (options or {}).items():
-            setattr(found, key, value)
+            if value is None:
+                delattr(found, key)
+            else:
+                setattr(found, key, value)
         add_pixels(found, values)
         path = folder / f"{name}{order[number]:03d}.dcm"
         pydicom.dcmwrite(path, found, enforce_file_format=True)

@@ -1,7 +1,8 @@
 """What is known of an image plane from its header: a plain file is one plane, a multi-frame object is many.
 
-No free text (descriptions, comments, names of protocols) is read. Dates, times and UIDs stay inside ``prepare``: they
-group planes and are hashed or dropped before anything is written.
+Descriptions, comments and names of protocols are not read; of free text only a tracer's name and the names of regions
+that a config asks for. Dates, times and UIDs stay inside ``prepare``: they group planes and are hashed or dropped
+before anything is written.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import re
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,57 +48,50 @@ CONTOURS = "1.2.840.10008.5.1.4.1.1.481.3"
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 """Segmentation Storage."""
 
-_TAGS = [
-    "SOPClassUID",
-    "SOPInstanceUID",
-    "Modality",
-    "PatientID",
-    "IssuerOfPatientID",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "FrameOfReferenceUID",
-    "StudyDate",
-    "ImageType",
-    "Rows",
-    "Columns",
-    "NumberOfFrames",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "ImageOrientationPatient",
-    "ImagePositionPatient",
-    "PixelSpacing",
-    "SpacingBetweenSlices",
-    "SliceThickness",
-    "InstanceNumber",
-    "AcquisitionNumber",
-    "TemporalPositionIdentifier",
-    "TriggerTime",
-    "EchoTime",
-    "EchoNumbers",
-    "InversionTime",
-    "RepetitionTime",
-    "ScanningSequence",
-    "SequenceVariant",
-    "MRAcquisitionType",
-    "DiffusionBValue",
-    "ContrastBolusAgent",
-    "ContrastBolusAgentSequence",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "RescaleType",
-    "Units",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
-    "AcquisitionTime",
-    "ContentTime",
-    "RadiopharmaceuticalInformationSequence",
-    "ReferencedFrameOfReferenceSequence",
-    "ReferencedSeriesSequence",
-    "LossyImageCompression",
-    "AcquisitionContrast",
-]
+_TAGS = (
+    *("SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "IssuerOfPatientID", "StudyInstanceUID"),
+    *(
+        "SeriesInstanceUID",
+        "FrameOfReferenceUID",
+        "ImageType",
+        "Rows",
+        "Columns",
+        "NumberOfFrames",
+        "SamplesPerPixel",
+    ),
+    *("PhotometricInterpretation", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing"),
+    *("SpacingBetweenSlices", "FrameIncrementPointer", "InstanceNumber", "AcquisitionNumber"),
+    *(
+        "TemporalPositionIdentifier",
+        "TriggerTime",
+        "EchoTime",
+        "InversionTime",
+        "RepetitionTime",
+        "ScanningSequence",
+    ),
+    *(
+        "SequenceVariant",
+        "DiffusionBValue",
+        "ContrastBolusAgent",
+        "ContrastBolusAgentSequence",
+        "RescaleIntercept",
+    ),
+    *("RescaleType", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    *(
+        "RadiopharmaceuticalInformationSequence",
+        "ReferencedFrameOfReferenceSequence",
+        "ReferencedSeriesSequence",
+    ),
+    *("StructureSetROISequence", "SegmentSequence", "LossyImageCompression", "DirectoryRecordSequence"),
+)
+MOST_VOXELS = 2**31
+"""Of a volume: more do not fit into memory as float32 beside what is made of them."""
+_MOST_FRAMES = 20_000
+_MOST_INFLATED = 2**30
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_FRAME_TIMES = (0x00181063, 0x00181065)
 _NOBODY = re.compile(
-    r"(anon(ym(ous|i[sz]ed|e)?)?|unknown|none|null|nil|na|test|phantom|patient|subject|noid|deidentified)0*1?"
+    r"(anon(ym(ous|i[sz]ed|e)?)?|unknown|none|null|nil|na|test|phantom|patient|subject|noid|deidentified)0*"
 )
 _SIEMENS_B_VALUE = (0x0019, 0x100C)
 
@@ -122,6 +117,8 @@ class Plane:
         phase: what tells repeats of one place apart: b-value, echo, inversion and temporal position.
         order: what tells them apart where ``phase`` does not: acquisition number and trigger time.
         instance: InstanceNumber.
+        uid: of the object that holds it.
+        in_hu: a CT whose rescaled values are Hounsfield units as far as it says.
         lossy: the pixels went through lossy compression.
     """
 
@@ -141,6 +138,8 @@ class Plane:
     phase: tuple[float | str | None, ...]
     order: tuple[float | str | None, ...]
     instance: int
+    uid: str
+    in_hu: bool
     lossy: bool
 
 
@@ -150,17 +149,15 @@ class Regions:
 
     Attributes:
         path: the file.
-        subject: PatientID.
-        study: UID of the study.
         series: UIDs of the image series it refers to.
         frame_of_reference: UIDs of the frames of reference it refers to.
+        names: of its regions, as the clinic wrote them; they stay inside ``prepare``.
     """
 
     path: Path
-    subject: str
-    study: str
     series: frozenset[str]
     frame_of_reference: frozenset[str]
+    names: tuple[str, ...]
 
 
 def read_planes(path: Path) -> list[Plane] | Regions:
@@ -184,8 +181,9 @@ def open_header(path: Path, *, pixels: bool = False, every_tag: bool = False) ->
     from pydicom.errors import InvalidDicomError
 
     _silence(pydicom)
-    tags: Any = None if pixels or every_tag else [*_TAGS, _SIEMENS_B_VALUE, "DirectoryRecordSequence"]
+    tags: Any = None if pixels or every_tag else [*_TAGS, _SIEMENS_B_VALUE]
     try:
+        _check_inflated(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -213,6 +211,29 @@ def _silence(pydicom: Any) -> None:
         warnings.filterwarnings("ignore", module=r"pydicom\b")
 
 
+def _check_inflated(path: Path) -> None:
+    """Refuse a deflated file that inflates beyond all measure, before the reader inflates it whole.
+
+    Raises:
+        BadScan: it does, or its deflated part is damaged.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(1024)
+        if start[128:132] != b"DICM" or _DEFLATED not in start:
+            return
+        # after the preamble and (0002,0000), whose value is the length of the rest of the group
+        file.seek(144 + int.from_bytes(start[140:144], "little"))
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        total = 0
+        while block := file.read(2**16):
+            while block:
+                total += len(inflater.decompress(block, 2**24))
+                block = inflater.unconsumed_tail
+                if total > _MOST_INFLATED:
+                    raise BadScan(f"a deflated file that inflates to more than {_MOST_INFLATED} bytes", path)
+
+
 def numbers(values: Any, count: int) -> tuple[float, ...] | None:
     """A multi-valued number of a header, None where it is absent or not ``count`` finite numbers."""
     try:
@@ -227,7 +248,7 @@ def guarded(path: Path) -> Iterator[None]:
     """A header value that no parser reads ends in ``BadScan``: values are parsed when they are looked at."""
     try:
         yield
-    except BadScan:
+    except (BadScan, MemoryError):
         raise
     except Exception as error:  # parsers of every kind, over bytes of every kind
         raise BadScan(f"a header value cannot be read ({type(error).__name__})", path) from error
@@ -281,36 +302,34 @@ def _regions(header: Any, path: Path) -> Regions:
         for study in _values(frame.get("RTReferencedStudySequence")):
             series |= {str(s.SeriesInstanceUID) for s in _values(study.get("RTReferencedSeriesSequence"))}
     series |= {str(s.SeriesInstanceUID) for s in _values(header.get("ReferencedSeriesSequence"))}
-    study = str(header.get("StudyInstanceUID", "") or "")
-    return Regions(path, _subject(header, study), study, frozenset(series), frozenset(frames - {""}))
+    rois = [str(r.get("ROIName", "") or "") for r in _values(header.get("StructureSetROISequence"))]
+    segments = [str(g.get("SegmentLabel", "") or "") for g in _values(header.get("SegmentSequence"))]
+    return Regions(path, frozenset(series), frozenset(frames - {""}), tuple(rois + segments))
 
 
 def _planes(header: Any, path: Path) -> list[Plane]:
+    count = int(header.get("NumberOfFrames", 1) or 1)
+    if count > _MOST_FRAMES or count * int(header.Rows) * int(header.Columns) > MOST_VOXELS:
+        raise BadScan(
+            f"it states {count} frames of {header.Columns}×{header.Rows}, more than fit into memory", path
+        )
     per_frame = _values(header.get("PerFrameFunctionalGroupsSequence"))
-    shared = _values(header.get("SharedFunctionalGroupsSequence"))
     if per_frame:
-        layers = [[header, *shared, frame] for frame in per_frame]
-    elif int(header.get("NumberOfFrames", 1) or 1) > 1:
-        if shared:
-            raise BadScan("a multi-frame object that does not say where its frames lie", path)
-        return _evenly_spaced(header, path)
-    else:
-        layers = [[header]]
-    return [_plane(header, groups, path, number) for number, groups in enumerate(layers)]
-
-
-def _evenly_spaced(header: Any, path: Path) -> list[Plane]:
-    """Frames of an object that states one position and one distance for all of them (as some scanners write)."""
-    step = header.get("SpacingBetweenSlices")
+        shared = _values(header.get("SharedFunctionalGroupsSequence"))
+        return [_plane(header, [header, *shared, frame], path, i) for i, frame in enumerate(per_frame)]
     first = _plane(header, [header], path, 0)
-    if step is None:
+    if count == 1:
+        return [first]
+    step = header.get("SpacingBetweenSlices")
+    times = any(int(tag) in _FRAME_TIMES for tag in _values(header.get("FrameIncrementPointer")))
+    if step is None or times:
         raise BadScan("a multi-frame object that does not say where its frames lie", path)
-    row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
-    normal, start = np.cross(row, column), np.array(first.position_mm)
-    places = [start + i * float(step) * normal for i in range(int(header.NumberOfFrames))]
+    # one position and one distance for all frames, as some scanners write
+    normal = np.cross(first.orientation[:3], first.orientation[3:]) * float(step)
+    places = np.array(first.position_mm) + np.arange(count)[:, None] * normal
     return [
-        replace(first, frame=i, position_mm=(float(p[0]), float(p[1]), float(p[2])))
-        for i, p in enumerate(places)
+        replace(first, frame=i, position_mm=(float(x), float(y), float(z)))
+        for i, (x, y, z) in enumerate(places)
     ]
 
 
@@ -330,8 +349,11 @@ def _plane(header: Any, groups: Sequence[Any], path: Path, number: int) -> Plane
     if orientation is None or position is None:
         raise BadScan("it does not say where it lies in space (no image position or orientation)", path)
     row, column = np.array(orientation[:3]), np.array(orientation[3:])
-    if abs(row @ row - 1) > 0.2 or abs(column @ column - 1) > 0.2 or abs(row @ column) > 0.02:
+    lengths = float(np.linalg.norm(row)), float(np.linalg.norm(column))
+    if max(abs(n - 1) for n in lengths) > 0.02 or abs(row @ column) > 0.02:
         raise BadScan("its image orientation is no pair of perpendicular directions", path)
+    # written with few digits a direction is not quite a unit vector, and voxels would be as much too large or small
+    unit = tuple(float(v) for v in (*row / lengths[0], *column / lengths[1]))
     if spacing is None or min(spacing) <= 0:
         raise BadScan("it does not state its pixel spacing", path)
     study = str(header.get("StudyInstanceUID", "") or "")
@@ -366,11 +388,15 @@ def _plane(header: Any, groups: Sequence[Any], path: Path, number: int) -> Plane
         image_type=tuple(sys.intern(str(v)) for v in _values(image_type)),
         size=(int(header.Rows), int(header.Columns)),
         spacing_mm=(spacing[0], spacing[1]),
-        orientation=orientation,  # pyright: ignore[reportArgumentType]  # six numbers by ``numbers``
+        orientation=unit,  # pyright: ignore[reportArgumentType]  # six numbers by ``numbers``
         position_mm=position,  # pyright: ignore[reportArgumentType]
         phase=phase,
         order=order,
         instance=int(_number(header.get("InstanceNumber")) or 0),
+        uid=str(header.get("SOPInstanceUID", "") or ""),
+        in_hu=modality == "CT"
+        and find("RescaleIntercept", "PixelValueTransformationSequence") is not None
+        and str(find("RescaleType", "PixelValueTransformationSequence") or "HU").upper() == "HU",
         lossy=str(header.get("LossyImageCompression", "") or "") == "01",
     )
 
@@ -378,12 +404,13 @@ def _plane(header: Any, groups: Sequence[Any], path: Path, number: int) -> Plane
 def contrast_of(header: Any, modality: str, find: Any) -> str:
     """Kind of contrast from physics (times, sequence, tracer), ``""`` where the header does not settle it.
 
-    MR: spin or gradient echo with short TR and TE is T1w, an inversion of 400 to 1400 ms with a short echo too; long
-    TR and TE is T2w, with an inversion above 1500 ms FLAIR; long TR with a short echo PDw; a b-value DWI; a gradient
-    echo with a long echo T2starw. An agent in the header makes T1w and CT ``+C``. PET: FDG by the tracer's code or
-    name.
+    MR (not echo-planar, not steady-state): spin or gradient echo with short TR and TE is T1w, an inversion of 400 to
+    1400 ms with a short echo too; long TR and TE is T2w, with an inversion above 1500 ms FLAIR; long TR with a short
+    echo PDw; a gradient echo with a long echo T2starw. A b-value makes DWI of any. An agent in the header makes T1w and
+    CT ``+C``. PET: FDG by the tracer's code or name.
     """
-    agent = bool(find("ContrastBolusAgent")) or bool(_values(header.get("ContrastBolusAgentSequence")))
+    named = str(find("ContrastBolusAgent") or "").strip().lower()
+    agent = named not in ("", "none", "no", "n") or bool(_values(header.get("ContrastBolusAgentSequence")))
     if modality == "PT":
         return "FDG" if _is_fdg(header) else ""
     if modality == "CT":
@@ -396,7 +423,11 @@ def contrast_of(header: Any, modality: str, find: Any) -> str:
     if not isinstance(repetition, float) or not isinstance(echo, float) or repetition <= 0 or echo <= 0:
         return ""
     sequence = {str(v) for v in _values(header.get("ScanningSequence"))}
+    steady = "SS" in {str(v) for v in _values(header.get("SequenceVariant"))}
     gradient = "GR" in sequence and "SE" not in sequence
+    # echo-planar and steady-state contrast follows other rules; without a sequence nothing follows
+    if not sequence or ("EP" in sequence and not gradient) or (steady and gradient):
+        return ""
     if isinstance(inversion, float) and inversion > 1500 and echo > 60:
         return "FLAIR"
     if isinstance(inversion, float) and 400 <= inversion <= 1400 and echo < 15:
@@ -428,8 +459,9 @@ def _is_fdg(header: Any) -> bool:
 def _subject(header: Any, study: str) -> str:
     name = str(header.get("PatientID", "") or "").strip()
     # what anonymisers write for everybody is nobody's name: of two such studies nobody knows that they are one person's
+    issuer = str(header.get("IssuerOfPatientID", "") or "").strip()
     letters = "".join(c for c in name.lower() if c.isalnum())
-    return study if not letters.strip("0") or _NOBODY.fullmatch(letters) else name
+    return study if not letters.strip("0") or _NOBODY.fullmatch(letters) else f"{issuer}{name}"
 
 
 def _values(value: Any) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,20 @@ import numpy as np
 
 from medseg_ssl.data import resample
 from medseg_ssl.data.dicom import suv
-from medseg_ssl.data.dicom.headers import Plane, Regions, guarded, numbers, open_header, read_planes
+from medseg_ssl.data.dicom.headers import (
+    MOST_VOXELS,
+    Plane,
+    Regions,
+    guarded,
+    numbers,
+    open_header,
+    read_planes,
+)
 from medseg_ssl.data.dicom.series import Spacing, Stack, normal_of, spacing
 from medseg_ssl.data.nifti import BadScan, Geometry, Volume, grid_of, volume_of
 from medseg_ssl.types import Triple
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_MOST_VOXELS = 2**31
-_SLICES_AT_ONCE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +60,8 @@ def place(stack: Stack) -> Placed:
     gaps = spacing(stack)
     plane, count = stack.first, len(stack.planes)
     rows, columns = plane.size
-    if rows * columns * count > _MOST_VOXELS:
-        raise BadScan(f"{columns}×{rows}×{count} voxels are more than {_MOST_VOXELS}")
+    if rows * columns * count > MOST_VOXELS:
+        raise BadScan(f"{columns}×{rows}×{count} voxels are more than {MOST_VOXELS}")
     affine = np.eye(4)
     # PixelSpacing is (between rows, between columns): the column index moves along the row's direction
     affine[:3, 0] = np.array(plane.orientation[:3]) * plane.spacing_mm[1]
@@ -72,7 +77,7 @@ def read_geometry(slices: Sequence[tuple[Path, int]]) -> Geometry:
     Raises:
         BadScan: as ``place``.
     """
-    placed = place(_stack(slices))
+    placed = place(stack_of(slices))
     shape, affine = _straight(placed)
     grid = grid_of(shape, affine)
     return Geometry(grid.shape, grid.affine_44, resample.spacing_of(grid.affine_44))
@@ -91,20 +96,22 @@ def read_volume(slices: Sequence[tuple[Path, int]], *, unit: str) -> Volume:
     Raises:
         BadScan: a file that is gone, truncated or undecodable, or everything has one value.
     """
-    placed = place(_stack(slices))
+    placed = place(stack_of(slices))
     count = len(placed.stack.planes)
     columns, rows, _ = placed.shape_ijk
     array = np.empty((count, rows, columns), dtype=np.float32)
     padded = np.zeros(array.shape, dtype=bool)
     whole = True
+    last: tuple[Path, Any, np.ndarray] | None = None
     for number, plane in enumerate(placed.stack.planes):
+        if last is None or last[0] != plane.path:  # frames of one file follow one another
+            last = plane.path, *_decoded(plane.path)
         with guarded(plane.path):
-            values, outside, integral = _plane_values(plane, unit=unit)
+            values, outside, integral = _plane_values(plane, last[1], last[2], unit=unit)
         if values.shape != (rows, columns):
             raise BadScan(f"its pixels have shape {values.shape}, its header says {(rows, columns)}")
         array[number], padded[number] = values, outside
         whole = whole and integral
-    _decoded.cache_clear()
     valid = None if not padded.any() else ~padded
     shape, affine = _straight(placed)
     if placed.gaps.tilted or not placed.gaps.uniform:
@@ -115,7 +122,7 @@ def read_volume(slices: Sequence[tuple[Path, int]], *, unit: str) -> Volume:
         ijk,
         grid_of(shape, affine),
         valid_ijk=None if valid is None else valid.transpose(2, 1, 0),
-        flags=placed.flags,
+        flags=placed.flags + (("no_suv",) if placed.stack.first.modality == "PT" and unit != "SUV" else ()),
         integral=whole,
     )
 
@@ -126,10 +133,6 @@ def stack_of(slices: Sequence[tuple[Path, int]]) -> Stack:
     Raises:
         BadScan: a file is gone or changed.
     """
-    return _stack(slices)
-
-
-def _stack(slices: Sequence[tuple[Path, int]]) -> Stack:
     by_file: dict[Path, list[Plane]] = {}
     planes = []
     for path, frame in slices:
@@ -148,9 +151,8 @@ def _stack(slices: Sequence[tuple[Path, int]]) -> Stack:
 # -- pixels --------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=_SLICES_AT_ONCE)
 def _decoded(path: Path) -> tuple[Any, np.ndarray]:
-    """A file's dataset and pixels (frames, rows, columns); the last few are kept for multi-frame files.
+    """A file's dataset and pixels (frames, rows, columns).
 
     Raises:
         BadScan: the pixels are truncated, or no decoder reads them.
@@ -158,10 +160,10 @@ def _decoded(path: Path) -> tuple[Any, np.ndarray]:
     header = open_header(path, pixels=True)
     try:
         frames = int(header.get("NumberOfFrames", 1) or 1)
-        if int(header.Rows) * int(header.Columns) * frames > _MOST_VOXELS:
+        if int(header.Rows) * int(header.Columns) * frames > MOST_VOXELS:
             raise BadScan("it states more voxels than fit into memory", path)
         pixels = np.asarray(header.pixel_array)
-    except BadScan:
+    except (BadScan, MemoryError):
         raise
     except Exception as error:  # decoders and parsers raise errors of every kind over broken pixel data
         raise BadScan(f"its pixels cannot be read: {_why(error)}", path) from error
@@ -177,9 +179,10 @@ def _why(error: Exception) -> str:
     return type(error).__name__
 
 
-def _plane_values(plane: Plane, *, unit: str) -> tuple[np.ndarray, np.ndarray, bool]:
+def _plane_values(
+    plane: Plane, header: Any, frames: np.ndarray, *, unit: str
+) -> tuple[np.ndarray, np.ndarray, bool]:
     """Physical values (rows, columns), which of them are padding, and whether all are whole numbers."""
-    header, frames = _decoded(plane.path)
     if plane.frame >= len(frames):
         raise BadScan("it holds fewer frames than its header says", plane.path)
     stored = frames[plane.frame]
@@ -187,7 +190,7 @@ def _plane_values(plane: Plane, *, unit: str) -> tuple[np.ndarray, np.ndarray, b
         raise BadScan("inverted grey values (MONOCHROME1), a picture of a scan", plane.path)
     slope, intercept = _rescale(header, plane)
     values = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    whole = float(slope).is_integer() and float(intercept).is_integer()
+    whole = stored.dtype.kind in "iu" and float(slope).is_integer() and float(intercept).is_integer()
     if plane.modality == "PT" and unit == "SUV":
         try:
             values, whole = values * np.float32(suv.factor(header)), False
@@ -197,12 +200,21 @@ def _plane_values(plane: Plane, *, unit: str) -> tuple[np.ndarray, np.ndarray, b
 
 
 def _padding(header: Any, stored: np.ndarray) -> np.ndarray:
-    value = header.get("PixelPaddingValue")
-    if value is None or isinstance(value, (str, bytes)):
+    value = _stored_number(header.get("PixelPaddingValue"), stored.dtype)
+    if value is None:
         return np.zeros(stored.shape, dtype=bool)
-    limit = header.get("PixelPaddingRangeLimit", value)
-    low, high = sorted((float(value), float(limit)))
+    limit = _stored_number(header.get("PixelPaddingRangeLimit"), stored.dtype)
+    low, high = sorted((value, value if limit is None else limit))
     return (stored >= low) & (stored <= high)
+
+
+def _stored_number(value: Any, dtype: np.dtype) -> float | None:
+    """A padding value as the pixels hold it: some writers state 63536 for -2000."""
+    if value is None or isinstance(value, (str, bytes)) or hasattr(value, "__len__"):
+        return None
+    if dtype.kind in "iu":
+        return float(np.array(int(value), dtype=np.int64).astype(dtype))
+    return float(value)
 
 
 def _rescale(header: Any, plane: Plane) -> tuple[float, float]:
@@ -253,6 +265,8 @@ def _straight(placed: Placed) -> tuple[Triple, np.ndarray]:
             else:
                 rows = size + more
     affine[:3, 2] = normal * gap
+    if columns * rows * count > MOST_VOXELS:
+        raise BadScan(f"straightened it would have {columns}×{rows}×{count} voxels, more than {MOST_VOXELS}")
     return (columns, rows, count), affine
 
 

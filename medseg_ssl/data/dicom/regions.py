@@ -13,8 +13,8 @@ from medseg_ssl.data.dicom.headers import CONTOURS, guarded, numbers, open_heade
 from medseg_ssl.data.dicom.pixels import LPS_TO_RAS, Placed, place, stack_of
 from medseg_ssl.data.nifti import BadScan, Volume, grid_of, label_of
 
-_OFF_PLANE_VOXELS = 0.51
-_SAME_PLACE_MM = 0.1
+_OFF_PLANE = 0.1
+"""Of the distance between slices: what lies further from a plane is not drawn on this series."""
 
 
 def read_regions(
@@ -75,39 +75,41 @@ def _contours(header: Any, placed: Placed, names: Sequence[tuple[str, int]], pat
     columns, rows, count = placed.shape_ijk
     to_index = np.linalg.inv(placed.affine_ijk_44) @ LPS_TO_RAS
     label = np.zeros((count, rows, columns), dtype=np.uint8)
-    found = False
+    named = drawn = False
     for pattern, value in names:
-        region = np.zeros(label.shape, dtype=bool)
         for item in header.get("ROIContourSequence", []) or []:
-            if not _called(called.get(int(item.ReferencedROINumber), ""), pattern):
+            if not called_by(called.get(int(item.ReferencedROINumber), ""), pattern):
                 continue
+            named = True
+            # holes are those of one region: another within it takes nothing away
+            region = np.zeros(label.shape, dtype=bool)
             for contour in item.get("ContourSequence", []) or []:
-                found |= _draw(contour, region, to_index, path)
-        label[region] = value
-    if not found:
+                _draw(contour, region, to_index, path)
+            drawn = drawn or bool(region.any())
+            label[region] = value
+    if not named:
         raise BadScan(_none_of(names, called.values()), path)
+    if not drawn:
+        raise BadScan("its regions hold no voxel of the series", path)
     return label
 
 
-def _draw(contour: Any, region_SRC: np.ndarray, to_index_44: np.ndarray, path: Path) -> bool:
-    """Add one contour to a region; whether it was one that encloses anything."""
+def _draw(contour: Any, region_SRC: np.ndarray, to_index_44: np.ndarray, path: Path) -> None:
+    """Add one contour to a region; points and open lines enclose nothing."""
     kind = str(contour.get("ContourGeometricType", "") or "").upper()
     data = contour.get("ContourData")
     if kind not in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR") or data is None or len(data) < 9:
-        return False
+        return
     values = numbers(data, len(data) // 3 * 3)
     if values is None:
         raise BadScan("a contour's points are no numbers", path)
     points = np.array(values).reshape(-1, 3)
     index = points @ to_index_44[:3, :3].T + to_index_44[:3, 3]
-    place_ = index[:, 2]
-    if np.ptp(place_) > 2 * _OFF_PLANE_VOXELS:
-        raise BadScan("a contour does not lie in a plane of its series", path)
-    number = int(np.rint(place_.mean()))
-    if not 0 <= number < len(region_SRC):
-        return True  # drawn beyond the slices that are here
-    region_SRC[number] ^= fill_polygon(index[:, :2], *region_SRC.shape[1:])
-    return True
+    number = int(np.rint(index[:, 2].mean()))
+    if np.abs(index[:, 2] - number).max() > _OFF_PLANE:
+        raise BadScan("its contours do not lie on the planes of the series: they were drawn on another", path)
+    if 0 <= number < len(region_SRC):
+        region_SRC[number] ^= fill_polygon(index[:, :2], *region_SRC.shape[1:])
 
 
 def _frames(header: Any, placed: Placed, names: Sequence[tuple[str, int]], path: Path) -> np.ndarray:
@@ -116,7 +118,10 @@ def _frames(header: Any, placed: Placed, names: Sequence[tuple[str, int]], path:
     }
     columns, rows, count = placed.shape_ijk
     values = {
-        number: value for pattern, value in names for number, name in called.items() if _called(name, pattern)
+        number: value
+        for pattern, value in names
+        for number, name in called.items()
+        if called_by(name, pattern)
     }
     if not values:
         raise BadScan(_none_of(names, called.values()), path)
@@ -138,18 +143,41 @@ def _frames(header: Any, placed: Placed, names: Sequence[tuple[str, int]], path:
         position = numbers(frames[i].PlanePositionSequence[0].ImagePositionPatient, 3)
         at = to_index[:3, :3] @ np.array(position) + to_index[:3, 3]
         apart = np.abs(at - np.array([0.0, 0.0, np.rint(at[2])]))
-        if apart.max() > _OFF_PLANE_VOXELS / 2:
+        if apart.max() > _OFF_PLANE or not _same_axes(header, frames[i], placed):
             raise BadScan("its frames do not lie on the planes of the scan", path)
         if 0 <= round(float(at[2])) < count:
             label[round(float(at[2]))][pixels[i] > 0] = values[number]
     return label
 
 
+def _same_axes(header: Any, frame: Any, placed: Placed) -> bool:
+    """Whether a frame states the directions and the pixel spacing of the scan's slices."""
+    shared = next(iter(header.get("SharedFunctionalGroupsSequence", []) or []), None)
+    stated: dict[str, Any] = {}
+    for group in (shared, frame):
+        for sequence, name in (
+            ("PlaneOrientationSequence", "ImageOrientationPatient"),
+            ("PixelMeasuresSequence", "PixelSpacing"),
+        ):
+            for item in (group.get(sequence, []) or []) if group is not None else []:
+                stated[name] = item.get(name)
+    plane = placed.stack.first
+    directions = numbers(stated.get("ImageOrientationPatient"), 6)
+    spacing = numbers(stated.get("PixelSpacing"), 2)
+    return (
+        directions is not None
+        and spacing is not None
+        and bool(np.allclose(directions, plane.orientation, atol=1e-2))
+        and bool(np.allclose(spacing, plane.spacing_mm, rtol=1e-2))
+    )
+
+
 def _segment(frame: Any) -> int:
     return int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
 
 
-def _called(name: str, pattern: str) -> bool:
+def called_by(name: str, pattern: str) -> bool:
+    """Whether a region's name is what a config's expression means: the whole name, in any case."""
     return re.fullmatch(pattern, name.strip(), re.IGNORECASE) is not None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -21,7 +22,9 @@ _DIRECTION = 1e-3
 _TOLERANCE_MM = 0.05
 _TOLERANCE_SHARE = 0.02
 _MISSING_FROM = 1.5
+_STRAY_MM, _STRAY_SHARE = 0.25, 0.1
 _LOCALIZER_PLANES = 12
+_LOCALIZER_DIRECTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,16 @@ def stacks(
     found: list[Stack] = []
     refused: list[tuple[tuple[Plane, ...], str]] = []
     for members in series.values():
+        members, copies = _without_copies(members)
+        refused += [((plane,), "a copy of another file of its series") for plane in copies]
         groups = _alike(members)
-        directions = len({id(g[0]) for g in _by_direction(members)})
+        directions = len(_by_direction(members))
         for group in groups:
             places = len(_places(group))
-            if places < minimum_slices or (directions > 1 and places < _LOCALIZER_PLANES):
-                refused.append((tuple(group), _too_few(places, directions, minimum_slices)))
+            localizer = directions >= _LOCALIZER_DIRECTIONS and places < _LOCALIZER_PLANES
+            if places < minimum_slices or localizer:
+                reason = _too_few(places, directions if localizer else 1, minimum_slices)
+                refused.append((tuple(group), reason))
                 continue
             made, left = _one_at_a_place(group, repeats=repeats)
             found += made
@@ -100,8 +107,11 @@ def spacing(stack: Stack) -> Spacing:
     places = (positions - positions[0]) @ normal
     gaps = np.diff(places)
     middle = float(np.median(gaps))
-    uniform = bool((np.abs(gaps - middle) <= max(_TOLERANCE_MM, _TOLERANCE_SHARE * middle)).all())
-    if not uniform:
+    equal = bool((np.abs(gaps - middle) <= max(_TOLERANCE_MM, _TOLERANCE_SHARE * middle)).all())
+    # small differences that all have one sign add up
+    stray = float(np.abs(places - np.linspace(0.0, places[-1], len(places))).max())
+    uniform = equal and stray <= max(_STRAY_MM, _STRAY_SHARE * middle)
+    if not equal:
         wide = np.flatnonzero(gaps > _MISSING_FROM * middle)
         if len(wide):
             at = int(wide[0])
@@ -120,6 +130,8 @@ def spacing(stack: Stack) -> Spacing:
     aside = step - normal * (step @ normal)
     drift = float(np.linalg.norm(aside)) * (len(positions) - 1)
     tilted = drift > 0.5 * min(stack.first.spacing_mm)
+    if np.linalg.norm(aside) > abs(step @ normal):
+        raise BadScan("its slices lean by more than 45 degrees: no gantry does that")
     # planes that wander aside other than by a steady shear are no stack of one gantry
     straight = positions[0] + np.outer(places / places[-1], positions[-1] - positions[0])
     wander = float(np.linalg.norm(positions - straight, axis=1).max())
@@ -135,24 +147,34 @@ def normal_of(plane: Plane) -> np.ndarray:
     return normal / np.linalg.norm(normal)
 
 
+def _without_copies(members: Sequence[Plane]) -> tuple[list[Plane], list[Plane]]:
+    """Planes, each once, and those whose object is there under another file name too."""
+    seen: set[tuple[str, int]] = set()
+    kept, copies = [], []
+    for plane in members:
+        again = plane.uid and (plane.uid, plane.frame) in seen
+        (copies if again else kept).append(plane)
+        seen.add((plane.uid, plane.frame))
+    return kept, copies
+
+
 def _alike(members: Sequence[Plane]) -> list[list[Plane]]:
-    """Planes of one direction, size, pixel spacing, image type and phase."""
+    """Planes of one direction, size, pixel spacing, image type and phase.
+
+    A phase that differs from plane to plane (a timer, an echo noted per slice) tells no volumes apart.
+    """
     out = []
     for group in _by_direction(members):
-        parts: dict[tuple[object, ...], list[Plane]] = defaultdict(list)
+        kinds: dict[tuple[object, ...], list[Plane]] = defaultdict(list)
         for plane in group:
             fine = (round(plane.spacing_mm[0], 3), round(plane.spacing_mm[1], 3))
-            parts[plane.size, fine, plane.image_type, plane.contrast, plane.phase].append(plane)
-        whole: dict[tuple[object, ...], list[Plane]] = defaultdict(list)
-        for plane in group:
-            whole[plane.size, (round(plane.spacing_mm[0], 3), round(plane.spacing_mm[1], 3))].append(plane)
-        # a phase that differs from slice to slice (a timer, an echo noted per slice) does not tell volumes apart: where
-        # no place repeats, the planes of one size are one stack
-        for kind, planes in whole.items():
-            if len(_places(planes)) == len(planes):
-                out.append(planes)
-            else:
-                out += [part for key, part in parts.items() if key[:2] == kind]
+            kinds[plane.size, fine, plane.image_type].append(plane)
+        for planes in kinds.values():
+            phases: dict[tuple[object, ...], list[Plane]] = defaultdict(list)
+            for plane in planes:
+                phases[plane.contrast, *plane.phase].append(plane)
+            single = max(map(len, phases.values())) == 1
+            out += [planes] if single else list(phases.values())
     return out
 
 
@@ -205,6 +227,16 @@ def _one_at_a_place(
                     "told apart",
                 )
             ]
+        tied = any(
+            a.instance == b.instance and a.path != b.path
+            for p in places.values()
+            for a, b in combinations(p, 2)
+        )
+        if tied:
+            reason = (
+                f"places repeat ({len(group)} slices at {len(places)} places) and nothing tells their order"
+            )
+            return [], [(tuple(group), reason)]
         columns = [
             sorted(p, key=lambda plane: (plane.instance, plane.path, plane.frame)) for p in places.values()
         ]
@@ -217,6 +249,6 @@ def _one_at_a_place(
 
 def _too_few(places: int, directions: int, minimum: int) -> str:
     count = "a single slice" if places == 1 else f"only {places} slices"
-    if directions > 1 and places < _LOCALIZER_PLANES:
+    if directions > 1:
         return f"{count} in this direction, {directions} directions in the series: a localizer, not a volume"
     return f"{count} at different places; a volume has at least {minimum}"

@@ -6,12 +6,15 @@ that does not state all of it gives no SUV: the scan stays ``raw``, it is never 
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 from typing import Any
 
 from medseg_ssl.data.nifti import BadScan
 
 _DAY = 86400.0
+_LEAST_DOSE_BQ = 1e6
+"""Nobody is injected with less than 1 MBq; a smaller number was written in another unit."""
 
 
 class NoSUV(Exception):  # noqa: N818 -- a verdict, not a fault
@@ -37,28 +40,27 @@ def factor(header: Any) -> float:
     if units == "GML":
         kind = str(header.get("SUVType", "") or "BW").upper()
         if kind != "BW":
-            raise NoSUV(f"SUV by {kind}, not by body weight")
+            raise NoSUV("SUV by another norm than body weight")
         return 1.0
     if units == "CNTS":
         return _philips(header)
     if units != "BQML":
-        raise NoSUV(f"units {units or 'not stated'}")
+        raise NoSUV("units other than BQML, GML and CNTS, or none")
     corrected = {str(v).upper() for v in _values(header.get("CorrectedImage"))}
-    if corrected and "ATTN" not in corrected:
-        raise NoSUV("not corrected for attenuation")
+    if not {"ATTN", "DECY"} <= corrected:
+        raise NoSUV("not said to be corrected for attenuation and decay")
     weight = _positive(header.get("PatientWeight"), "body weight")
     items = _values(header.get("RadiopharmaceuticalInformationSequence"))
     if not items:
         raise NoSUV("no radiopharmaceutical stated")
     dose = _positive(items[0].get("RadionuclideTotalDose"), "injected dose")
-    if dose < 1e4:
-        # some writers state MBq; nobody is injected with 10 kBq
-        dose *= 1e6
+    if dose < _LEAST_DOSE_BQ:
+        raise NoSUV("an injected dose that cannot be in Bq")
     how = str(header.get("DecayCorrection", "") or "").upper()
     if how == "ADMIN":
         return weight * 1000.0 / dose
     if how != "START":
-        raise NoSUV(f"decay correction {how or 'not stated'}")
+        raise NoSUV("decay correction neither START nor ADMIN")
     half_life = _positive(items[0].get("RadionuclideHalfLife"), "half-life")
     elapsed = _seconds(header, items[0])
     return weight * 1000.0 / (dose * 2.0 ** (-elapsed / half_life))
@@ -77,12 +79,15 @@ def _seconds(header: Any, item: Any) -> float:
     """Seconds from injection to the start of the scan, to which START corrects the decay."""
     start = _moment(header.get("SeriesDate"), header.get("SeriesTime"))
     taken = _moment(header.get("AcquisitionDate"), header.get("AcquisitionTime"))
-    if taken is not None and (start is None or start > taken):
+    if taken is not None and (start is None or start > taken + timedelta(seconds=1)):
         # a series that was written anew has the time of its writing; the first acquisition is nearer to the truth
         raise NoSUV("the series' time is later than its acquisition: it was processed since")
     if start is None:
         raise NoSUV("no time of the scan")
     stated = str(item.get("RadiopharmaceuticalStartDateTime", "") or "")
+    zone = re.search(r"[+-]\d{4}$", stated)
+    if zone is not None and str(header.get("TimezoneOffsetFromUTC", "") or "") != zone[0]:
+        raise NoSUV("times of injection and scan in different time zones")
     injected = _moment(stated[:8], stated[8:]) if stated else None
     if injected is None:
         injected = _moment(header.get("SeriesDate"), item.get("RadiopharmaceuticalStartTime"))
@@ -92,7 +97,7 @@ def _seconds(header: Any, item: Any) -> float:
         raise NoSUV("no time of injection")
     elapsed = (start - injected).total_seconds()
     if not 0 <= elapsed < _DAY / 2:
-        raise NoSUV(f"{elapsed / 3600:.1f} hours between injection and scan")
+        raise NoSUV("no plausible time between injection and scan")
     return elapsed
 
 

@@ -14,6 +14,7 @@ from medseg_ssl.config import UserError
 from medseg_ssl.data.dicom import suv
 from medseg_ssl.data.dicom.headers import Plane, Regions, guarded, open_header, read_planes
 from medseg_ssl.data.dicom.pixels import place
+from medseg_ssl.data.dicom.regions import called_by
 from medseg_ssl.data.dicom.series import Stack, stacks
 from medseg_ssl.data.nifti import BadScan
 from medseg_ssl.data.sources._labels import class_values
@@ -128,23 +129,29 @@ class Dicom(Source):
             for value, patterns in enumerate(self.config.regions.values(), start=1)
             for pattern in patterns
         )
+        by_series: dict[str, list[int]] = {}
+        by_frame: dict[str, list[int]] = {}
+        for i, (stack, _) in enumerate(scans):
+            by_series.setdefault(stack.first.series, []).append(i)
+            by_frame.setdefault(stack.first.frame_of_reference, []).append(i)
         labels: dict[int, Path] = {}
         left: list[tuple[Path, str]] = []
         for drawing in drawings:
-            on = [
-                i
-                for i, (stack, _) in enumerate(scans)
-                if stack.first.series in drawing.series
-                or (not drawing.series and stack.first.frame_of_reference in drawing.frame_of_reference)
-            ]
+            on = [i for uid in drawing.series for i in by_series.get(uid, ())]
+            if not drawing.series:
+                on = [i for uid in drawing.frame_of_reference for i in by_frame.get(uid, ())]
             if not names:
                 left.append(
                     (drawing.path, "regions of interest; source.regions names none of them as classes")
                 )
             elif not on:
                 left.append((drawing.path, "regions of interest on a series that is not here or no volume"))
+            elif not any(called_by(name, pattern) for name in drawing.names for pattern, _ in names):
+                left.append((drawing.path, "regions of interest, none of which source.regions names"))
             elif any(i in labels for i in on):
-                left.append((drawing.path, "a second object with regions on one series; the first is kept"))
+                left.append(
+                    (drawing.path, "a second object with named regions on one series; the first is kept")
+                )
             else:
                 labels.update(dict.fromkeys(on, drawing.path))
         cases = [
@@ -156,13 +163,9 @@ class Dicom(Source):
 
 def _scan(stack: Stack) -> RawScan:
     first = stack.first
-    unit = {"CT": "HU"}.get(first.modality, "raw")
-    if first.modality == "PT":
-        try:
-            with guarded(first.path):
-                unit, _ = suv.unit_of(open_header(first.path, every_tag=True))
-        except BadScan:
-            unit = "raw"  # a header that cannot be read gives no SUV
+    unit = "HU" if all(plane.in_hu for plane in stack.planes) else "raw"
+    if first.modality == "PT" and _gives_suv(stack):
+        unit = "SUV"
     token = "_".join(filter(None, (first.modality, first.contrast)))
     return RawScan(
         path=first.path,
@@ -175,6 +178,18 @@ def _scan(stack: Stack) -> RawScan:
         token=token,
         slices=tuple((plane.path, plane.frame) for plane in stack.planes),
     )
+
+
+def _gives_suv(stack: Stack) -> bool:
+    """Whether every slice states what SUV needs: beds and slices may differ, and half a scan in SUV is none."""
+    for path in dict.fromkeys(plane.path for plane in stack.planes):
+        try:
+            with guarded(path):
+                if suv.unit_of(open_header(path, every_tag=True))[0] != "SUV":
+                    return False
+        except BadScan:
+            return False
+    return True
 
 
 def _nothing_found(root: Path, rejected: Sequence[tuple[Path, str]]) -> str:
