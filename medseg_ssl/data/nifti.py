@@ -21,6 +21,9 @@ from medseg_ssl.types import Triple, TripleMm
 _MAX_NON_FINITE = 0.5
 _HEADER_BYTES = 348
 _GZIP_MAGIC = b"\x1f\x8b"
+_GZIP_RATIO = 1032
+"""The most that deflate can shrink."""
+_MOST_INFLATED = 16 * 2**30
 
 
 class BadScan(UserError):  # noqa: N818 -- it is a verdict on a file, listed in dropped.csv
@@ -372,6 +375,7 @@ def _decompress(raw: bytes, path: Path) -> bytes:
 
     damaged: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error, isal_zlib.error)  # pyright: ignore[reportAssignmentType]
     try:
+        _check_inflated(raw, path)
         return igzip.decompress(raw)
     except damaged:
         # igzip refuses a few streams that gzip accepts, such as one with zeros behind it
@@ -379,6 +383,34 @@ def _decompress(raw: bytes, path: Path) -> bytes:
             return decompress(raw)
         except damaged as error:
             raise BadScan(f"truncated or damaged gzip file ({_first_line(error, path)})", path) from error
+
+
+def _check_inflated(raw: bytes, path: Path) -> None:
+    """Refuse a gzip file that would inflate beyond memory: a few megabytes of zeros may be many gigabytes.
+
+    Raises:
+        BadScan: it inflates to more than ``_MOST_INFLATED`` bytes, or states more voxels than that.
+    """
+    import zlib
+
+    if len(raw) * _GZIP_RATIO <= _MOST_INFLATED:
+        return
+    header = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(raw, _HEADER_BYTES)
+    little = header[:2] == b"\x5c\x01"
+    order = "<" if little else ">"
+    shape = np.frombuffer(header[42:56], dtype=f"{order}i2").astype(np.int64).clip(1)
+    bits = max(int(np.frombuffer(header[72:74], dtype=f"{order}i2")[0]), 8)
+    stated = float(np.prod(shape.astype(float))) * bits / 8
+    if stated > _MOST_INFLATED:
+        raise BadScan(f"it states {stated / 2**30:.0f} GiB of voxels, more than fit into memory", path)
+    # the trailer holds the size modulo 4 GiB: where it does not fit the header, the size is found by inflating in parts
+    if int.from_bytes(raw[-4:], "little") > stated + 2**24 or len(raw) > stated + 2**24:
+        inflater, total, block = zlib.decompressobj(zlib.MAX_WBITS | 16), 0, raw
+        while block and total <= _MOST_INFLATED:
+            total += len(inflater.decompress(block, 2**24))
+            block = inflater.unconsumed_tail
+        if total > _MOST_INFLATED:
+            raise BadScan(f"it inflates to more than {_MOST_INFLATED / 2**30:.0f} GiB", path)
 
 
 def _from_bytes(raw: bytes) -> Any:

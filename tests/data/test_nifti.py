@@ -268,3 +268,22 @@ def test_every_real_odd_file_reads_or_is_refused(real_data):
     assert read >= 30
     infinite = read_nifti(real_data / "nifti_odd" / "mtr_with_neg_inf.nii.gz")
     assert infinite.no_data is not None
+
+
+def test_a_gzip_bomb_is_refused_before_it_fills_memory(tmp_path, ramp, monkeypatch):
+    import gzip
+
+    from medseg_ssl.data import nifti
+
+    path = tmp_path / "bomb.nii.gz"
+    nib.save(nib.Nifti1Image(ramp, OBLIQUE), path)
+    whole = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(whole + bytes(50_000_000)))
+    monkeypatch.setattr(nifti, "_MOST_INFLATED", 20_000_000)
+    with pytest.raises(BadScan, match="it inflates to more than"):
+        read_nifti(path)
+    states = bytearray(whole)
+    states[42:48] = np.array([32767] * 3, dtype="<i2").tobytes()
+    path.write_bytes(gzip.compress(bytes(states) + bytes(50_000_000)))
+    with pytest.raises(BadScan, match="GiB of voxels"):
+        read_nifti(path)
