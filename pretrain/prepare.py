@@ -28,6 +28,7 @@ from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import ConfigError, overlay, override, parse, read_yaml
 from medseg_ssl.data.download import download_task
 from medseg_ssl.data.prepare import PrepareConfig, prepare
+from medseg_ssl.data.remote import is_remote, mirror
 from medseg_ssl.fanout import ENGINES
 
 
@@ -39,7 +40,9 @@ def main(argv: list[str] | None = None) -> Path:
     """
     arguments = _parser().parse_args(argv)
     config = parse(PrepareConfig, _tree(arguments), where=str(arguments.config or "arguments"))
-    roots = [*arguments.root]
+    console = Console(stderr=True, quiet=arguments.quiet)
+    cache = arguments.cache or _downloads()
+    roots = [_local(root, cache, console) for root in arguments.root]
     if arguments.download:
         if config.source.name != "msd":
             raise ConfigError(
@@ -47,8 +50,7 @@ def main(argv: list[str] | None = None) -> Path:
             )
         if len(roots) > 1:
             raise ConfigError("--download takes one --root, the folder to unpack into")
-        roots = [download_task(arguments.download, roots[0] if roots else _downloads())]
-    console = Console(stderr=True, quiet=arguments.quiet)
+        roots = [download_task(arguments.download, roots[0] if roots else cache)]
     with _progress(console) as progress:
         bar = progress.add_task("cases", total=None)
         bar_of_pairs = progress.add_task("pairs", total=None)
@@ -65,11 +67,32 @@ def main(argv: list[str] | None = None) -> Path:
     return path
 
 
+def _local(root: str, cache: Path, console: Console) -> Path:
+    """A root as a folder: one behind an address is mirrored first."""
+    if not is_remote(root):
+        return Path(root)
+    with _progress(console) as progress:
+        bar = progress.add_task("files", total=None)
+        return mirror(
+            root,
+            cache / "mirrors",
+            on_progress=lambda finished, total: progress.update(bar, completed=finished, total=total),
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="medseg-ssl prepare", description="Prepare raw scans into an archive.")
     parser.add_argument("--source", help="layout of the raw data: a name in medseg_ssl/data/sources")
     parser.add_argument(
-        "--root", type=Path, action="append", default=[], help="folder of raw data; may be repeated"
+        "--root",
+        action="append",
+        default=[],
+        help="folder of raw data, or an address (s3://, gs://, https://); may be repeated",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="where roots behind an address and downloads are kept (default: the user's cache)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the archive")
     parser.add_argument(
