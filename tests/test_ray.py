@@ -1,5 +1,6 @@
 """The Ray engine on a real local cluster; needs the extra `cluster`."""
 
+import json
 import os
 import signal
 from pathlib import Path
