@@ -1,7 +1,7 @@
 """How the cost of ``prepare`` grows with the number of scans: seconds, memory, manifest size and files.
 
-Small random scans (32x32x32 voxels, three per subject) are prepared in archives of rising size, then prepared again, which
-must cost next to nothing. Listing, preparing, pairing and the search for copies are part of it.
+Small random scans (32x32x32 voxels, three per subject) are prepared in archives of rising size, then prepared again,
+which must cost next to nothing. Listing, preparing, pairing and the search for copies are part of it.
 
     python benchmarks/scale.py --scans 1000 10000
 """
