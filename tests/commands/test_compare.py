@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib
 import json
 import signal
 import subprocess
@@ -16,10 +17,10 @@ from finetune import comparison as plans
 from finetune import crew as crew_module
 from finetune import fits
 from finetune.report import main as report_main
+from medseg_ssl.cli import locate
 from medseg_ssl.config import ConfigError, UserError, override, parse, to_yaml
 from medseg_ssl.data.archive import Archive
 from medseg_ssl.train.interrupt import Interrupted
-from pretrain import run as pretrain_command
 from tests.data.heads import head, seen
 
 from . import fake_comparison as fakes
@@ -426,9 +427,8 @@ def test_too_large_budget_and_scored_scans_in_training_are_refused(tmp_path):
 
 def test_pretraining_is_kept_from_a_test_archive_of_its_own(tmp_path, monkeypatch):
     seen_by = []
-    monkeypatch.setattr(
-        pretrain_command, "run_pretrain", lambda config, *_, **__: seen_by.append(config.data.protect)
-    )
+    located = importlib.import_module(locate("pretrain.run"))  # as an installed package or as a checkout
+    monkeypatch.setattr(located, "run_pretrain", lambda config, *_, **__: seen_by.append(config.data.protect))
 
     def pretrain(task):
         fits.pretrain_init(dataclasses.replace(task, config=PRETRAINING))

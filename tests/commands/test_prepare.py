@@ -70,7 +70,7 @@ def test_several_roots(tmp_path):
         ([], "say where the scans come from"),
         (
             ["--source", "mds"],
-            r"no source named 'mds' \(did you mean 'msd'\?\); known: .*folder, msd, nnunet",
+            r"no source named 'mds' \(did you mean 'msd'\?\); known: .*folder, mixed, msd, nnunet",
         ),
         (["--source", "msd", "spacing=1"], "unknown key 'spacing'"),
         (["--source", "msd", "--workers", "0"], "--workers must be at least 1"),
