@@ -164,7 +164,7 @@ def _edges(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarra
     low, high = np.percentile(values[valid], (1, 99))
     filled = np.where(valid, values, np.median(values[valid]))
     smooth = gaussian_filter(np.clip((filled - low) / max(float(high - low), 1e-6), 0, 1), 1.0)
-    gradient = np.stack(np.gradient(smooth))
+    gradient = np.array(np.gradient(smooth))
     length = np.sqrt((gradient**2).sum(axis=0))
     known = minimum_filter(valid, size=5, mode="constant", cval=0)
     # an edge of average strength has length 0.7, noise next to none
