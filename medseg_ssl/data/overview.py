@@ -329,5 +329,5 @@ def middle_slices(archive: Archive, key: str) -> bytes:
         canvas.paste(tile, (left, (canvas.height - tile.height) // 2))
         left += tile.width + 4
     buffer = io.BytesIO()
-    canvas.save(buffer, format="PNG", optimize=True)
+    canvas.save(buffer, format="PNG")
     return buffer.getvalue()
