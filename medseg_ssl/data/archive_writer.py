@@ -39,6 +39,7 @@ class ArchiveWriter:
         generation: of the rows on disk, 0 before the first commit.
         scans: rows of the scans on disk, by key.
         cases: rows of the cases on disk, by key.
+        pairs: rows of the pairs on disk.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ArchiveWriter:
         self.fingerprint = archive.fingerprint if archive else ""
         self.scans: dict[str, ScanRow] = dict(archive.scans) if archive else {}
         self.cases: dict[str, CaseRow] = dict(archive.cases) if archive else {}
+        self.pairs: list[PairRow] = list(archive.pairs) if archive else []
 
     @classmethod
     def open(cls, path: Path, recipe: Recipe, classes: Sequence[str] = ()) -> ArchiveWriter:

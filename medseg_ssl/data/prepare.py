@@ -17,7 +17,7 @@ from typing import Any
 from medseg_ssl.analysis.tables import write_text
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.alignment import measure, measured_before, pair_of, pairs_to_measure, with_measures
-from medseg_ssl.data.archive import Archive, Recipe
+from medseg_ssl.data.archive import Recipe
 from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.data.budgets import SIDES
 from medseg_ssl.data.duplicates import Copies, find_copies
@@ -109,12 +109,11 @@ def prepare(
     split = place_subjects(
         config.split, scans, cases=cases, plan=plan, earlier=writer.split(), twins=copies.twins
     )
-    before = Archive.open(writer.path).pairs if writer.generation else []
     # of earlier generations the sources need not be listed in this run
-    stated = {frozenset((p.scan_a, p.scan_b)): p.relation for p in before}
+    stated = {frozenset((p.scan_a, p.scan_b)): p.relation for p in writer.pairs}
     pairs = derive_pairs(scans, declared=stated | plan.declared)
     if recipe.measure_pairs:
-        known = measured_before(before, old=writer.scans, new=scans)
+        known = measured_before(writer.pairs, old=writer.scans, new=scans)
         tasks = pairs_to_measure(pairs.rows, scans, known, archive=writer.path)
         found = _run(measure, tasks, workers=workers, engine=engine, on_progress=on_pairs)
         measured = with_measures(pairs.rows, known | dict(zip(map(pair_of, tasks), found, strict=True)))
@@ -123,7 +122,7 @@ def prepare(
     dropped = _earlier_drops(writer, plan) | {d.key: d.reason for d in plan.dropped}
     summary = _summary(scans, cases, measured, split, dropped)
     summary["notes"] = _notes(copies, demoted=len(pairs.demoted))
-    writer.commit(
+    archive = writer.commit(
         scans,
         cases,
         measured,
@@ -132,7 +131,7 @@ def prepare(
         dropped=sorted(dropped.items()),
         summary=summary,
     )
-    write_text(Path(out) / "overview.html", overview_page(Archive.open(Path(out))))
+    write_text(Path(out) / "overview.html", overview_page(archive))
     return Path(out)
 
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from medseg_ssl.data.dicom.contrast import contrast_of
+from medseg_ssl.data.dicom.elements import SIEMENS_B_VALUE, number, numbers, values
 from medseg_ssl.data.nifti import BadScan
 
 MODALITIES = ("CT", "MR", "PT")
@@ -93,7 +95,6 @@ _FRAME_TIMES = (0x00181063, 0x00181065)
 _NOBODY = re.compile(
     r"(anon(ym(ous|i[sz]ed|e)?)?|unknown|none|null|nil|na|test|phantom|patient|subject|noid|deidentified)0*"
 )
-_SIEMENS_B_VALUE = (0x0019, 0x100C)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,7 @@ def open_header(path: Path, *, pixels: bool = False, every_tag: bool = False) ->
     from pydicom.errors import InvalidDicomError
 
     _silence(pydicom)
-    tags: Any = None if pixels or every_tag else [*_TAGS, _SIEMENS_B_VALUE]
+    tags: Any = None if pixels or every_tag else [*_TAGS, SIEMENS_B_VALUE]
     try:
         _check_inflated(path)
         with warnings.catch_warnings():
@@ -234,15 +235,6 @@ def _check_inflated(path: Path) -> None:
                     raise BadScan(f"a deflated file that inflates to more than {_MOST_INFLATED} bytes", path)
 
 
-def numbers(values: Any, count: int) -> tuple[float, ...] | None:
-    """A multi-valued number of a header, None where it is absent or not ``count`` finite numbers."""
-    try:
-        found = tuple(float(v) for v in values)
-    except (TypeError, ValueError):
-        return None
-    return found if len(found) == count and all(abs(v) < 1e9 for v in found) else None
-
-
 @contextmanager
 def guarded(path: Path) -> Iterator[None]:
     """A header value that no parser reads ends in ``BadScan``: values are parsed when they are looked at."""
@@ -285,7 +277,7 @@ def _not_a_scan(header: Any, sop_class: str) -> str:
         return "colour pixels (RGB); a scan has one number per voxel"
     if str(header.get("PhotometricInterpretation", "MONOCHROME2")) not in ("MONOCHROME1", "MONOCHROME2"):
         return "colour pixels (palette); a scan has one number per voxel"
-    kinds = {str(value).upper() for value in _values(header.get("ImageType"))}
+    kinds = {str(value).upper() for value in values(header.get("ImageType"))}
     if kinds & {"LOCALIZER", "SCOUT", "REF_SURVIEW"}:
         return "a localizer, not a volume"
     if any("PROJECTION" in kind or kind in ("MIP", "MIN_IP") for kind in kinds):
@@ -297,13 +289,13 @@ def _not_a_scan(header: Any, sop_class: str) -> str:
 
 def _regions(header: Any, path: Path) -> Regions:
     series, frames = set(), {str(header.get("FrameOfReferenceUID", "") or "")}
-    for frame in _values(header.get("ReferencedFrameOfReferenceSequence")):
+    for frame in values(header.get("ReferencedFrameOfReferenceSequence")):
         frames.add(str(frame.get("FrameOfReferenceUID", "") or ""))
-        for study in _values(frame.get("RTReferencedStudySequence")):
-            series |= {str(s.SeriesInstanceUID) for s in _values(study.get("RTReferencedSeriesSequence"))}
-    series |= {str(s.SeriesInstanceUID) for s in _values(header.get("ReferencedSeriesSequence"))}
-    rois = [str(r.get("ROIName", "") or "") for r in _values(header.get("StructureSetROISequence"))]
-    segments = [str(g.get("SegmentLabel", "") or "") for g in _values(header.get("SegmentSequence"))]
+        for study in values(frame.get("RTReferencedStudySequence")):
+            series |= {str(s.SeriesInstanceUID) for s in values(study.get("RTReferencedSeriesSequence"))}
+    series |= {str(s.SeriesInstanceUID) for s in values(header.get("ReferencedSeriesSequence"))}
+    rois = [str(r.get("ROIName", "") or "") for r in values(header.get("StructureSetROISequence"))]
+    segments = [str(g.get("SegmentLabel", "") or "") for g in values(header.get("SegmentSequence"))]
     return Regions(path, frozenset(series), frozenset(frames - {""}), tuple(rois + segments))
 
 
@@ -313,15 +305,15 @@ def _planes(header: Any, path: Path) -> list[Plane]:
         raise BadScan(
             f"it states {count} frames of {header.Columns}×{header.Rows}, more than fit into memory", path
         )
-    per_frame = _values(header.get("PerFrameFunctionalGroupsSequence"))
+    per_frame = values(header.get("PerFrameFunctionalGroupsSequence"))
     if per_frame:
-        shared = _values(header.get("SharedFunctionalGroupsSequence"))
+        shared = values(header.get("SharedFunctionalGroupsSequence"))
         return [_plane(header, [header, *shared, frame], path, i) for i, frame in enumerate(per_frame)]
     first = _plane(header, [header], path, 0)
     if count == 1:
         return [first]
     step = header.get("SpacingBetweenSlices")
-    times = any(int(tag) in _FRAME_TIMES for tag in _values(header.get("FrameIncrementPointer")))
+    times = any(int(tag) in _FRAME_TIMES for tag in values(header.get("FrameIncrementPointer")))
     if step is None or times:
         raise BadScan("a multi-frame object that does not say where its frames lie", path)
     # one position and one distance for all frames, as some scanners write
@@ -333,12 +325,12 @@ def _planes(header: Any, path: Path) -> list[Plane]:
     ]
 
 
-def _plane(header: Any, groups: Sequence[Any], path: Path, number: int) -> Plane:
+def _plane(header: Any, groups: Sequence[Any], path: Path, frame: int) -> Plane:
     def find(name: str, *sequences: str) -> Any:
         """The most specific statement: of the frame, of all frames, of the object."""
         for group in reversed(groups):
             for sequence in (*sequences, ""):
-                place = group if not sequence else next(iter(_values(group.get(sequence))), None)
+                place = group if not sequence else next(iter(values(group.get(sequence))), None)
                 if place is not None and place.get(name) not in (None, ""):
                     return place.get(name)
         return None
@@ -361,38 +353,38 @@ def _plane(header: Any, groups: Sequence[Any], path: Path, number: int) -> Plane
         "ImageType"
     )
     b_value = find("DiffusionBValue", "MRDiffusionSequence")
-    if b_value is None and _SIEMENS_B_VALUE in header:
-        b_value = header[_SIEMENS_B_VALUE].value
+    if b_value is None and SIEMENS_B_VALUE in header:
+        b_value = header[SIEMENS_B_VALUE].value
     phase = (
-        _number(b_value),
-        _number(find("EffectiveEchoTime", "MREchoSequence") or find("EchoTime")),
-        _number(find("InversionTimes", "MRModifierSequence") or find("InversionTime")),
-        _number(find("TemporalPositionIndex", "FrameContentSequence") or find("TemporalPositionIdentifier")),
+        number(b_value),
+        number(find("EffectiveEchoTime", "MREchoSequence") or find("EchoTime")),
+        number(find("InversionTimes", "MRModifierSequence") or find("InversionTime")),
+        number(find("TemporalPositionIndex", "FrameContentSequence") or find("TemporalPositionIdentifier")),
     )
     order = (
-        _number(find("FrameAcquisitionNumber", "FrameContentSequence") or find("AcquisitionNumber")),
-        _number(
+        number(find("FrameAcquisitionNumber", "FrameContentSequence") or find("AcquisitionNumber")),
+        number(
             find("NominalCardiacTriggerDelayTime", "CardiacSynchronizationSequence") or find("TriggerTime")
         ),
     )
     modality = str(header.Modality)
     return Plane(
         path=path,
-        frame=number,
+        frame=frame,
         subject=sys.intern(_subject(header, study)),
         study=sys.intern(study),
         series=sys.intern(str(header.get("SeriesInstanceUID", "") or "")),
         frame_of_reference=sys.intern(str(header.get("FrameOfReferenceUID", "") or "")),
         modality=sys.intern(modality),
         contrast=sys.intern(contrast_of(header, modality, find)),
-        image_type=tuple(sys.intern(str(v)) for v in _values(image_type)),
+        image_type=tuple(sys.intern(str(v)) for v in values(image_type)),
         size=(int(header.Rows), int(header.Columns)),
         spacing_mm=(spacing[0], spacing[1]),
         orientation=unit,  # pyright: ignore[reportArgumentType]  # six numbers by ``numbers``
         position_mm=position,  # pyright: ignore[reportArgumentType]
         phase=phase,
         order=order,
-        instance=int(_number(header.get("InstanceNumber")) or 0),
+        instance=int(number(header.get("InstanceNumber")) or 0),
         uid=str(header.get("SOPInstanceUID", "") or ""),
         in_hu=modality == "CT"
         and find("RescaleIntercept", "PixelValueTransformationSequence") is not None
@@ -401,83 +393,9 @@ def _plane(header: Any, groups: Sequence[Any], path: Path, number: int) -> Plane
     )
 
 
-def contrast_of(header: Any, modality: str, find: Any) -> str:
-    """Kind of contrast from physics (times, sequence, tracer), ``""`` where the header does not settle it.
-
-    MR (not echo-planar, not steady-state): spin or gradient echo with short TR and TE is T1w, an inversion of 400 to
-    1400 ms with a short echo too; long TR and TE is T2w, with an inversion above 1500 ms FLAIR; long TR with a short
-    echo PDw; a gradient echo with a long echo T2starw. A b-value makes DWI of any. An agent in the header makes T1w and
-    CT ``+C``. PET: FDG by the tracer's code or name.
-    """
-    named = str(find("ContrastBolusAgent") or "").strip().lower()
-    agent = named not in ("", "none", "no", "n") or bool(_values(header.get("ContrastBolusAgentSequence")))
-    if modality == "PT":
-        return "FDG" if _is_fdg(header) else ""
-    if modality == "CT":
-        return "+C" if agent else ""
-    if find("DiffusionBValue", "MRDiffusionSequence") is not None or _SIEMENS_B_VALUE in header:
-        return "DWI"
-    repetition = _number(find("RepetitionTime", "MRTimingAndRelatedParametersSequence"))
-    echo = _number(find("EffectiveEchoTime", "MREchoSequence") or find("EchoTime"))
-    inversion = _number(find("InversionTimes", "MRModifierSequence") or find("InversionTime"))
-    if not isinstance(repetition, float) or not isinstance(echo, float) or repetition <= 0 or echo <= 0:
-        return ""
-    sequence = {str(v) for v in _values(header.get("ScanningSequence"))}
-    steady = "SS" in {str(v) for v in _values(header.get("SequenceVariant"))}
-    gradient = "GR" in sequence and "SE" not in sequence
-    # echo-planar and steady-state contrast follows other rules; without a sequence nothing follows
-    if not sequence or ("EP" in sequence and not gradient) or (steady and gradient):
-        return ""
-    if isinstance(inversion, float) and inversion > 1500 and echo > 60:
-        return "FLAIR"
-    if isinstance(inversion, float) and 400 <= inversion <= 1400 and echo < 15:
-        return "T1w+C" if agent else "T1w"
-    if isinstance(inversion, float) and inversion > 0:
-        return ""
-    if gradient:
-        if echo > 12:
-            return "T2starw"
-        return ("T1w+C" if agent else "T1w") if repetition < 700 and echo < 10 else ""
-    if repetition < 1000 and echo < 30:
-        return "T1w+C" if agent else "T1w"
-    if repetition > 1800 and echo > 60:
-        return "T2w"
-    return "PDw" if repetition > 1800 and echo < 40 else ""
-
-
-def _is_fdg(header: Any) -> bool:
-    for item in _values(header.get("RadiopharmaceuticalInformationSequence")):
-        for code in _values(item.get("RadiopharmaceuticalCodeSequence")):
-            if str(code.get("CodeValue", "")) in ("C-B1031", "35321007"):
-                return True
-        name = "".join(c for c in str(item.get("Radiopharmaceutical", "") or "").lower() if c.isalpha())
-        if "fdg" in name or "fluorodeoxyglucose" in name or "fludeoxyglucose" in name:
-            return True
-    return False
-
-
 def _subject(header: Any, study: str) -> str:
     name = str(header.get("PatientID", "") or "").strip()
     # what anonymisers write for everybody is nobody's name: of two such studies nobody knows that they are one person's
     issuer = str(header.get("IssuerOfPatientID", "") or "").strip()
     letters = "".join(c for c in name.lower() if c.isalnum())
     return study if not letters.strip("0") or _NOBODY.fullmatch(letters) else f"{issuer}{name}"
-
-
-def _values(value: Any) -> list[Any]:
-    """A header's value as a list: absent, one or many."""
-    if value is None or value == "":
-        return []
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        return [value]
-    return list(value)
-
-
-def _number(value: Any) -> float | str | None:
-    found = next(iter(_values(value)), None)
-    if found is None or found == "":
-        return None
-    try:
-        return float(found)
-    except (TypeError, ValueError):
-        return str(found)[:16]

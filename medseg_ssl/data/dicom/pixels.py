@@ -11,12 +11,12 @@ import numpy as np
 
 from medseg_ssl.data import resample
 from medseg_ssl.data.dicom import suv
+from medseg_ssl.data.dicom.elements import numbers
 from medseg_ssl.data.dicom.headers import (
     MOST_VOXELS,
     Plane,
     Regions,
     guarded,
-    numbers,
     open_header,
     read_planes,
 )

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from medseg_ssl.data.dicom.headers import CONTOURS, guarded, numbers, open_header
+from medseg_ssl.data.dicom.elements import numbers
+from medseg_ssl.data.dicom.headers import CONTOURS, guarded, open_header
 from medseg_ssl.data.dicom.pixels import LPS_TO_RAS, Placed, place, stack_of
 from medseg_ssl.data.nifti import BadScan, Volume, grid_of, label_of
 

@@ -10,6 +10,7 @@ import re
 from datetime import datetime, timedelta
 from typing import Any
 
+from medseg_ssl.data.dicom.elements import number, values
 from medseg_ssl.data.nifti import BadScan
 
 _DAY = 86400.0
@@ -46,11 +47,11 @@ def factor(header: Any) -> float:
         return _philips(header)
     if units != "BQML":
         raise NoSUV("units other than BQML, GML and CNTS, or none")
-    corrected = {str(v).upper() for v in _values(header.get("CorrectedImage"))}
+    corrected = {str(v).upper() for v in values(header.get("CorrectedImage"))}
     if not {"ATTN", "DECY"} <= corrected:
         raise NoSUV("not said to be corrected for attenuation and decay")
     weight = _positive(header.get("PatientWeight"), "body weight")
-    items = _values(header.get("RadiopharmaceuticalInformationSequence"))
+    items = values(header.get("RadiopharmaceuticalInformationSequence"))
     if not items:
         raise NoSUV("no radiopharmaceutical stated")
     dose = _positive(items[0].get("RadionuclideTotalDose"), "injected dose")
@@ -69,8 +70,8 @@ def factor(header: Any) -> float:
 def _philips(header: Any) -> float:
     """Counts of a Philips scanner carry their own factor to SUV in a private element."""
     found = header.get((0x7053, 0x1000))
-    value = _number(getattr(found, "value", None))
-    if value is None or value <= 0:
+    value = number(getattr(found, "value", None))
+    if not isinstance(value, float) or value <= 0:
         raise NoSUV("units CNTS without the vendor's SUV factor")
     return value
 
@@ -116,20 +117,7 @@ def _moment(date: Any, time: Any) -> datetime | None:
 
 
 def _positive(value: Any, what: str) -> float:
-    number = _number(value)
-    if number is None or number <= 0:
+    found = number(value)
+    if not isinstance(found, float) or found <= 0:
         raise NoSUV(f"no {what} stated")
-    return number
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _values(value: Any) -> list[Any]:
-    if value is None or value == "":
-        return []
-    return list(value) if hasattr(value, "__iter__") and not isinstance(value, str) else [value]
+    return found

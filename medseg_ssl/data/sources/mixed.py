@@ -98,9 +98,8 @@ class Mixed(Source):
         volumes = [
             path for path in loose if path.name.lower().endswith(VOLUME_ENDINGS) and _is_no_dicom(path)
         ]
-        others = [
-            path for path in loose if path not in set(volumes) and path.suffix.lower() not in _NEVER_DICOM
-        ]
+        named = set(volumes)
+        others = [path for path in loose if path not in named and path.suffix.lower() not in _NEVER_DICOM]
         listings += [self._loose(volumes, root), self._dicom(others)]
         whole = _joined(listings)
         if not whole.cases:
