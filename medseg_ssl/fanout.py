@@ -275,12 +275,13 @@ def _run_ray(
     scheduler nor the object store holds them all.
     """
     try:
-        import ray  # pyright: ignore[reportMissingImports]
+        import ray
+        from ray import exceptions
     except ImportError:
         raise UserError("engine 'ray' needs the package ray: pip install 'medseg-ssl[cluster]'") from None
     started_here = not ray.is_initialized()
     if started_here:
-        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * threads}
+        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * threads}
         ray.init(log_to_driver=False, include_dashboard=False, **local)
     environment = {"env_vars": {name: str(threads) for name in THREAD_VARIABLES}}
     remote = ray.remote(_attempt).options(num_cpus=threads, max_retries=retries, runtime_env=environment)
@@ -296,9 +297,9 @@ def _run_ray(
                 try:
                     result = ray.get(reference)
                 except (
-                    ray.exceptions.WorkerCrashedError,
-                    ray.exceptions.NodeDiedError,
-                    ray.exceptions.OutOfMemoryError,
+                    exceptions.WorkerCrashedError,
+                    exceptions.NodeDiedError,
+                    exceptions.OutOfMemoryError,
                 ):
                     task = describe(tasks[index])
                     message = f"the worker process of {task} died {retries + 1} times on the cluster"

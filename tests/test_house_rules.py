@@ -29,6 +29,7 @@ DOORS = {
     "nibabel": {"medseg_ssl/data/nifti.py"},
     "pydicom": {f"medseg_ssl/data/dicom/{name}.py" for name in ("headers", "pixels", "regions", "suv")},
     "ray": {"medseg_ssl/fanout.py"},
+    "SimpleITK": {"medseg_ssl/data/coregistration.py"},
     "lightning": {"medseg_ssl/train/runtime.py", "medseg_ssl/train/loop.py"},
     "lightning_fabric": {"medseg_ssl/train/runtime.py", "medseg_ssl/train/loop.py"},
 }

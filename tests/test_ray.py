@@ -49,16 +49,42 @@ def test_a_task_that_kills_every_worker_is_named(tmp_path):
         map_tasks(counted, tasks, workers=2, engine="ray")
 
 
-def test_prepare_on_a_cluster_gives_the_archive_of_one_process(tmp_path):
+def test_prepare_on_a_cluster_with_a_killed_worker_gives_the_archive_of_one_process(tmp_path):
     from medseg_ssl.data.prepare import PrepareConfig, prepare
     from tests.data.scans import FOLDER, folder_tree
 
     root = tmp_path / "raw"
-    folder_tree(root, subjects=4)
+    folder_tree(root, subjects=12)
     config = PrepareConfig.model_validate({"source": FOLDER, "split": {"test": 0, "development": 0}})
+    killed = []
+
+    def kill_one(done, total):
+        """In the middle of the run, a worker at work on a case."""
+        if killed or not 4 <= done < total - 4:
+            return
+        killed.extend(_kill_a_worker())
+
     rows = []
     for engine, workers in (("local", 1), ("ray", 2)):
-        out = prepare(config, [root], tmp_path / engine, workers=workers, engine=engine)
+        tell = kill_one if engine == "ray" else None
+        out = prepare(config, [root], tmp_path / engine, workers=workers, engine=engine, on_progress=tell)
         lines = (out / "manifest.jsonl").read_text().splitlines()
         rows.append(sorted(json.loads(line)["content_hash"] for line in lines))
+        left = {path.name for path in out.rglob("*") if path.name.endswith((".part", ".tmp"))}
+        assert not left, "nothing half written"
+    assert killed
     assert rows[0] == rows[1]
+
+
+def _kill_a_worker():
+    """SIGKILL one process of the cluster that runs a task; its number, or nothing where none runs one now."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                running = (folder / "cmdline").read_bytes().startswith(b"ray::_attempt")
+                if running:
+                    os.kill(int(folder.name), signal.SIGKILL)
+                    return [int(folder.name)]
+            except OSError:
+                continue
+    return []

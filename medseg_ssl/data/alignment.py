@@ -79,11 +79,21 @@ def measured_before(
     pairs: Iterable[PairRow], *, old: Mapping[str, ScanRow], new: Iterable[ScanRow]
 ) -> dict[frozenset[str], Alignment]:
     """Measures of an earlier generation whose two scans have not changed since, by keys."""
-    same = {r.key for r in new if r.key in old and old[r.key].content_hash == r.content_hash}
+    same = unchanged(old, new)
     return {
         frozenset((p.scan_a, p.scan_b)): Alignment(p.overlap, p.offset_mm)
         for p in pairs
         if p.overlap is not None and {p.scan_a, p.scan_b} <= same
+    }
+
+
+def unchanged(old: Mapping[str, ScanRow], new: Iterable[ScanRow]) -> set[str]:
+    """Keys of the scans whose voxels and place are what they were."""
+    same = ((row.key, old.get(row.key), row) for row in new)
+    return {
+        key
+        for key, before, row in same
+        if before is not None and (before.content_hash, before.affine_44) == (row.content_hash, row.affine_44)
     }
 
 
@@ -114,9 +124,9 @@ def measure(task: PairTask) -> Alignment:
     if (extent < _SMALLEST_MM).any():
         return Alignment()
     step = float(np.clip(extent.max() / _CELLS, *_SPACING_MM))
-    fixed, seen = _on_grid(task.archive, a, low, high, step=step)
+    fixed, seen = on_box(task.archive, a, low, high, step=step)
     reach = step * np.ceil(REACH_MM / step)
-    moving, there = _on_grid(task.archive, b, low - reach, high + reach, step=step)
+    moving, there = on_box(task.archive, b, low - reach, high + reach, step=step)
     edge = round(float(reach) / step)
     inner = tuple(slice(edge, edge + n) for n in fixed.shape)
     both = seen & there[inner]
@@ -135,18 +145,32 @@ def measure(task: PairTask) -> Alignment:
 
 def _shared_box(a: ScanRow, b: ScanRow) -> tuple[np.ndarray, np.ndarray]:
     """Corners (x, y, z) in RAS mm of the box that both scans' boxes have in common."""
-    boxes = []
-    for row in (a, b):
-        corners = np.array(np.meshgrid(*[(0, n - 1) for n in row.shape], indexing="ij")).reshape(3, -1)
-        places = np.array(row.affine_44)[:3, :3] @ corners + np.array(row.affine_44)[:3, 3:]
-        boxes.append((places.min(axis=1), places.max(axis=1)))
-    return np.maximum(boxes[0][0], boxes[1][0]), np.minimum(boxes[0][1], boxes[1][1])
+    (low_a, high_a), (low_b, high_b) = box_of(a), box_of(b)
+    return np.maximum(low_a, low_b), np.minimum(high_a, high_b)
 
 
-def _on_grid(
+def box_of(row: ScanRow) -> tuple[np.ndarray, np.ndarray]:
+    """Corners (x, y, z) in RAS mm of the box around a scan's voxel centres."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in row.shape], indexing="ij")).reshape(3, -1)
+    places = np.array(row.affine_44)[:3, :3] @ corners + np.array(row.affine_44)[:3, 3:]
+    return places.min(axis=1), places.max(axis=1)
+
+
+def on_box(
     archive: Path, row: ScanRow, low: np.ndarray, high: np.ndarray, *, step: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Physical values and validity of a scan on a grid along the RAS axes."""
+    """Physical values and validity (D, H, W) of a scan on a grid along the RAS axes.
+
+    Args:
+        archive: folder of the archive.
+        row: of the scan.
+        low: first grid point (x, y, z) in RAS mm.
+        high: no grid point lies beyond it.
+        step: of the grid, in mm.
+
+    Raises:
+        UserError: the volume's file is missing or damaged.
+    """
     stored = store.open_array(archive / "volumes" / f"{row.key}.b2nd")[...]
     x, y, z = (max(1, int(n) + 1) for n in np.floor((high - low) / step + 1e-6))
     affine = np.zeros((4, 4))

@@ -31,6 +31,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationError, fiel
 from medseg_ssl.config import Block, Record, UserError
 from medseg_ssl.data.appearance import SIMILARITY
 from medseg_ssl.data.budgets import read_split
+from medseg_ssl.data.coregistration import Coregister
 from medseg_ssl.data.intensity import Linear, Policy, linear, policies
 from medseg_ssl.data.manifest import CaseRow, PairRow, Row, ScanRow, Split
 from medseg_ssl.data.quality import Quality
@@ -78,6 +79,7 @@ class Recipe(Record):
         near_duplicate: cosine of two appearances from which scans count as near copies; 1 finds equal ones only.
         quality: thresholds of the checks of each scan, and the flags that drop one.
         measure_pairs: measure how pairs of one frame of reference lie on one another (see ``alignment.py``).
+        coregister: which pairs are registered, and how (see ``coregistration.py``).
         intensity: policies that differ from ``intensity.DEFAULT_POLICIES``, by modality.
         foreground: foreground thresholds in physical units that replace the modality's rule.
         split: the default split.
@@ -94,6 +96,7 @@ class Recipe(Record):
     near_duplicate: float = Field(default=SIMILARITY, gt=0.5, le=1)
     quality: Quality = Quality()
     measure_pairs: bool = True
+    coregister: Coregister = Coregister()
     intensity: dict[str, Policy] = Field(default_factory=dict)
     foreground: dict[str, float] = Field(default_factory=dict)
     split: SplitRecipe = SplitRecipe()
@@ -112,7 +115,7 @@ class Recipe(Record):
 
     def voxel_hash(self) -> str:
         """Hash of what decides a volume and its row; a finished one of the same hash is not redone."""
-        without = {"split", "intensity", "drop_duplicates", "near_duplicate", "measure_pairs"}
+        without = {"split", "intensity", "drop_duplicates", "near_duplicate", "measure_pairs", "coregister"}
         return _digest({"format": FORMAT, **self.model_dump(mode="json", exclude=without)})[:16]
 
     def checked(self) -> Recipe:

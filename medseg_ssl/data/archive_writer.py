@@ -25,7 +25,7 @@ from medseg_ssl.data.store import label_hash
 _KEY_LENGTH = 16
 _NEXT = ".next"
 """Folder in which a commit is staged; complete once it holds ``archive.json``."""
-_ROWS_ONLY = ("split", "intensity", "drop_duplicates", "near_duplicate", "measure_pairs")
+_ROWS_ONLY = ("split", "intensity", "drop_duplicates", "near_duplicate", "measure_pairs", "coregister")
 
 
 class ArchiveWriter:

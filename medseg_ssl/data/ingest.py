@@ -13,7 +13,7 @@ from medseg_ssl.config import UserError
 from medseg_ssl.data import intensity, nifti, reading, resample, store
 from medseg_ssl.data.appearance import appearance
 from medseg_ssl.data.archive import Recipe
-from medseg_ssl.data.manifest import CaseRow, ScanRow
+from medseg_ssl.data.manifest import CaseRow, ScanRow, affine_rows
 from medseg_ssl.data.nifti import BadScan, Volume
 from medseg_ssl.data.quality import findings
 from medseg_ssl.data.sources.base import RawScan
@@ -287,7 +287,7 @@ def _store_scan(scan: ScanTask, task: CaseTask, volume: Volume, target: Grid, *,
         unit=raw.unit,
         shape=target.shape,
         spacing_mm=resample.spacing_of(target.affine_44),
-        affine_44=_rows(target.affine_44),
+        affine_44=affine_rows(target.affine_44),
         frame=scan.frame,
         scale=stored.scale,
         offset=stored.offset,
@@ -407,7 +407,3 @@ def _shown(shape: Triple) -> str:
 def _triple(array: np.ndarray) -> Triple:
     d, h, w = array.shape
     return int(d), int(h), int(w)
-
-
-def _rows(affine_44: np.ndarray) -> tuple[tuple[float, float, float, float], ...]:
-    return tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in affine_44)

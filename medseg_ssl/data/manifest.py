@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from medseg_ssl.types import Triple, TripleMm
+
+Affine = tuple[tuple[float, float, float, float], ...]
+"""Four rows of four."""
+
+
+def affine_rows(affine_44: np.ndarray) -> Affine:
+    """A matrix (4, 4) as a row holds it."""
+    return tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in affine_44)
 
 
 class Row(BaseModel):
@@ -62,7 +71,7 @@ class ScanRow(Row):
     unit: str
     shape: Triple
     spacing_mm: TripleMm
-    affine_44: tuple[tuple[float, float, float, float], ...]
+    affine_44: Affine
     frame: str
     scale: float
     offset: float
@@ -75,6 +84,14 @@ class ScanRow(Row):
     source: str = ""
     generation: int = 1
     appearance: str = ""
+
+    def moved(self, transform_44: np.ndarray) -> ScanRow:
+        """The same scan elsewhere.
+
+        Args:
+            transform_44: RAS mm of where it is to RAS mm of where it shall be (4, 4).
+        """
+        return self.model_copy(update={"affine_44": affine_rows(transform_44 @ np.array(self.affine_44))})
 
 
 class CaseRow(Row):
@@ -98,6 +115,9 @@ class PairRow(Row):
     Attributes:
         overlap: Dice of both bodies where both scans have data; None: not measured, or no shared frame.
         offset_mm: how far they lie apart as measured (``alignment.py``); None likewise.
+        coregistration: ``rigid`` or ``affine`` where ``prepare`` registered them (the relation is ``same_frame`` then),
+            ``refused`` where it tried and did not believe the result.
+        transform_44: RAS mm of scan B to RAS mm of scan A where they were registered, else None.
     """
 
     scan_a: str
@@ -105,6 +125,8 @@ class PairRow(Row):
     relation: Literal["registered", "same_frame", "same_study", "same_subject"]
     overlap: float | None = None
     offset_mm: float | None = None
+    coregistration: Literal["", "rigid", "affine", "refused"] = ""
+    transform_44: Affine | None = None
 
 
 class Split(Row):

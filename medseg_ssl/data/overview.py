@@ -155,7 +155,7 @@ def _pairs(archive: Archive) -> Sheet:
     groups: dict[tuple[str, str], list[PairRow]] = {}
     for pair in archive.pairs:
         ends = sorted(kind_of_row(archive.scans[key]) for key in (pair.scan_a, pair.scan_b))
-        groups.setdefault((pair.relation, " – ".join(ends)), []).append(pair)
+        groups.setdefault((_related(pair), " – ".join(ends)), []).append(pair)
     rows = []
     for (relation, ends), members in sorted(groups.items()):
         overlaps = [pair.overlap for pair in members if pair.overlap is not None]
@@ -173,6 +173,13 @@ def _pairs(archive: Archive) -> Sheet:
     return Sheet("pairs", columns, tuple(rows), left=2)
 
 
+def _related(pair: PairRow) -> str:
+    way = {"": "", "refused": ", registration refused"}.get(
+        pair.coregistration, f", by {pair.coregistration} registration"
+    )
+    return f"{pair.relation}{way}"
+
+
 def _misplaced(archive: Archive) -> Sheet:
     apart = sorted((p for p in archive.pairs if p.offset_mm), key=lambda p: -(p.offset_mm or 0.0))
     rows = []
@@ -180,7 +187,13 @@ def _misplaced(archive: Archive) -> Sheet:
         kinds = " – ".join(kind_of_row(archive.scans[key]) for key in (pair.scan_a, pair.scan_b))
         overlap = "" if pair.overlap is None else f"{pair.overlap:.2f}"
         rows.append(
-            (f"{pair.scan_a[:8]} – {pair.scan_b[:8]}", kinds, pair.relation, overlap, f"{pair.offset_mm:.1f}")
+            (
+                f"{pair.scan_a[:8]} – {pair.scan_b[:8]}",
+                kinds,
+                _related(pair),
+                overlap,
+                f"{pair.offset_mm:.1f}",
+            )
         )
     columns = ("pair", "modalities", "relation", "overlap", "offset in mm")
     return Sheet("pairs that lie apart", columns, tuple(rows), left=3)

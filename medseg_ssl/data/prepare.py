@@ -16,18 +16,18 @@ from typing import Any
 
 from medseg_ssl.analysis.tables import write_text
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.data.alignment import measure, measured_before, pair_of, pairs_to_measure, with_measures
 from medseg_ssl.data.archive import Recipe
 from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.data.budgets import SIDES
+from medseg_ssl.data.coregistration import check_library
 from medseg_ssl.data.duplicates import Copies, find_copies
 from medseg_ssl.data.duplicates import notes as copy_notes
 from medseg_ssl.data.ingest import Dropped, Outcome, ingest
 from medseg_ssl.data.manifest import CaseRow, ScanRow, Split
 from medseg_ssl.data.overview import overview_page
-from medseg_ssl.data.pairing import derive_pairs
 from medseg_ssl.data.placing import PrepareSplit, check_split, place_subjects
 from medseg_ssl.data.planning import Plan, plan_tasks
+from medseg_ssl.data.relating import relate
 from medseg_ssl.data.sources.base import Listing, Source
 from medseg_ssl.fanout import map_tasks
 
@@ -75,15 +75,15 @@ def prepare(
         workers: processes.
         engine: ``local`` or ``ray``.
         on_progress: called as cases finish.
-        on_pairs: called as pairs are measured.
+        on_pairs: called as pairs are measured, then as they are registered.
 
     Returns:
         The archive's folder; its ``summary.json`` tells what was done, ``overview.html`` shows what is in it.
 
     Raises:
         ConfigError: the archive has another recipe, or the config does not fit the source.
-        UserError: a root is missing or holds no scan, no scan was kept, a subject in two splits, or a disk
-            that is full.
+        UserError: a root is missing or holds no scan, no scan was kept, a subject in two splits, a package
+            that is not installed, or a disk that is full.
     """
     source_class, options = config.source.resolve("medseg_ssl.data.sources", Source, prefix="source")
     source = source_class(options)  # pyright: ignore[reportAbstractUsage]  # the shelf gives final classes
@@ -95,6 +95,7 @@ def prepare(
         config.split, [listing for _, listing in listings], grown=(Path(out) / "archive.json").exists()
     )
     recipe = config.recipe()
+    check_library(recipe.coregister)
     writer = ArchiveWriter.open(Path(out), recipe, tuple(classes.values()))
     plan = plan_tasks(listings, writer, recipe=recipe, classes=classes)
     outcomes = _run(ingest, plan.tasks, workers=workers, engine=engine, on_progress=on_progress)
@@ -109,23 +110,18 @@ def prepare(
     split = place_subjects(
         config.split, scans, cases=cases, plan=plan, earlier=writer.split(), twins=copies.twins
     )
-    # of earlier generations the sources need not be listed in this run
-    stated = {frozenset((p.scan_a, p.scan_b)): p.relation for p in writer.pairs}
-    pairs = derive_pairs(scans, declared=stated | plan.declared)
-    if recipe.measure_pairs:
-        known = measured_before(writer.pairs, old=writer.scans, new=scans)
-        tasks = pairs_to_measure(pairs.rows, scans, known, archive=writer.path)
-        found = _run(measure, tasks, workers=workers, engine=engine, on_progress=on_pairs)
-        measured = with_measures(pairs.rows, known | dict(zip(map(pair_of, tasks), found, strict=True)))
-    else:
-        measured = pairs.rows
+
+    def run(function: Callable[[Any], Any], tasks: Sequence[Any]) -> list[Any]:
+        return _run(function, tasks, workers=workers, engine=engine, on_progress=on_pairs)
+
+    related = relate(scans, plan.declared, writer=writer, recipe=recipe, run=run)
     dropped = _earlier_drops(writer, plan) | {d.key: d.reason for d in plan.dropped}
-    summary = _summary(scans, cases, measured, split, dropped)
-    summary["notes"] = _notes(copies, demoted=len(pairs.demoted))
+    summary = _summary(scans, cases, related.pairs, split, dropped)
+    summary["notes"] = [*_notes(copies), *related.notes]
     archive = writer.commit(
         scans,
         cases,
-        measured,
+        related.pairs,
         splits=[split],
         sources=plan.sources,
         dropped=sorted(dropped.items()),
@@ -243,7 +239,7 @@ def _summary(
     }
 
 
-def _notes(copies: Copies, *, demoted: int) -> list[str]:
+def _notes(copies: Copies) -> list[str]:
     """Things a person should know, one line each."""
     flags = Counter(flag for row in copies.scans for flag in row.quality)
     notes = []
@@ -251,7 +247,4 @@ def _notes(copies: Copies, *, demoted: int) -> list[str]:
         notes.append(
             f"{flags['non_finite']} scans hold NaN or infinite voxels, kept as no data (flag non_finite)"
         )
-    notes += copy_notes(copies)
-    if demoted:
-        notes.append(f"{demoted} pairs declared registered lie on different grids and are kept as same_frame")
-    return notes
+    return notes + copy_notes(copies)

@@ -17,6 +17,7 @@ import numpy as np
 
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.archive import Archive
+from medseg_ssl.data.manifest import Affine, affine_rows
 from medseg_ssl.draws import numpy_generator
 from medseg_ssl.types import RELATIONS, ViewPlan
 
@@ -31,6 +32,7 @@ class SampleSpec:
         scans: scan keys: one, the two of a pair, or the channels of a case in order.
         case: case key where views are labeled, else None.
         relation: of the pair, ``""`` unpaired.
+        transform_44: RAS mm of the second scan of a pair to those of the first, None where they share theirs already.
     """
 
     index: int
@@ -38,6 +40,7 @@ class SampleSpec:
     scans: tuple[str, ...]
     case: str | None = None
     relation: str = ""
+    transform_44: Affine | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class _Unit:
     scans: tuple[str, ...]
     case: str | None = None
     relation: str = ""
+    transform_44: Affine | None = None
 
 
 class Sampler:
@@ -120,7 +124,7 @@ class Sampler:
         """The sample at a global index."""
         number, place = divmod(index, len(self.units))
         unit = self.units[self._round(number)[place]]
-        return SampleSpec(index, unit.subject, unit.scans, unit.case, unit.relation)
+        return SampleSpec(index, unit.subject, unit.scans, unit.case, unit.relation, unit.transform_44)
 
     def _deal(self, number: int) -> np.ndarray:
         # units of one round: each group's share of places, filled from a stream of permutations of its
@@ -163,7 +167,11 @@ class Sampler:
                 max_offset_mm is not None and pair.offset_mm is not None and pair.offset_mm > max_offset_mm
             )
             if pair.relation in wanted and self._wanted(a.subject) and not apart:
-                units.append(_Unit((a.modality, b.modality), a.subject, (a.key, b.key), None, pair.relation))
+                way = pair.transform_44
+                if way is not None and a.key != pair.scan_a:
+                    way = affine_rows(np.linalg.inv(np.array(way)))
+                kinds = (a.modality, b.modality)
+                units.append(_Unit(kinds, a.subject, (a.key, b.key), None, pair.relation, way))
         if not units:
             present = sorted({pair.relation for pair in self._archive.pairs})
             raise UserError(

@@ -110,6 +110,8 @@ class ViewMaker:
 
     def _place(self, name: str, spec: ViewSpec, sample: SampleSpec, attempt: int) -> list[Placed]:
         rows = [self.archive.scans[key] for key in sample.scans]
+        if sample.transform_44 is not None:
+            rows[1] = rows[1].moved(np.array(sample.transform_44))
         generator = numpy_generator(self.seed, sample.index, f"place/{name}/{attempt}")
         if spec.labeled:
             starts = [self._labeled_start(spec, sample, rows[0], generator) for _ in range(spec.count)]
