@@ -17,9 +17,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.data.archive import FORMAT, Archive, Recipe, fingerprint_of, read_head, rows_text
+from medseg_ssl.data.archive import FORMAT, Archive, Recipe, fingerprint_of, read_head, row_lines
 from medseg_ssl.data.budgets import check_split, read_split, write_split
-from medseg_ssl.data.manifest import CaseRow, PairRow, ScanRow, Split
+from medseg_ssl.data.manifest import CaseRow, PairRow, Row, ScanRow, Split
 from medseg_ssl.data.store import label_hash
 
 _KEY_LENGTH = 16
@@ -141,21 +141,25 @@ class ArchiveWriter:
             generation += 1
             fingerprint = self._fingerprint(scans, labels, generation)
         scans = [r if self._has(r) else r.model_copy(update={"generation": generation}) for r in scans]
-        text = {
-            "manifest.jsonl": rows_text(scans),
-            "cases.jsonl": rows_text(cases),
-            "pairs.jsonl": rows_text(pairs),
-        }
         head = {
             "format": FORMAT,
             "generation": generation,
             "fingerprint": fingerprint,
             "classes": list(self.classes),
-            "rows": {name: hashlib.sha256(content.encode()).hexdigest() for name, content in text.items()},
             "recipe": self.recipe.model_dump(mode="json"),
         }
-        self._save(text, splits, sources=sources, dropped=dropped, summary=summary, head=head)
-        archive = Archive.open(self.path)
+        rows = {"manifest.jsonl": scans, "cases.jsonl": cases, "pairs.jsonl": pairs}
+        self._save(rows, splits, sources=sources, dropped=dropped, summary=summary, head=head)
+        archive = Archive(
+            self.path,
+            self.recipe,
+            fingerprint=fingerprint,
+            generation=generation,
+            classes=self.classes,
+            scans=scans,
+            cases=cases,
+            pairs=pairs,
+        )
         self._remember(archive)
         return archive
 
@@ -167,7 +171,7 @@ class ArchiveWriter:
 
     def _save(
         self,
-        text: Mapping[str, str],
+        rows: Mapping[str, Iterable[Row]],
         splits: Sequence[Split],
         *,
         sources: Mapping[str, str] | None,
@@ -184,13 +188,12 @@ class ArchiveWriter:
             # all of it is on disk before any of it replaces what is there
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir()
-            for name, content in text.items():
-                _write(staged / name, content)
+            digests = {name: _write_rows(staged / name, kind) for name, kind in rows.items()}
             for split in splits:
                 write_split(staged / "splits", split)
             _write(staged / "dropped.csv", _csv(("key", "reason"), dropped))
             _write(staged / "summary.json", json.dumps(dict(summary or {}), indent=1) + "\n")
-            _write(staged / "archive.json", json.dumps(head, indent=1) + "\n")
+            _write(staged / "archive.json", json.dumps({**head, "rows": digests}, indent=1) + "\n")
             _finish_commit(self.path)
         except OSError as error:
             raise UserError(
@@ -293,6 +296,19 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     writer.writerow(header)
     writer.writerows(rows)
     return out.getvalue()
+
+
+def _write_rows(path: Path, rows: Iterable[Row]) -> str:
+    """Write rows into a staged file (nothing reads it before the commit is whole); returns its sha256."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for line in row_lines(rows):
+            data = line.encode()
+            digest.update(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def _write(path: Path, text: str, *, mode: int = 0o644) -> None:

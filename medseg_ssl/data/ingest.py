@@ -167,7 +167,7 @@ def _label_goes_too(task: CaseTask, reason: str) -> list[Dropped]:
 
 def _ingest_scan(
     scan: ScanTask, task: CaseTask, *, native: Grid | None, first: ScanRow | None
-) -> tuple[ScanRow, Grid]:
+) -> tuple[ScanRow, Grid | None]:
     """Store one scan.
 
     Args:
@@ -177,7 +177,7 @@ def _ingest_scan(
         first: row of the case's first scan, on whose archive grid the other channels go.
 
     Returns:
-        The scan's row and its grid in the file.
+        The scan's row and its grid in the file; no grid for a stored scan with nothing beside it.
 
     Raises:
         BadScan: it cannot be used.
@@ -190,6 +190,11 @@ def _ingest_scan(
     stamp = _stamp(*reading.files_of(raw), *first_files, *names)
     stored = store.finished_scan(task.archive, scan.key, recipe=recipe, stamp=stamp)
     if stored is not None:
+        if task.label is None and len(task.scans) == 1:
+            return (
+                stored,
+                None,
+            )  # a header read for nothing is most of the time of a run that has nothing to do
         geometry = reading.read_geometry(raw)
         return stored, Grid(geometry.shape, geometry.affine_44)
     volume = reading.read_scan(raw)

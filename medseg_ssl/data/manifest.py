@@ -5,7 +5,8 @@ Every shape, spacing and box is in (D, H, W) order; affines map a (D, H, W) inde
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -25,6 +26,19 @@ class Row(BaseModel):
     """Base of all rows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def model_post_init(self, context: object) -> None:
+        """Share the note of which fields were given: nobody asks, and in each row it is two fifths of its memory."""
+        object.__setattr__(self, "__pydantic_fields_set__", _all_fields(type(self)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as JSON: a pickled model would bring names and the note of each row's fields along."""
+        return type(self).model_validate_json, (self.model_dump_json(),)
+
+
+@lru_cache
+def _all_fields(kind: type[Row]) -> set[str]:
+    return set(kind.model_fields)
 
 
 class Statistics(Row):

@@ -101,6 +101,7 @@ def prepare(
     outcomes = _run(ingest, plan.tasks, workers=workers, engine=engine, on_progress=on_progress)
     plan.dropped += [d for outcome in outcomes for d in outcome.dropped]
     scans, cases = _merge(writer, outcomes)
+    plan.tasks.clear()  # of a large archive they are gigabytes
     copies = find_copies(scans, cases, drop=recipe.drop_duplicates, threshold=recipe.near_duplicate)
     scans, cases = copies.scans, copies.cases
     plan.dropped += [Dropped(key, Path(plan.sources.get(key, key)), reason) for key, reason in copies.dropped]

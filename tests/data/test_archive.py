@@ -212,7 +212,7 @@ def test_full_disk_leaves_nothing_half_written(built, monkeypatch):
     assert Archive.open(writer.path).fingerprint == archive.fingerprint
 
 
-@pytest.mark.parametrize("renames", range(12))
+@pytest.mark.parametrize("renames", range(9))
 def test_a_commit_that_was_killed_is_finished_or_undone(built, monkeypatch, renames):
     writer, archive = built
     row, case = add(writer, "e")
@@ -229,10 +229,10 @@ def test_a_commit_that_was_killed_is_finished_or_undone(built, monkeypatch, rena
     with pytest.raises(KeyboardInterrupt):
         writer.commit([*writer.scans.values(), row], [*writer.cases.values(), case], [])
     monkeypatch.undo()
-    # six files are staged, archive.json as the last; then they move in
+    # three files are staged by a rename each, archive.json as the last; then all six move in
     again = ArchiveWriter.open(writer.path, RECIPE, CLASSES)
-    assert again.generation == (2 if renames > 5 else 1)
-    assert len(Archive.open(writer.path).scans) == len(archive.scans) + (renames > 5)
+    assert again.generation == (2 if renames > 2 else 1)
+    assert len(Archive.open(writer.path).scans) == len(archive.scans) + (renames > 2)
     assert not (writer.path / ".next").exists()
 
 
@@ -251,6 +251,16 @@ def test_workers_read_the_same(built, method):
     worker.start()
     assert queue.get(timeout=60) == expected
     worker.join(10)
+
+
+def test_rows_travel_small_and_unchanged(built):
+    _, archive = built
+    for row in [*archive.scans.values(), *archive.cases.values()]:
+        again = pickle.loads(pickle.dumps(row))
+        assert again == row
+        assert len(pickle.dumps(row)) < len(row.model_dump_json()) + 200
+        moved = row.model_copy(update={"subject": "other"})
+        assert (moved.subject, row.subject) == ("other", again.subject)
 
 
 def test_pickled_archive_holds_no_files(built):
