@@ -7,6 +7,7 @@ Example::
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -28,7 +29,8 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--split", default="default", help="name of the split to count by")
     arguments = parser.parse_args(argv)
     archive = Archive.open(arguments.archive)
-    console = Console(markup=False)  # names may hold brackets
+    # names may hold brackets; in a pipe there is no window to fit into
+    console = Console(markup=False, width=None if sys.stdout.isatty() else 160)
     console.print(f"{archive.path}: {headline(archive)}", soft_wrap=True)
     for sheet in sheets(archive, split=arguments.split):
         console.print(_table(sheet))

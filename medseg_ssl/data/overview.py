@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def sheets(archive: Archive, *, split: str = "default") -> list[Sheet]:
         _misplaced(archive),
         _counted("quality", "flag", (flag for row in archive.scans.values() for flag in row.quality)),
         _counted("dropped", "reason", _reasons(archive.path / "dropped.csv")),
+        _notes(archive.path / "summary.json"),
     ]
     return [sheet for sheet in made if sheet.rows]
 
@@ -85,7 +87,7 @@ def overview_page(archive: Archive, *, sample: int = SAMPLE) -> str:
         return [section(title.capitalize(), _html(parts[title])) for title in titles if title in parts]
 
     body = [section("Archive", f"<p>{text(headline(archive))}</p>")]
-    body += told("scans", "pairs", "pairs that lie apart", "labels", "quality", "dropped")
+    body += told("scans", "notes", "pairs", "pairs that lie apart", "labels", "quality", "dropped")
     body += [section("Worst quality first", gallery({"": list(_pictures(archive, worst))}) if worst else "")]
     body += [section(f"Middle slices of {len(chosen)} scans", gallery(_by_kind(archive, chosen)))]
     body += [section("Distributions", _distributions(archive))]
@@ -202,6 +204,15 @@ def _misplaced(archive: Archive) -> Sheet:
 def _counted(title: str, name: str, items: Iterable[str]) -> Sheet:
     rows = tuple((item, str(count)) for item, count in Counter(items).most_common(_MOST_SHOWN))
     return Sheet(title, (name, "count"), rows, left=1)
+
+
+def _notes(path: Path) -> Sheet:
+    """What ``prepare`` said at its end."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["notes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = []
+    return Sheet("notes", ("what a person should know",), tuple((str(note),) for note in found), left=1)
 
 
 def _reasons(path: Path) -> list[str]:

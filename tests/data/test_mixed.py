@@ -1,11 +1,16 @@
 """A heap of data sets below one root."""
 
+import csv
 import json
+import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from medseg_ssl.config import Block, ConfigError, UserError
-from medseg_ssl.data.prepare import PrepareConfig
+from medseg_ssl.data.archive import Archive
+from medseg_ssl.data.prepare import PrepareConfig, prepare
 from medseg_ssl.data.sources.base import Source
 from tests.data.dicom_files import places, write_series
 from tests.data.scans import msd_task
@@ -53,7 +58,7 @@ def test_each_set_is_read_by_its_own_source(tmp_path):
     assert len(found.test_subjects) == 1
     assert not any(case.label for case in found.cases)
     reasons = {path.name: reason for path, reason in found.rejected}
-    assert "does not tell its modality" in reasons["p8_lesion.nii.gz"]
+    assert "a label or mask by its name" in reasons["p8_lesion.nii.gz"]
     assert sum(reason.startswith("a label;") for _, reason in found.rejected) == 3
 
 
@@ -104,8 +109,8 @@ def test_names_of_folders_stay_out_of_the_recipe():
 
 
 @pytest.mark.realdata
-@pytest.mark.slow
-def test_all_real_sets_thrown_together(real_data):
+def test_all_real_sets_thrown_together(real_data, tmp_path):
+    """One command over a heap of every layout: each file is a scan or has a reason, and the page is there."""
     folders = {
         "ct_unlabeled": {
             "name": "folder",
@@ -113,13 +118,25 @@ def test_all_real_sets_thrown_together(real_data):
             "modalities": {"CT": {"modality": "CT"}},
         }
     }
-    found = listing(real_data, folders=folders)
-    used = {path for case in found.cases for scan in case.scans for path in (scan.path,)}
-    by_top = {}
-    for path in used:
-        top = path.relative_to(real_data).parts[0]
-        by_top[top] = by_top.get(top, 0) + 1
+    tree = {"source": {"name": "mixed", "folders": folders}, "split": {"test": 0, "development": 0}}
+    out = prepare(PrepareConfig.model_validate(tree), [real_data], tmp_path / "out", workers=2)
+    archive = Archive.open(out)
+    with (out / "private" / "sources.csv").open(newline="") as file:
+        places = {key: Path(place.split("#")[0]) for key, place in list(csv.reader(file))[2:]}
+    by_top = Counter(places[key].relative_to(real_data).parts[0] for key in archive.scans)
     assert by_top["msd_hippocampus"] == 180
     assert by_top["openkbp_ct"] >= 52
     assert by_top["ct_unlabeled"] == 3
-    assert {"dicom_odd", "bids_real", "sts_ct_pet_mr", "open_ms_mr", "brain_tumor_4contrast"} <= set(by_top)
+    assert by_top["sts_ct_pet_mr"] == 108
+    assert {"dicom_odd", "bids_real", "open_ms_mr", "brain_tumor_4contrast"} <= set(by_top)
+    with (out / "dropped.csv").open(newline="") as file:
+        dropped = dict(list(csv.reader(file))[1:])
+    assert set(places) == set(archive.scans) | set(dropped)
+    volumes = {
+        path for path in real_data.rglob("*") if path.name.endswith((".nii", ".nii.gz", ".mha", ".mgz"))
+    }
+    assert volumes <= set(places.values())
+    page = (out / "overview.html").read_text()
+    assert "maybe one subject under two names" in page, "STS_002 is there three times"
+    assert str(real_data) not in page
+    assert not re.search(r"STS_0\d\d|sub-unf|patient\d", page)

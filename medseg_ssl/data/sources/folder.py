@@ -21,6 +21,23 @@ FIELDS = ("subject", "study", "modality")
 VOLUME_ENDINGS = (".nii", ".nii.gz", ".hdr", ".img", ".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".mnc", ".dcm")
 """A file that ends so and fits no pattern is reported; anything else (a README) is passed over."""
 
+_OTHER_FORMATS = {
+    ".hdr": "half of a .hdr/.img pair (Analyze or NIfTI)",
+    ".img": "half of a .hdr/.img pair (Analyze or NIfTI)",
+    ".mgz": "a FreeSurfer volume",
+    ".mgh": "a FreeSurfer volume",
+    ".mha": "a MetaImage volume",
+    ".mhd": "a MetaImage volume",
+    ".nrrd": "an NRRD volume",
+    ".mnc": "a MINC volume",
+}
+
+
+def other_format(path: Path) -> str:
+    """What to say of a volume that is no single NIfTI file and that no pattern asks for; ``""`` for any other file."""
+    kind = _OTHER_FORMATS.get(path.suffix.lower())
+    return f"{kind}; only NIfTI and DICOM are read: convert it to .nii.gz" if kind else ""
+
 
 class FolderConfig(SourceConfig):
     """How file names are read.
@@ -167,7 +184,8 @@ class Folder(Source):
                 # without the token: of an odd name it may hold a part of the subject's, and reasons are public
                 rejected.append((path, f"its modality is none of source.modalities; known: {_known(config)}"))
             else:
-                rejected.append((path, "its path does not match the source's pattern"))
+                other = other_format(path)
+                rejected.append((path, other or "its path does not match the source's pattern"))
         return named, rejected
 
     def _cases(self, files: Sequence[_Named], root: Path) -> _Cases:

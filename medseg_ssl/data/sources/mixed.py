@@ -22,7 +22,7 @@ from medseg_ssl.data.sources._json import read_mapping
 from medseg_ssl.data.sources._kinds import KNOWN_NAMES, kind_of
 from medseg_ssl.data.sources.base import Listing, RawCase, RawRelation, RawScan, Source, SourceConfig
 from medseg_ssl.data.sources.dicom import Dicom, DicomConfig
-from medseg_ssl.data.sources.folder import VOLUME_ENDINGS
+from medseg_ssl.data.sources.folder import VOLUME_ENDINGS, other_format
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,9 @@ _MARK_BYTES = 64 * 2**20
 _TASK_FOLDERS = ("imagesTr", "imagesTs", "labelsTr", "labelsTs")
 _TOKEN = re.compile(
     rf"(?i)(?:(?P<subject>.+?)[_\-. ])?(?P<token>{KNOWN_NAMES})(?:[_\-. ](?:image|img|brain|n4|norm))?"
+)
+_LABEL = re.compile(
+    r"(?i)(?:.+[_\-. ])?(?:auto|manual)?(?:masks?|seg|segmentation|labels?|lesions?|roi|gt|gtv)"
 )
 _NEVER_DICOM = (
     ".json",
@@ -46,6 +49,18 @@ _NEVER_DICOM = (
     ".py",
     ".zip",
 )
+
+
+def _why_not(path: Path) -> str:
+    """Why a loose volume is no scan."""
+    if not is_nifti_name(path) and other_format(path):
+        return other_format(path)
+    what = (
+        "a label or mask by its name"
+        if _LABEL.fullmatch(nifti_stem(path))
+        else "its name does not tell its modality"
+    )
+    return f"{what}; source.folders can explain its folder"
 
 
 class MixedConfig(SourceConfig):
@@ -146,9 +161,7 @@ class Mixed(Source):
         for path in volumes:
             found = _TOKEN.fullmatch(nifti_stem(path)) if is_nifti_name(path) else None
             if found is None:
-                rejected.append(
-                    (path, "its name does not tell its modality; source.folders can explain its folder")
-                )
+                rejected.append((path, _why_not(path)))
                 continue
             relative = path.relative_to(root)
             top = relative.parts[0] if len(relative.parts) > 1 else ""
