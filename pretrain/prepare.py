@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> Path:
             raise ConfigError("--download takes one --root, the folder to unpack into")
         roots = [download_task(arguments.download, roots[0] if roots else cache)]
     with _progress(console) as progress:
+        bar_of_files = progress.add_task("files", total=None)
         bar = progress.add_task("cases", total=None)
         bar_of_pairs = progress.add_task("pairs", total=None)
         path = prepare(
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> Path:
             arguments.out,
             workers=arguments.workers,
             engine=arguments.engine,
+            on_files=lambda finished, total: progress.update(bar_of_files, completed=finished, total=total),
             on_progress=lambda finished, total: progress.update(bar, completed=finished, total=total),
             on_pairs=lambda finished, total: progress.update(bar_of_pairs, completed=finished, total=total),
         )

@@ -28,7 +28,7 @@ from medseg_ssl.data.overview import overview_page
 from medseg_ssl.data.placing import PrepareSplit, check_split, place_subjects
 from medseg_ssl.data.planning import Plan, plan_tasks
 from medseg_ssl.data.relating import relate
-from medseg_ssl.data.sources.base import Listing, Source
+from medseg_ssl.data.sources.base import FanOut, Listing, Source
 from medseg_ssl.fanout import map_tasks
 
 Progress = Callable[[int, int], None]
@@ -63,6 +63,7 @@ def prepare(
     *,
     workers: int = 1,
     engine: str = "local",
+    on_files: Progress | None = None,
     on_progress: Progress | None = None,
     on_pairs: Progress | None = None,
 ) -> Path:
@@ -74,6 +75,7 @@ def prepare(
         out: folder of the archive; one that exists is continued if its recipe is the same.
         workers: processes.
         engine: ``local`` or ``ray``.
+        on_files: called as files are looked at, where a source has to open each of them.
         on_progress: called as cases finish.
         on_pairs: called as pairs are measured, then as they are registered.
 
@@ -86,7 +88,8 @@ def prepare(
             that is not installed, or a disk that is full.
     """
     source_class, options = config.source.resolve("medseg_ssl.data.sources", Source, prefix="source")
-    source = source_class(options)  # pyright: ignore[reportAbstractUsage]  # the shelf gives final classes
+    fan_out = FanOut(workers, engine, on_files)
+    source = source_class(options, fan_out)  # pyright: ignore[reportAbstractUsage]  # the shelf gives final classes
     if not roots:
         raise ConfigError("prepare needs at least one --root")
     listings = [(root, source.list(root)) for root in (Path(root).resolve() for root in roots)]

@@ -15,7 +15,7 @@ from medseg_ssl.data.dicom.headers import read_planes
 from medseg_ssl.data.dicom.regions import fill_polygon
 from medseg_ssl.data.nifti import BadScan
 from medseg_ssl.data.prepare import PrepareConfig, prepare
-from medseg_ssl.data.sources.base import Source
+from medseg_ssl.data.sources.base import FanOut, Source
 from tests.data.dicom_files import (
     ENHANCED_MR,
     SEG,
@@ -361,6 +361,24 @@ def test_files_that_are_no_dicom_are_told(tmp_path):
         "report.pdf": "not a DICOM file",
         "empty.dcm": "not a DICOM file",
     }
+
+
+def test_headers_read_side_by_side_give_the_same_listing(tmp_path, monkeypatch):
+    from medseg_ssl.data.sources import dicom
+
+    write_series(tmp_path / "a", noise(6, 4, 4), places(6))
+    write_series(tmp_path / "b", noise(5, 4, 4, seed=1), places(5), series="other")
+    (tmp_path / "readme").write_text("no DICOM")
+    cls, config = Block(name="dicom").resolve("medseg_ssl.data.sources", Source, prefix="source")
+    alone = cls(config).list(tmp_path)
+    monkeypatch.setattr(dicom, "_MANY", 1)
+    monkeypatch.setattr(dicom, "_CHUNK", 5)
+    told = []
+    both = cls(config, FanOut(workers=2, on_progress=lambda *counts: told.append(counts))).list(tmp_path)
+    assert len(alone.cases) == 2
+    assert both == alone
+    assert told[-1] == (12, 12)
+    assert len(told) == 3
 
 
 def test_a_truncated_slice_drops_its_scan(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -99,13 +99,28 @@ class Listing:
     test_subjects: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class FanOut:
+    """What a source may use where it has to open every file.
+
+    Attributes:
+        workers: processes.
+        engine: ``local`` or ``ray``.
+        on_progress: called with (files looked at, files in all).
+    """
+
+    workers: int = 1
+    engine: str = "local"
+    on_progress: Callable[[int, int], None] | None = None
+
+
 class Source(ABC):
     """A layout of raw data on disk."""
 
     Config: ClassVar[type[SourceConfig]]
 
-    def __init__(self, config: SourceConfig) -> None:
-        self.config = config
+    def __init__(self, config: SourceConfig, fan_out: FanOut | None = None) -> None:
+        self.config, self.fan_out = config, fan_out or FanOut()
 
     @abstractmethod
     def list(self, root: Path) -> Listing:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,11 @@ from medseg_ssl.data.dicom.series import Stack, stacks
 from medseg_ssl.data.nifti import BadScan
 from medseg_ssl.data.sources._labels import class_values
 from medseg_ssl.data.sources.base import Listing, RawCase, RawScan, Source, SourceConfig
+from medseg_ssl.fanout import map_tasks
+
+_CHUNK = 100
+"""Files that a worker looks at in one go."""
+_MANY = 2000
 
 
 class DicomConfig(SourceConfig):
@@ -84,15 +90,11 @@ class Dicom(Source):
         planes: list[Plane] = []
         drawings: list[Regions] = []
         rejected: list[tuple[Path, str]] = []
-        for path in files:
-            if path.name.startswith("."):
-                continue
-            try:
-                found = read_planes(path)
-            except BadScan as error:
-                rejected.append((path, error.reason))
-                continue
-            if isinstance(found, Regions):
+        paths = [path for path in files if not path.name.startswith(".")]
+        for path, found in zip(paths, self._headers(paths), strict=True):
+            if isinstance(found, str):
+                rejected.append((path, found))
+            elif isinstance(found, Regions):
                 drawings.append(found)
             elif found[0].modality not in self.config.modalities:
                 rejected.append((path, f"modality {found[0].modality}, which source.modalities leaves out"))
@@ -119,6 +121,28 @@ class Dicom(Source):
             rejected=tuple(dict(rejected).items()),
             test_subjects=frozenset(self.config.test_subjects),
         )
+
+    def _headers(self, paths: Sequence[Path]) -> Iterator[list[Plane] | Regions | str]:
+        """What each file holds, or why it is of no use; many files are read side by side."""
+        chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
+        fan_out, done = self.fan_out, 0
+
+        def tick(index: int, result: object) -> None:
+            nonlocal done
+            done += len(chunks[index])
+            if fan_out.on_progress is not None:
+                fan_out.on_progress(done, len(paths))
+
+        few = len(paths) < _MANY  # starting processes takes as long
+        read = map_tasks(
+            look_at,
+            chunks,
+            workers=1 if few else fan_out.workers,
+            engine="local" if few else fan_out.engine,
+            on_result=tick,
+            describe=lambda chunk: f"{len(chunk)} files from {chunk[0]} on",
+        )
+        return chain.from_iterable(read)
 
     def _cases(
         self, scans: Sequence[tuple[Stack, RawScan]], drawings: Iterable[Regions]
@@ -159,6 +183,17 @@ class Dicom(Source):
             for i, (_, scan) in enumerate(scans)
         ]
         return cases, left
+
+
+def look_at(paths: Sequence[Path]) -> list[list[Plane] | Regions | str]:
+    """What some files hold, by their headers, or why one is of no use."""
+    found: list[list[Plane] | Regions | str] = []
+    for path in paths:
+        try:
+            found.append(read_planes(path))
+        except BadScan as error:
+            found.append(error.reason)
+    return found
 
 
 def _scan(stack: Stack) -> RawScan:

@@ -145,7 +145,7 @@ class Mixed(Source):
         """What a data set's own source lists, without labels and with subjects named after the set."""
         source, options = part.block.resolve("medseg_ssl.data.sources", Source, prefix="source")
         try:
-            found = source(options).list(part.folder)  # pyright: ignore[reportAbstractUsage]
+            found = source(options, self.fan_out).list(part.folder)  # pyright: ignore[reportAbstractUsage]
         except UserError as error:
             # the message names paths, which are not for dropped.csv
             logger.warning("%s is left out: %s", part.folder, error)
@@ -180,7 +180,7 @@ class Mixed(Source):
         return Listing(tuple(cases), rejected=tuple(rejected))
 
     def _dicom(self, files: Iterable[Path]) -> Listing:
-        return Dicom(self.config.dicom).list_files(files)
+        return Dicom(self.config.dicom, self.fan_out).list_files(files)
 
 
 def _marked(path: Path) -> _Part | None:
