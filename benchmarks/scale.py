@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,9 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--engines", nargs="+", default=["local"], choices=("local", "ray"))
     parser.add_argument("--folder", type=Path, help="for temporary files (default: the system's)")
+    parser.add_argument("--one", nargs=2, metavar=("FOLDER", "ENGINE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    for name in THREADS:
-        os.environ[name] = "1"
+    if arguments.one:
+        folder, engine = arguments.one
+        row = measure(Path(folder), arguments.scans[0], processes=arguments.processes, engine=engine)
+        sys.stdout.write("\t".join(row))
+        return 0
     columns = (
         "engine",
         "scans",
@@ -53,11 +58,23 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="medseg-scale-") as folder:
             write_scans(Path(folder) / "raw", count)
             for engine in arguments.engines:
-                row = measure(Path(folder), count, processes=arguments.processes, engine=engine)
+                row = in_a_process(folder, count, processes=arguments.processes, engine=engine)
                 table.add_row(engine, *row)
                 Console().print(engine, *row)  # what is known before the largest is through
     Console().print(table)
     return 0
+
+
+def in_a_process(folder: str, count: int, *, processes: int, engine: str) -> list[str]:
+    """``measure`` in a fresh interpreter, whose highest memory is its own."""
+    options = ["--scans", str(count), "--processes", str(processes), "--one", folder, engine]
+    environment = {**os.environ, **dict.fromkeys(THREADS, "1")}
+    out = subprocess.run(
+        [sys.executable, __file__, *options], env=environment, capture_output=True, text=True, check=False
+    )
+    if out.returncode:
+        raise SystemExit(f"prepare failed:\n{out.stderr[-2000:]}")
+    return out.stdout.splitlines()[-1].split("\t")
 
 
 def measure(folder: Path, count: int, *, processes: int, engine: str) -> list[str]:
@@ -86,7 +103,7 @@ def measure(folder: Path, count: int, *, processes: int, engine: str) -> list[st
     start = time.perf_counter()
     prepare(config, [raw], out, workers=processes, engine=engine)
     again = time.perf_counter() - start
-    # of this process and of the largest worker: neither may grow with the archive beyond its rows
+    # of this process and of the largest local worker (Ray's are not its children)
     memory = sum(
         resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )

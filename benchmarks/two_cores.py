@@ -1,7 +1,8 @@
 """What a second core gives ``prepare``, beside what it gives two processes of pure computation in the same run.
 
 CT-like volumes of 256x256x200 voxels, resampled to 1 mm, are prepared by one process and by two, interleaved with a
-computation that touches neither disk nor memory, in one process and in two. Starting the workers counts on both sides.
+computation that touches neither disk nor memory, in one process and in two. Starting the workers counts on both sides;
+waiting for the disk counts for ``prepare`` alone, and two processes can wait at the same time.
 
     python benchmarks/two_cores.py --volumes 24 --rounds 3
 """
@@ -12,7 +13,6 @@ import argparse
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,11 +20,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS"):
-    os.environ[name] = "1"
-sys.path.insert(0, str(Path(__file__).parent))
-
-from prepare import TASK, write_task  # noqa: E402
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS")
+TASK = "Dataset001_Bench"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions; the median counts")
     parser.add_argument("--folder", type=Path, help="for temporary files (default: the system's)")
     arguments = parser.parse_args(argv)
+    os.environ.update(dict.fromkeys(THREADS, "1"))  # before numpy is imported
+    from prepare import write_task
+
     seconds: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="medseg-cores-") as folder:
         root = Path(folder)
@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         for _ in range(arguments.rounds):
             for processes in (1, 2):
                 seconds.setdefault(("prepare", processes), []).append(time_prepare(root, processes))
-                seconds.setdefault(("computation", processes), []).append(time_computation(processes))
+                seconds.setdefault(("computation", processes), []).append(
+                    time_computation(processes, arguments.volumes)
+                )
     table = Table(
         "", "1 process (s)", "2 processes (s)", "gain", title=f"{arguments.volumes} volumes, medians"
     )
@@ -75,12 +77,12 @@ def time_prepare(root: Path, processes: int) -> float:
     return time.perf_counter() - start
 
 
-def time_computation(processes: int) -> float:
-    """Seconds of 24 tasks of counting, about as long as the volumes take."""
+def time_computation(processes: int, tasks: int) -> float:
+    """Seconds of tasks of counting, each about as long as a volume takes."""
     from medseg_ssl.fanout import map_tasks
 
     start = time.perf_counter()
-    map_tasks(count, [18_000_000] * 24, workers=processes)
+    map_tasks(count, [18_000_000] * tasks, workers=processes)
     return time.perf_counter() - start
 
 

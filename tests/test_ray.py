@@ -64,27 +64,37 @@ def test_prepare_on_a_cluster_with_a_killed_worker_gives_the_archive_of_one_proc
             return
         killed.extend(_kill_a_worker())
 
-    rows = []
+    rows, counts = [], []
     for engine, workers in (("local", 1), ("ray", 2)):
         tell = kill_one if engine == "ray" else None
         out = prepare(config, [root], tmp_path / engine, workers=workers, engine=engine, on_progress=tell)
         lines = (out / "manifest.jsonl").read_text().splitlines()
-        rows.append(sorted(json.loads(line)["content_hash"] for line in lines))
-        left = {path.name for path in out.rglob("*") if path.name.endswith((".part", ".tmp"))}
-        assert not left, "nothing half written"
+        found = [json.loads(line) for line in lines]
+        same = ("content_hash", "affine_44", "statistics", "shape", "quality")
+        rows.append(sorted(json.dumps([row[name] for name in same]) for row in found))
+        counts.append([len((out / f"{name}.jsonl").read_text().splitlines()) for name in ("cases", "pairs")])
     assert killed
     assert rows[0] == rows[1]
+    assert counts[0] == counts[1]
+    prepare(config, [root], tmp_path / "ray")
+    assert not [path for path in (tmp_path / "ray").rglob(".*.part")], "nothing half written stays"
 
 
 def _kill_a_worker():
-    """SIGKILL one process of the cluster that runs a task; its number, or nothing where none runs one now."""
+    """SIGKILL a process of this test's own cluster that runs a task; its number, or nothing where none does."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
                 running = (folder / "cmdline").read_bytes().startswith(b"ray::_attempt")
-                if running:
+                if running and _descends(int(folder.name)):
                     os.kill(int(folder.name), signal.SIGKILL)
                     return [int(folder.name)]
             except OSError:
                 continue
     return []
+
+
+def _descends(process):
+    while process > 1 and process != os.getpid():
+        process = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return process == os.getpid()

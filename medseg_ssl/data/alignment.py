@@ -71,7 +71,9 @@ def pairs_to_measure(
     return [
         PairTask(archive, rows[pair.scan_a], rows[pair.scan_b])
         for pair in pairs
-        if pair.relation in SHARED and frozenset((pair.scan_a, pair.scan_b)) not in known
+        if pair.relation in SHARED
+        and pair.transform_44 is None
+        and frozenset((pair.scan_a, pair.scan_b)) not in known
     ]
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationError, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationError, field_validator, model_validator
 
 from medseg_ssl.config import Block, Record, UserError
 from medseg_ssl.data.appearance import SIMILARITY
@@ -100,6 +100,14 @@ class Recipe(Record):
     intensity: dict[str, Policy] = Field(default_factory=dict)
     foreground: dict[str, float] = Field(default_factory=dict)
     split: SplitRecipe = SplitRecipe()
+
+    @model_validator(mode="after")
+    def _measured_first(self) -> Recipe:
+        if self.coregister.misplaced_mm is not None and not self.measure_pairs:
+            raise ValueError(
+                "coregister.misplaced_mm needs measure_pairs: true, which tells how far pairs lie apart"
+            )
+        return self
 
     @field_validator("intensity", "foreground")
     @classmethod
@@ -175,7 +183,6 @@ class Archive:
         head = read_head(path)
         try:
             recipe = Recipe.model_validate(head["recipe"])
-            found = {name: _digest_of(path / name) for name in ROWS}
             known = dict(
                 fingerprint=str(head["fingerprint"]),
                 generation=int(head["generation"]),
@@ -184,10 +191,9 @@ class Archive:
             stated = head["rows"]
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"archive {path} is damaged ({_clause(error)}); run prepare again") from error
-        for name, digest in found.items():
-            if digest != stated.get(name):
-                raise UserError(f"archive {path}: {name} does not belong to archive.json; run prepare again")
-        rows = {name: read_rows(path / name, kind) for name, kind in ROWS.items()}
+        rows = {
+            name: read_rows(path / name, kind, digest=stated.get(name, "")) for name, kind in ROWS.items()
+        }
         return cls(
             path,
             recipe,
@@ -331,28 +337,37 @@ def row_lines(rows: Iterable[Row]) -> Iterator[str]:
     return (row.model_dump_json() + "\n" for row in rows)
 
 
-def read_rows(path: Path, kind: type[R]) -> list[R]:
+def read_rows(path: Path, kind: type[R], *, digest: str | None = None) -> list[R]:
     """Read a file of JSON lines.
 
+    Args:
+        path: of the file.
+        kind: of its rows.
+        digest: sha256 that ``archive.json`` states; None: not checked.
+
     Raises:
-        UserError: unreadable, or a line that is no such row; the message names file and line.
+        UserError: unreadable, of another digest, or a line that is no such row; the message names file and line.
     """
-    rows = []
+    rows: list[R] = []
+    wrong, found = "", hashlib.sha256()
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            for line in file:
-                rows.append(kind.model_validate_json(line))
-    except ValidationError as error:
-        message = f"{path}, line {len(rows) + 1}, is no {kind.__name__}: {error.errors()[0]['msg']}"
-        raise UserError(message) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                found.update(line)
+                if not wrong:
+                    try:
+                        rows.append(kind.model_validate_json(line))
+                    except ValidationError as error:
+                        wrong = f"{path}, line {number}, is no {kind.__name__}: {error.errors()[0]['msg']}"
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; run prepare again") from error
+    if digest is not None and found.hexdigest() != digest:
+        raise UserError(
+            f"archive {path.parent}: {path.name} does not belong to archive.json; run prepare again"
+        )
+    if wrong:
+        raise UserError(wrong)
     return rows
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_head(path: Path) -> dict[str, Any]:
@@ -394,9 +409,12 @@ def fingerprint_of(
         labels: content hashes of the label maps.
         generation: number of the manifest.
     """
+    stated = recipe.model_dump(mode="json")
+    if recipe.coregister == Coregister():
+        stated.pop("coregister")  # archives made before the key existed keep their fingerprint
     return _digest(
         {
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": stated,
             "classes": list(classes),
             # geometry too: a corrected header with the same voxels is another archive
             "scans": sorted([row.content_hash, row.modality, str(row.affine_44)] for row in scans),

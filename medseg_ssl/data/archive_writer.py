@@ -40,6 +40,7 @@ class ArchiveWriter:
         scans: rows of the scans on disk, by key.
         cases: rows of the cases on disk, by key.
         pairs: rows of the pairs on disk.
+        coregistered_by: what their registration was asked for.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ArchiveWriter:
         self.scans: dict[str, ScanRow] = dict(archive.scans) if archive else {}
         self.cases: dict[str, CaseRow] = dict(archive.cases) if archive else {}
         self.pairs: list[PairRow] = list(archive.pairs) if archive else []
+        self.coregistered_by = (archive.recipe if archive else self.recipe).coregister
 
     @classmethod
     def open(cls, path: Path, recipe: Recipe, classes: Sequence[str] = ()) -> ArchiveWriter:
@@ -70,9 +72,12 @@ class ArchiveWriter:
         try:
             if started.is_file():
                 _finish_commit(path)
+                _sweep(path)
             if (path / "archive.json").exists():
                 head = read_head(path)
-                _same_recipe(path, _completed({**head["recipe"], "classes": head["classes"]}), wanted)
+                there = _completed({**head["recipe"], "classes": head["classes"]})
+                # registration touches rows alone, so it may be asked for later
+                _same_recipe(path, {**there, "coregister": wanted["coregister"]}, wanted)
                 before = Archive.open(path)
             elif started.is_file():
                 # an interrupted first run: volumes exist, rows do not
@@ -240,6 +245,13 @@ def _finish_commit(path: Path) -> None:
                 os.replace(file, target)
         os.replace(staged / "archive.json", path / "archive.json")
     shutil.rmtree(staged, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what workers that were killed in the middle of a write left behind."""
+    for folder in ("volumes", "labels", "private"):
+        for file in (path / folder).glob(".*.part"):
+            file.unlink(missing_ok=True)
 
 
 def _completed(tree: Mapping[str, Any]) -> dict[str, Any]:

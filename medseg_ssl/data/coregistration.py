@@ -3,8 +3,8 @@
 No volume is resampled for it: the transform goes into the pair's row, and crops of the pair are cut through it. It is
 found by mutual information of both scans on a common grid of a few millimetres (Mattes et al., IEEE TMI 2003), from two
 starts, once from each scan to the other. It is believed only where the two ways undo one another (Christensen and
-Johnson, IEEE TMI 2001) and the edges of both scans agree afterwards (``alignment.py``), which scans of different parts
-of a body do not. Figures are in LOG.md.
+Johnson, IEEE TMI 2001) and edges then show no offset (``alignment.py``). It is no test of identity: brains of two
+people may pass. Figures are in LOG.md.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from pydantic import PositiveFloat
 
 from medseg_ssl.config import Record, UserError
-from medseg_ssl.data.alignment import SHARED, Alignment, PairTask, box_of, measure, on_box
-from medseg_ssl.data.manifest import PairRow, ScanRow, affine_rows
+from medseg_ssl.data.alignment import SHARED, PairTask, box_of, measure, on_box
+from medseg_ssl.data.manifest import Affine, PairRow, ScanRow, affine_rows
 
 if TYPE_CHECKING:
     from SimpleITK import Image, Transform
@@ -33,19 +33,18 @@ _FEWEST = 1000
 
 
 class Coregister(Record):
-    """Which pairs ``prepare`` registers.
+    """Which pairs ``prepare`` registers: those of one study that share no frame of reference, and misplaced ones.
 
     Attributes:
         transform: what is looked for; ``none`` looks for nothing.
-        relations: of pairs that share no frame of reference.
-        misplaced_mm: pairs that do share one are registered too where they were measured to lie further apart; None
+        misplaced_mm: pairs that do share a frame are registered too where they were measured to lie further apart; None
             leaves them.
         accept_mm: largest mean distance by which both ways fail to undo one another; a pair beyond stays what it was.
-        accept_offset_mm: largest offset measured afterwards, likewise.
+            A transform that moves the body by less than that is within its own error: the pair is left where it is.
+        accept_offset_mm: largest offset measured afterwards; of a misplaced pair it must have become smaller too.
     """
 
     transform: Literal["none", "rigid", "affine"] = "none"
-    relations: tuple[Literal["same_study", "same_subject"], ...] = ("same_study",)
     misplaced_mm: PositiveFloat | None = None
     accept_mm: PositiveFloat = 1.5
     accept_offset_mm: PositiveFloat = 4.0
@@ -53,27 +52,35 @@ class Coregister(Record):
 
 @dataclass(frozen=True)
 class CoregisterTask:
-    """A pair to register, scan A staying where it is."""
+    """A pair to register, scan A staying where it is.
+
+    Attributes:
+        pair: both scans.
+        how: what is looked for.
+        offset_mm: how far a misplaced pair was measured to lie apart; None for one that shares no frame.
+    """
 
     pair: PairTask
     how: Coregister
+    offset_mm: float | None = None
 
     def __str__(self) -> str:
         """For messages, by keys."""
         return str(self.pair)
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Record):
     """What came of a pair.
 
     Attributes:
         transform_44: (4, 4), RAS mm of scan B to RAS mm of scan A; None where none is believed.
-        alignment: measured with the transform.
+        overlap: of both bodies, with the transform.
+        offset_mm: how far they lie apart, with the transform.
     """
 
-    transform_44: np.ndarray | None = None
-    alignment: Alignment | None = None
+    transform_44: Affine | None = None
+    overlap: float | None = None
+    offset_mm: float | None = None
 
 
 def check_library(how: Coregister) -> None:
@@ -100,13 +107,21 @@ def pairs_to_register(
         return []
     rows = {row.key: row for row in scans}
     wanted = [pair for pair in pairs if not pair.coregistration and _wanted(pair, how)]
-    return [CoregisterTask(PairTask(archive, rows[p.scan_a], rows[p.scan_b]), how) for p in wanted]
+    return [
+        CoregisterTask(
+            PairTask(archive, rows[p.scan_a], rows[p.scan_b]),
+            how,
+            p.offset_mm if p.relation in SHARED else None,
+        )
+        for p in wanted
+    ]
 
 
 def _wanted(pair: PairRow, how: Coregister) -> bool:
-    if pair.relation not in SHARED:
-        return pair.relation in how.relations
-    return how.misplaced_mm is not None and (pair.offset_mm or 0.0) > how.misplaced_mm
+    if pair.relation in SHARED:
+        return None not in (how.misplaced_mm, pair.offset_mm) and pair.offset_mm > how.misplaced_mm  # pyright: ignore
+    # on another day the body may have changed: no frame could be shared
+    return pair.relation == "same_study"
 
 
 def with_transforms(
@@ -118,17 +133,11 @@ def with_transforms(
         result = found.get(frozenset((pair.scan_a, pair.scan_b)))
         if result is None:
             rows.append(pair)
-        elif result.transform_44 is None or result.alignment is None:
-            rows.append(pair.model_copy(update={"coregistration": "refused"}))
-        else:
-            update = {
-                "relation": "same_frame",
-                "coregistration": how.transform,
-                "transform_44": affine_rows(result.transform_44),
-                "overlap": result.alignment.overlap,
-                "offset_mm": result.alignment.offset_mm,
-            }
-            rows.append(pair.model_copy(update=update))
+            continue
+        update: dict[str, object] = {"coregistration": "refused", "relation_before": pair.relation}
+        if result.transform_44 is not None:
+            update |= {"relation": "same_frame", "coregistration": how.transform, **result.model_dump()}
+        rows.append(pair.model_copy(update=update))
     return rows
 
 
@@ -148,18 +157,25 @@ def register(task: CoregisterTask) -> Found:
     there, back = (
         _search(*ends, affine=how.transform == "affine") for ends in ((fixed, moving), (moving, fixed))
     )
-    if there is None or back is None:
-        return Found()
-    points = np.vstack([fixed.body.T, np.ones(len(fixed.body))])
-    apart = np.linalg.norm((back @ there @ points - points)[:3], axis=0).mean()
-    if apart > how.accept_mm:
+    if there is None or back is None or _moved_by(back @ there, fixed.body) > how.accept_mm:
         return Found()
     # halfway between the two ways: neither scan's sampling decides alone
     transform = _mean(np.linalg.inv(there), back)
+    if task.offset_mm is None and _moved_by(transform, moving.body) <= how.accept_mm:
+        transform = np.eye(4)
     alignment = measure(PairTask(task.pair.archive, a, b.moved(transform)))
-    if alignment.offset_mm is None or alignment.offset_mm > how.accept_offset_mm:
+    most = min(how.accept_offset_mm, how.accept_offset_mm if task.offset_mm is None else task.offset_mm)
+    if alignment.overlap is None or alignment.offset_mm is None or alignment.offset_mm > most:
         return Found()
-    return Found(transform, alignment)
+    return Found(
+        transform_44=affine_rows(transform), overlap=alignment.overlap, offset_mm=alignment.offset_mm
+    )
+
+
+def _moved_by(transform_44: np.ndarray, points: np.ndarray) -> float:
+    """Mean distance (mm) by which points (N, 3) are moved."""
+    moved = points @ transform_44[:3, :3].T + transform_44[:3, 3]
+    return float(np.linalg.norm(moved - points, axis=1).mean())
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,9 @@ Every shape, spacing and box is in (D, H, W) order; affines map a (D, H, W) inde
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -30,6 +31,12 @@ class Row(BaseModel):
     def model_post_init(self, context: object) -> None:
         """Share the note of which fields were given: nobody asks, and in each row it is two fifths of its memory."""
         object.__setattr__(self, "__pydantic_fields_set__", _all_fields(type(self)))
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, sharing the note of fields too."""
+        row = super().model_copy(update=update, deep=deep)
+        row.model_post_init(None)
+        return row
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel as JSON: a pickled model would bring names and the note of each row's fields along."""
@@ -100,7 +107,7 @@ class ScanRow(Row):
     appearance: str = ""
 
     def moved(self, transform_44: np.ndarray) -> ScanRow:
-        """The same scan elsewhere.
+        """The same scan elsewhere; ``spacing_mm`` stays the scan's own, also where an affine transform stretches it.
 
         Args:
             transform_44: RAS mm of where it is to RAS mm of where it shall be (4, 4).
@@ -131,6 +138,7 @@ class PairRow(Row):
         offset_mm: how far they lie apart as measured (``alignment.py``); None likewise.
         coregistration: ``rigid`` or ``affine`` where ``prepare`` registered them (the relation is ``same_frame`` then),
             ``refused`` where it tried and did not believe the result.
+        relation_before: what the relation was before that; ``""`` where nothing was tried.
         transform_44: RAS mm of scan B to RAS mm of scan A where they were registered, else None.
     """
 
@@ -140,6 +148,7 @@ class PairRow(Row):
     overlap: float | None = None
     offset_mm: float | None = None
     coregistration: Literal["", "rigid", "affine", "refused"] = ""
+    relation_before: str = ""
     transform_44: Affine | None = None
 
 

@@ -18,6 +18,10 @@ import numpy as np
 from medseg_ssl.config import UserError
 from medseg_ssl.types import Triple, TripleMm
 
+_LARGEST_VALUE = 1e18
+"""No scanner writes larger ones, and squares of them overflow float32: they count as infinite."""
+_SMALLEST_RANGE = 1e-15
+"""Diffusion in m²/s is at 1e-9; squares of much smaller values vanish in float32."""
 _MAX_NON_FINITE = 0.5
 _HEADER_BYTES = 348
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -217,7 +221,8 @@ def volume_of(
     Raises:
         BadScan: more than half of the voxels not finite, none of them valid, or (unless allowed) all of them equal.
     """
-    array = np.ascontiguousarray(original.to_canonical(array_ijk), dtype=np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and told as such
+        array = np.ascontiguousarray(original.to_canonical(array_ijk), dtype=np.float32)
     integral = integral or _is_integral(array)
     no_data = None
     if valid_ijk is not None:
@@ -225,12 +230,14 @@ def volume_of(
         if no_data.all():
             raise BadScan("it holds no data: every voxel is padding", path)
     low, high = float(array.min()), float(array.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        broken = ~np.isfinite(array)
+    if not (low > -_LARGEST_VALUE and high < _LARGEST_VALUE):
+        broken = ~(np.abs(array) < _LARGEST_VALUE)
         share = float(broken.mean())
         if share > _MAX_NON_FINITE:
             raise BadScan(
-                f"{share:.0%} of the voxels are NaN or infinite (at most {_MAX_NON_FINITE:.0%})", path
+                f"{share:.0%} of the voxels are NaN or infinite (at most {_MAX_NON_FINITE:.0%}); beyond "
+                f"{_LARGEST_VALUE:.0e} they count as infinite",
+                path,
             )
         no_data = broken if no_data is None else no_data | broken
         flags = (*flags, "non_finite")
@@ -241,6 +248,8 @@ def volume_of(
         integral = _is_integral(array)
     if low == high and not allow_constant:
         raise BadScan(f"empty: every voxel has the value {low:g}", path)
+    if 0 < high - low < _SMALLEST_RANGE:
+        raise BadScan(f"empty: its voxels differ by {high - low:.0e} at most", path)
     integral = integral and low >= -32767 and high <= 32767
     spacing_mm = _spacing(original.affine_44)
     return Volume(array, original.affine_44, spacing_mm, original, no_data, flags, integral)

@@ -274,6 +274,7 @@ def _distributions(archive: Archive) -> str:
             axis.hist(
                 [values[:, i] for i in range(3)] if many else values,
                 bins=16,
+                range=_span(values),
                 label=["D", "H", "W"] if many else None,
             )
             axis.set_title(
@@ -284,6 +285,15 @@ def _distributions(archive: Archive) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return f'<img style="max-width: 100%" alt="distributions" src="{inline(buffer.getvalue())}">'
+
+
+def _span(values: np.ndarray) -> tuple[float, float]:
+    """From least to largest; around a single value a tenth of it, since what numpy adds is lost beside a large one."""
+    low, high = float(values.min()), float(values.max())
+    if high - low > 1e-6 * max(abs(low), abs(high)):
+        return low, high
+    around = 0.05 * (abs(high) or 1.0)
+    return low - around, high + around
 
 
 def _sample(archive: Archive, count: int) -> list[ScanRow]:

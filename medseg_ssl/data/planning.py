@@ -80,7 +80,10 @@ def _case_task(
             subject=writer.key("subject", scan.subject),
             # an unnamed study is the root's own: two roots were hardly scanned on one day
             study=writer.key("study", scan.subject, scan.study or str(root)),
-            frame=writer.key("frame", str(root), scan.subject, scan.frame) if scan.frame else "",
+            # a frame of DICOM is one wherever its files lie; names of other sources are their root's own
+            frame=writer.key("frame", "" if scan.slices else str(root), scan.subject, scan.frame)
+            if scan.frame
+            else "",
         )
         for scan in case.scans
     )

@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medseg_ssl.analysis.tables import write_text
 from medseg_ssl.config import ConfigError, UserError
@@ -27,12 +27,14 @@ from medseg_ssl.data.manifest import CaseRow, ScanRow, Split
 from medseg_ssl.data.overview import overview_page
 from medseg_ssl.data.placing import PrepareSplit, check_split, place_subjects
 from medseg_ssl.data.planning import Plan, plan_tasks
-from medseg_ssl.data.relating import relate
+from medseg_ssl.data.relating import NOTES, relate
 from medseg_ssl.data.sources.base import FanOut, Listing, Source
 from medseg_ssl.fanout import map_tasks
 
 Progress = Callable[[int, int], None]
 """Called with (cases done, cases in all)."""
+OnResult = Callable[[int, Any], None]
+"""Called with (index of a task, its result or failure)."""
 
 
 class PrepareConfig(Recipe):
@@ -104,7 +106,7 @@ def prepare(
     outcomes = _run(ingest, plan.tasks, workers=workers, engine=engine, on_progress=on_progress)
     plan.dropped += [d for outcome in outcomes for d in outcome.dropped]
     scans, cases = _merge(writer, outcomes)
-    plan.tasks.clear()  # of a large archive they are gigabytes
+    plan.tasks.clear()
     copies = find_copies(scans, cases, drop=recipe.drop_duplicates, threshold=recipe.near_duplicate)
     scans, cases = copies.scans, copies.cases
     plan.dropped += [Dropped(key, Path(plan.sources.get(key, key)), reason) for key, reason in copies.dropped]
@@ -115,8 +117,18 @@ def prepare(
         config.split, scans, cases=cases, plan=plan, earlier=writer.split(), twins=copies.twins
     )
 
-    def run(function: Callable[[Any], Any], tasks: Sequence[Any]) -> list[Any]:
-        return _run(function, tasks, workers=workers, engine=engine, on_progress=on_pairs)
+    def run(
+        function: Callable[[Any], Any], tasks: Sequence[Any], on_result: OnResult | None = None
+    ) -> list[Any]:
+        return _run(
+            function,
+            tasks,
+            workers=workers,
+            engine=engine,
+            on_progress=on_pairs,
+            on_result=on_result,
+            on_error="return",
+        )
 
     related = relate(scans, plan.declared, writer=writer, recipe=recipe, run=run)
     dropped = _earlier_drops(writer, plan) | {d.key: d.reason for d in plan.dropped}
@@ -131,6 +143,7 @@ def prepare(
         dropped=sorted(dropped.items()),
         summary=summary,
     )
+    (writer.path / "private" / NOTES).unlink(missing_ok=True)  # its lines are rows now
     write_text(Path(out) / "overview.html", overview_page(archive))
     return Path(out)
 
@@ -142,18 +155,24 @@ def _run(
     workers: int,
     engine: str,
     on_progress: Progress | None,
+    on_result: OnResult | None = None,
+    on_error: Literal["raise", "return"] = "raise",
 ) -> list[Any]:
     done = 0
 
     def tick(index: int, result: object) -> None:
         nonlocal done
         done += 1
+        if on_result is not None:
+            on_result(index, result)
         if on_progress is not None:
             on_progress(done, len(tasks))
 
     if on_progress is not None:
         on_progress(0, len(tasks))
-    return map_tasks(function, tasks, workers=workers, engine=engine, on_result=tick, describe=str)
+    return map_tasks(
+        function, tasks, workers=workers, engine=engine, on_result=tick, on_error=on_error, describe=str
+    )
 
 
 # -- before the workers --------------------------------------------------------------------------------------

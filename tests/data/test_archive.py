@@ -253,14 +253,48 @@ def test_workers_read_the_same(built, method):
     worker.join(10)
 
 
-def test_rows_travel_small_and_unchanged(built):
+def test_rows_travel_unchanged_and_share_the_note_of_their_fields(built):
+    """Of a million rows each with a set of its own, two fifths of the memory would be those sets."""
     _, archive = built
-    for row in [*archive.scans.values(), *archive.cases.values()]:
-        again = pickle.loads(pickle.dumps(row))
-        assert again == row
-        assert len(pickle.dumps(row)) < len(row.model_dump_json()) + 200
-        moved = row.model_copy(update={"subject": "other"})
-        assert (moved.subject, row.subject) == ("other", again.subject)
+    for kind in (archive.scans, archive.cases):
+        first, *others = kind.values()
+        again, moved = pickle.loads(pickle.dumps(first)), first.model_copy(update={"subject": "other"})
+        assert again == first
+        assert (moved.subject, first.subject) == ("other", again.subject)
+        note = first.__pydantic_fields_set__
+        assert all(row.__pydantic_fields_set__ is note for row in (again, moved, *others))
+    assert first.model_dump(exclude_unset=True) == first.model_dump()
+
+
+def test_what_a_killed_worker_left_is_swept(built):
+    writer, archive = built
+    left = writer.path / "volumes" / ".abc.b2nd.12345.part"
+    left.write_bytes(b"half")
+    ArchiveWriter.open(writer.path, RECIPE, CLASSES)
+    assert not left.exists()
+    assert len(list((writer.path / "volumes").iterdir())) == len(archive.scans)
+
+
+@pytest.mark.parametrize("name", ["manifest.jsonl", "cases.jsonl", "pairs.jsonl"])
+def test_a_commit_killed_in_the_middle_of_its_rows_is_undone(built, monkeypatch, name):
+    from medseg_ssl.data import archive_writer
+
+    writer, archive = built
+    row, case = add(writer, "e")
+
+    def killed(path, rows):
+        if path.name == name:
+            path.write_text("{")
+            raise KeyboardInterrupt
+        return write(path, rows)
+
+    write = archive_writer._write_rows
+    monkeypatch.setattr(archive_writer, "_write_rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.commit([*writer.scans.values(), row], [*writer.cases.values(), case], [])
+    monkeypatch.undo()
+    assert ArchiveWriter.open(writer.path, RECIPE, CLASSES).generation == 1
+    assert Archive.open(writer.path).fingerprint == archive.fingerprint
 
 
 def test_pickled_archive_holds_no_files(built):
@@ -390,7 +424,7 @@ def test_damage_is_told(built):
     with pytest.raises(UserError, match=r"manifest\.jsonl does not belong to archive\.json"):
         Archive.open(writer.path)
     (writer.path / "manifest.jsonl").unlink()
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=r"cannot read .*manifest"):
         Archive.open(writer.path)
     head.write_text(content[:40])
     with pytest.raises(UserError, match="cannot read"):

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from medseg_ssl.data.alignment import Alignment, PairTask
-from medseg_ssl.data.coregistration import Coregister, CoregisterTask, check_library, register
+from medseg_ssl.data.alignment import PairTask
+from medseg_ssl.data.coregistration import (
+    Coregister,
+    CoregisterTask,
+    Found,
+    check_library,
+    pairs_to_register,
+    register,
+)
 from medseg_ssl.data.manifest import PairRow
 from medseg_ssl.data.store import write_volume
 from tests.data.small_archive import RECIPE, make_archive, scan_row
-
-SimpleITK = pytest.importorskip("SimpleITK", reason="the extra 'registration' (SimpleITK) is not installed")
 
 SHAPE, SPACING = (44, 60, 52), (3.0, 2.0, 2.0)
 
@@ -72,7 +77,8 @@ def test_a_known_rigid_transform_between_two_modalities(tmp_path, away):
     found = register(CoregisterTask(PairTask(tmp_path, a, b), how))
     assert found.transform_44 is not None
     assert worst(found.transform_44, np.linalg.inv(away), b) < 1.5, "millimetres at the corners"
-    assert np.allclose(found.transform_44[:3, :3] @ found.transform_44[:3, :3].T, np.eye(3), atol=1e-6)
+    turn = np.array(found.transform_44)[:3, :3]
+    assert np.allclose(turn @ turn.T, np.eye(3), atol=1e-6)
 
 
 @pytest.mark.slow
@@ -104,33 +110,145 @@ def test_an_empty_scan_is_refused(tmp_path):
     )
 
 
-def test_prepare_registers_once_and_remembers(tmp_path, monkeypatch):
-    """A pair without a shared frame becomes same_frame through its transform; one that is refused stays."""
+def test_what_is_aligned_within_the_error_stays_where_it_is(tmp_path):
+    values = body()
+    a, b = stored(tmp_path, "a", values), stored(tmp_path, "b", np.where(values > 150, 1100 - values, values))
+    found = register(CoregisterTask(PairTask(tmp_path, a, b), Coregister(transform="rigid")))
+    assert np.array_equal(found.transform_44, np.eye(4))
+
+
+@pytest.mark.parametrize(("offset_mm", "believed"), [(9.0, True), (0.0, False)])
+def test_a_misplaced_pair_must_lie_better_afterwards(tmp_path, monkeypatch, offset_mm, believed):
+    from medseg_ssl.data import coregistration
+    from medseg_ssl.data.alignment import Alignment
+
+    values = body()
+    a, b = (
+        stored(tmp_path, "a", values),
+        stored(tmp_path, "b", values, moved=rigid((0, 0, 0), (9.0, 0.0, 0.0))),
+    )
+    monkeypatch.setattr(coregistration, "measure", lambda task: Alignment(0.9, 1.0))
+    how = Coregister(transform="rigid", misplaced_mm=4.0)
+    found = register(CoregisterTask(PairTask(tmp_path, a, b), how, offset_mm))
+    assert (found.transform_44 is not None) == believed
+
+
+def test_which_pairs_are_registered(tmp_path):
+    rows = [scan_row(key, SHAPE) for key in "abcde"]
+    pairs = [
+        PairRow(scan_a="a", scan_b="b", relation="same_study"),
+        PairRow(scan_a="a", scan_b="c", relation="same_subject"),
+        PairRow(scan_a="a", scan_b="d", relation="registered", offset_mm=9.0, overlap=0.9),
+        PairRow(scan_a="a", scan_b="e", relation="same_frame", offset_mm=2.0, overlap=0.9),
+        PairRow(scan_a="b", scan_b="c", relation="same_study", coregistration="refused"),
+    ]
+
+    def wanted(**options):
+        tasks = pairs_to_register(pairs, rows, Coregister(**options), archive=tmp_path)
+        return [(task.pair.scan_a.key + task.pair.scan_b.key, task.offset_mm) for task in tasks]
+
+    assert wanted() == []
+    assert wanted(transform="rigid") == [("ab", None)]
+    assert wanted(transform="rigid", misplaced_mm=4.0) == [("ab", None), ("ad", 9.0)]
+
+
+def test_misplaced_needs_the_measure():
+    from medseg_ssl.config import ConfigError, parse
+    from medseg_ssl.data.prepare import PrepareConfig
+
+    tree = {"source": {"name": "dicom"}, "measure_pairs": False, "coregister": {"misplaced_mm": 4}}
+    with pytest.raises(ConfigError, match="misplaced_mm needs measure_pairs"):
+        parse(PrepareConfig, tree)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Pairs that ``prepare`` gave to a registration that believes the first alone and dies at the one named."""
     from medseg_ssl.data import relating
+
+    class Tried(list):
+        dies_at = None
+
+        def register(self, task):
+            if len(self) == self.dies_at:
+                raise KeyboardInterrupt
+            self.append(task)
+            eye = tuple(map(tuple, np.eye(4).tolist()))
+            return Found(transform_44=eye, overlap=0.9, offset_mm=0.0) if len(self) == 1 else Found()
+
+    tasks = Tried()
+    monkeypatch.setattr(relating, "register", tasks.register)
+    return tasks
+
+
+def prepared(tmp_path, **changes):
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.coregistration import Found
     from medseg_ssl.data.prepare import PrepareConfig, prepare
     from tests.data.scans import FOLDER, folder_tree
 
-    folder_tree(tmp_path / "raw", subjects=2)
-    tried = []
-
-    def fake(task):
-        """Believed for the first pair alone."""
-        tried.append(task)
-        return Found(np.eye(4), Alignment(0.9, 0.0)) if len(tried) == 1 else Found()
-
-    monkeypatch.setattr(relating, "register", fake)
+    if not (tmp_path / "raw").exists():
+        folder_tree(tmp_path / "raw", subjects=2)
     tree = {"source": FOLDER, "split": {"test": 0, "development": 0}, "coregister": {"transform": "rigid"}}
-    config = PrepareConfig.model_validate(tree)
+    return Archive.open(
+        prepare(PrepareConfig.model_validate({**tree, **changes}), [tmp_path / "raw"], tmp_path / "out")
+    )
+
+
+def ways(archive):
+    return sorted((p.relation, p.coregistration, p.relation_before) for p in archive.pairs)
+
+
+def test_prepare_registers_once_and_remembers(tmp_path, tried):
+    """A pair without a shared frame becomes same_frame through its transform; one that is refused stays."""
     for _ in range(2):
-        archive = Archive.open(prepare(config, [tmp_path / "raw"], tmp_path / "out"))
+        archive = prepared(tmp_path)
         assert len(tried) == len(archive.pairs) > 1
-        ways = sorted((p.relation, p.coregistration, p.transform_44 is None) for p in archive.pairs)
-        assert ways[0] == ("same_frame", "rigid", False)
-        assert set(ways[1:]) == {("same_study", "refused", True)}
+        assert ways(archive)[0] == ("same_frame", "rigid", "same_study")
+        assert set(ways(archive)[1:]) == {("same_study", "refused", "same_study")}
+        assert archive.generation == 1
     notes = json.loads((archive.path / "summary.json").read_text())["notes"]
-    assert any(note.startswith("1 pairs registered (rigid)") for note in notes)
+    assert any(note.startswith("1 pairs brought together (rigid)") for note in notes)
+    assert "by rigid registration" in (archive.path / "overview.html").read_text()
+
+
+def test_registration_goes_on_where_it_was_killed(tmp_path, tried):
+    tried.dies_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path)
+    assert len(tried) == 1
+    with (tmp_path / "out" / "private" / "registered.jsonl").open("a") as file:
+        file.write('["half a li')
+    tried.dies_at = None
+    archive = prepared(tmp_path)
+    assert len(tried) == len(archive.pairs), "the one that was done is not done again"
+    assert ways(archive)[0] == ("same_frame", "rigid", "same_study")
+    assert not (archive.path / "private" / "registered.jsonl").exists()
+
+
+def test_registration_can_be_asked_for_later_and_anew(tmp_path, tried):
+    archive = prepared(tmp_path, coregister={})
+    before = {p: p.stat().st_mtime_ns for p in (archive.path / "volumes").iterdir()}
+    assert not tried
+    assert {p.coregistration for p in archive.pairs} == {""}
+    prepared(tmp_path)
+    assert len(tried) == len(archive.pairs)
+    prepared(tmp_path, coregister={"transform": "rigid", "accept_mm": 3.0})
+    assert len(tried) == 2 * len(archive.pairs), "another question, another answer"
+    assert before == {p: p.stat().st_mtime_ns for p in (archive.path / "volumes").iterdir()}
+
+
+def test_a_pair_whose_worker_dies_is_refused_and_the_others_go_on(tmp_path, monkeypatch):
+    from medseg_ssl.data import prepare as module
+    from medseg_ssl.fanout import Failure, WorkerDiedError
+
+    def all_die(function, tasks, **options):
+        if function.__name__ == "register":
+            return [Failure(i, WorkerDiedError("died")) for i in range(len(tasks))]
+        return run(function, tasks, **options)
+
+    run = module._run
+    monkeypatch.setattr(module, "_run", all_die)
+    assert {p.coregistration for p in prepared(tmp_path).pairs} == {"refused"}
 
 
 def test_crops_of_a_registered_pair_show_the_same_place(tmp_path):

@@ -132,6 +132,7 @@ def test_all_real_sets_thrown_together(real_data, tmp_path):
     with (out / "dropped.csv").open(newline="") as file:
         dropped = dict(list(csv.reader(file))[1:])
     assert set(places) == set(archive.scans) | set(dropped)
+    assert not set(archive.scans) & set(dropped)
     volumes = {
         path for path in real_data.rglob("*") if path.name.endswith((".nii", ".nii.gz", ".mha", ".mgz"))
     }

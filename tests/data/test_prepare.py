@@ -547,6 +547,22 @@ def test_nan_is_no_data_or_dropped(tmp_path):
     assert any(reason.startswith("1 voxels are NaN or infinite") for reason in reasons(path).values())
 
 
+@pytest.mark.parametrize(
+    ("largest", "kept"), [(3e38, False), (1e300, False), (1e-40, False), (1e17, True), (1e-12, True)]
+)
+@pytest.mark.filterwarnings("error")
+def test_values_no_scanner_writes(tmp_path, largest, kept):
+    """Numbers at the ends of float32 or beyond: a reason, or statistics that are numbers; never an overflow."""
+    root = folder_tree(tmp_path / "raw", subjects=1, labels=False)
+    values = np.random.default_rng(0).random((12, 12, 12)) * largest
+    odd = nib.Nifti1Image(values, np.eye(4), dtype=np.float64)
+    nib.save(odd, root / "sub_0_MR_T1.nii.gz")
+    path = prepare(config(FOLDER, split={"test": 0, "development": 0}), [root], tmp_path / "out")
+    assert len(reasons(path)) == (not kept)
+    rows = Archive.open(path).scans.values()
+    assert any(row.statistics.maximum > 0.5 * largest and row.statistics.std > 0 for row in rows) or not kept
+
+
 def test_no_scan_kept(tmp_path):
     msd_task(tmp_path / "raw", 3)
     for path in (tmp_path / "raw" / "imagesTr").iterdir():
@@ -646,9 +662,10 @@ def test_odd_files_never_raise(real_data, tmp_path):
         named = {key: Path(place.split("#")[0]) for key, place in list(csv.reader(file))[2:]}
     dropped = dict(csv.reader((path / "dropped.csv").open(newline="")))
     assert set(named.values()) == {p for p in (real_data / "nifti_odd").rglob("*.*") if p.is_file()}
-    assert set(named) == {*archive.scans, *dropped} - {"key"}, "each is a scan or has a reason, none is both"
+    assert set(named) == {*archive.scans, *dropped} - {"key"}
+    assert not set(archive.scans) & set(dropped), "none is both"
     why = {place.name: dropped.get(key) for key, place in named.items()}
-    assert why["mha.mha"] == "a MetaImage volume; only NIfTI and DICOM are read: convert it to .nii.gz"
+    assert why["mha.mha"] == "a MetaImage volume; only NIfTI (.nii, .nii.gz) and DICOM are read: convert it"
     assert why["complex.nii.gz"] == "complex voxels; give the magnitude image"
     assert why["sub-01_ses-baseline_T1w.nii.gz"] == "empty: every voxel has the value 0"
     # 24 orientations of one volume are one volume

@@ -22,8 +22,8 @@ VOLUME_ENDINGS = (".nii", ".nii.gz", ".hdr", ".img", ".mgz", ".mgh", ".mha", ".m
 """A file that ends so and fits no pattern is reported; anything else (a README) is passed over."""
 
 _OTHER_FORMATS = {
-    ".hdr": "half of a .hdr/.img pair (Analyze or NIfTI)",
-    ".img": "half of a .hdr/.img pair (Analyze or NIfTI)",
+    ".hdr": "half of a .hdr/.img pair",
+    ".img": "half of a .hdr/.img pair",
     ".mgz": "a FreeSurfer volume",
     ".mgh": "a FreeSurfer volume",
     ".mha": "a MetaImage volume",
@@ -36,7 +36,7 @@ _OTHER_FORMATS = {
 def other_format(path: Path) -> str:
     """What to say of a volume that is no single NIfTI file and that no pattern asks for; ``""`` for any other file."""
     kind = _OTHER_FORMATS.get(path.suffix.lower())
-    return f"{kind}; only NIfTI and DICOM are read: convert it to .nii.gz" if kind else ""
+    return f"{kind}; only NIfTI (.nii, .nii.gz) and DICOM are read: convert it" if kind else ""
 
 
 class FolderConfig(SourceConfig):
