@@ -19,6 +19,8 @@ TripleMm = tuple[float, float, float]
 
 MODALITIES = ("CT", "MR", "PT")
 RELATIONS = ("registered", "same_frame", "same_study", "same_subject")
+ALIGNED = ("registered", "same_frame")
+"""Relations whose scans share physical coordinates."""
 AUGMENTS = ("none", "weak", "strong", "segmentation")
 UNKNOWN_LABEL = 255
 """Label value of a voxel whose class nobody stated; it enters no loss and no metric."""

@@ -17,10 +17,8 @@ import numpy as np
 
 from medseg_ssl.data import resample, store
 from medseg_ssl.data.manifest import PairRow, ScanRow
-from medseg_ssl.types import Triple
+from medseg_ssl.types import ALIGNED, Triple
 
-SHARED = ("registered", "same_frame")
-"""Relations whose scans have places in common."""
 REACH_MM = 16.0
 """Shifts are looked for up to this length along an axis."""
 _STEPS_MM = (8.0, 4.0, 2.0, 1.0)
@@ -71,7 +69,7 @@ def pairs_to_measure(
     return [
         PairTask(archive, rows[pair.scan_a], rows[pair.scan_b])
         for pair in pairs
-        if pair.relation in SHARED
+        if pair.relation in ALIGNED
         and pair.transform_44 is None
         and frozenset((pair.scan_a, pair.scan_b)) not in known
     ]
@@ -110,7 +108,7 @@ def with_measures(pairs: Iterable[PairRow], found: Mapping[frozenset[str], Align
     for pair in pairs:
         measured = found.get(frozenset((pair.scan_a, pair.scan_b)), Alignment())
         update = {"overlap": measured.overlap, "offset_mm": measured.offset_mm}
-        rows.append(pair.model_copy(update=update if pair.relation in SHARED else {}))
+        rows.append(pair.model_copy(update=update if pair.relation in ALIGNED else {}))
     return rows
 
 

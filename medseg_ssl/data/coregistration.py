@@ -18,8 +18,9 @@ import numpy as np
 from pydantic import PositiveFloat
 
 from medseg_ssl.config import Record, UserError
-from medseg_ssl.data.alignment import SHARED, PairTask, box_of, measure, on_box
+from medseg_ssl.data.alignment import PairTask, box_of, measure, on_box
 from medseg_ssl.data.manifest import Affine, PairRow, ScanRow, affine_rows
+from medseg_ssl.types import ALIGNED
 
 if TYPE_CHECKING:
     from SimpleITK import Image, Transform
@@ -111,14 +112,14 @@ def pairs_to_register(
         CoregisterTask(
             PairTask(archive, rows[p.scan_a], rows[p.scan_b]),
             how,
-            p.offset_mm if p.relation in SHARED else None,
+            p.offset_mm if p.relation in ALIGNED else None,
         )
         for p in wanted
     ]
 
 
 def _wanted(pair: PairRow, how: Coregister) -> bool:
-    if pair.relation in SHARED:
+    if pair.relation in ALIGNED:
         return None not in (how.misplaced_mm, pair.offset_mm) and pair.offset_mm > how.misplaced_mm  # pyright: ignore
     # on another day the body may have changed: no frame could be shared
     return pair.relation == "same_study"

@@ -13,10 +13,7 @@ from medseg_ssl.data.augment import Spatial, draw_move
 from medseg_ssl.data.manifest import ScanRow
 from medseg_ssl.data.sampling import SampleSpec
 from medseg_ssl.draws import numpy_generator
-from medseg_ssl.types import UNKNOWN_LABEL, Triple, ViewPlan, ViewSpec
-
-ALIGNED = ("registered", "same_frame")
-"""Relations whose scans share physical coordinates."""
+from medseg_ssl.types import ALIGNED, UNKNOWN_LABEL, Triple, ViewPlan, ViewSpec
 
 SAME_BOX_OVERLAP = 0.5
 """Overlap of a ``same_box`` pair that states none."""

@@ -21,10 +21,8 @@ from medseg_ssl.nets.decoders.base import Decoder, decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import Pooling, pool, projection_head
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
-from medseg_ssl.types import Batch, Facts, Triple, ViewPlan, ViewSpec
+from medseg_ssl.types import ALIGNED, Batch, Facts, Triple, ViewPlan, ViewSpec
 
-ALIGNED = ("registered", "same_frame")
-"""Relations whose scans share physical coordinates."""
 GLOBAL = ("registered", "same_frame", "same_study")
 """Relations of scans of one time; a scan of another day may show another body."""
 

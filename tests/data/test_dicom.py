@@ -10,6 +10,7 @@ from pydicom.dataset import Dataset
 
 from medseg_ssl.config import Block, UserError
 from medseg_ssl.data import nifti, reading
+from medseg_ssl.data.archive import Archive
 from medseg_ssl.data.dicom import suv
 from medseg_ssl.data.dicom.headers import read_planes
 from medseg_ssl.data.dicom.regions import fill_polygon
@@ -361,6 +362,17 @@ def test_files_that_are_no_dicom_are_told(tmp_path):
         "report.pdf": "not a DICOM file",
         "empty.dcm": "not a DICOM file",
     }
+
+
+def test_a_frame_of_reference_is_one_over_several_roots(tmp_path):
+    """A PACS exported in portions: what lies in one frame is a pair of one frame, whatever portion it came in."""
+    write_series(tmp_path / "one", noise(20, 32, 32), places(20), kind="CT", series="a")
+    write_series(tmp_path / "two", noise(20, 32, 32, seed=1), places(20), kind="MR", series="b")
+    config = PrepareConfig.model_validate(
+        {"source": {"name": "dicom"}, "split": {"test": 0, "development": 0}, "measure_pairs": False}
+    )
+    archive = Archive.open(prepare(config, [tmp_path / "one", tmp_path / "two"], tmp_path / "out"))
+    assert [pair.relation for pair in archive.pairs] == ["same_frame"]
 
 
 def test_headers_read_side_by_side_give_the_same_listing(tmp_path, monkeypatch):
