@@ -69,9 +69,7 @@ def pairs_to_measure(
     return [
         PairTask(archive, rows[pair.scan_a], rows[pair.scan_b])
         for pair in pairs
-        if pair.relation in ALIGNED
-        and pair.transform_44 is None
-        and frozenset((pair.scan_a, pair.scan_b)) not in known
+        if pair.relation in ALIGNED and pair.transform_44 is None and pair.ends not in known
     ]
 
 
@@ -81,9 +79,7 @@ def measured_before(
     """Measures of an earlier generation whose two scans have not changed since, by keys."""
     same = unchanged(old, new)
     return {
-        frozenset((p.scan_a, p.scan_b)): Alignment(p.overlap, p.offset_mm)
-        for p in pairs
-        if p.overlap is not None and {p.scan_a, p.scan_b} <= same
+        p.ends: Alignment(p.overlap, p.offset_mm) for p in pairs if p.overlap is not None and p.ends <= same
     }
 
 
@@ -106,7 +102,7 @@ def with_measures(pairs: Iterable[PairRow], found: Mapping[frozenset[str], Align
     """Rows with what was measured of them."""
     rows = []
     for pair in pairs:
-        measured = found.get(frozenset((pair.scan_a, pair.scan_b)), Alignment())
+        measured = found.get(pair.ends, Alignment())
         update = {"overlap": measured.overlap, "offset_mm": measured.offset_mm}
         rows.append(pair.model_copy(update=update if pair.relation in ALIGNED else {}))
     return rows

@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -40,6 +40,8 @@ from medseg_ssl.data.store import NO_DATA, open_array, read_box
 from medseg_ssl.types import MODALITIES, Facts, Triple, TripleMm
 
 FORMAT = 1
+ROWS_ONLY = ("split", "intensity", "drop_duplicates", "near_duplicate", "measure_pairs", "coregister")
+"""Keys of a recipe that decide rows and no volume."""
 ROWS = {"manifest.jsonl": ScanRow, "cases.jsonl": CaseRow, "pairs.jsonl": PairRow}
 _OPEN_FILES = 128
 
@@ -123,8 +125,7 @@ class Recipe(Record):
 
     def voxel_hash(self) -> str:
         """Hash of what decides a volume and its row; a finished one of the same hash is not redone."""
-        without = {"split", "intensity", "drop_duplicates", "near_duplicate", "measure_pairs", "coregister"}
-        return _digest({"format": FORMAT, **self.model_dump(mode="json", exclude=without)})[:16]
+        return _digest({"format": FORMAT, **self.model_dump(mode="json", exclude=set(ROWS_ONLY))})[:16]
 
     def checked(self) -> Recipe:
         """The recipe with every key of its source block validated and filled in.
@@ -330,11 +331,6 @@ class Archive:
 
 
 # -- rows ----------------------------------------------------------------------------------------------------
-
-
-def row_lines(rows: Iterable[Row]) -> Iterator[str]:
-    """Rows as JSON lines, one at a time: a manifest of a million scans is 1.5 GB."""
-    return (row.model_dump_json() + "\n" for row in rows)
 
 
 def read_rows(path: Path, kind: type[R], *, digest: str | None = None) -> list[R]:

@@ -131,7 +131,7 @@ def with_transforms(
     """Rows with what was found of them: a believed transform makes a pair ``same_frame``."""
     rows = []
     for pair in pairs:
-        result = found.get(frozenset((pair.scan_a, pair.scan_b)))
+        result = found.get(pair.ends)
         if result is None:
             rows.append(pair)
             continue
@@ -165,7 +165,7 @@ def register(task: CoregisterTask) -> Found:
     if task.offset_mm is None and _moved_by(transform, moving.body) <= how.accept_mm:
         transform = np.eye(4)
     alignment = measure(PairTask(task.pair.archive, a, b.moved(transform)))
-    most = min(how.accept_offset_mm, how.accept_offset_mm if task.offset_mm is None else task.offset_mm)
+    most = how.accept_offset_mm if task.offset_mm is None else min(how.accept_offset_mm, task.offset_mm)
     if alignment.overlap is None or alignment.offset_mm is None or alignment.offset_mm > most:
         return Found()
     return Found(

@@ -151,6 +151,11 @@ class PairRow(Row):
     relation_before: str = ""
     transform_44: Affine | None = None
 
+    @property
+    def ends(self) -> frozenset[str]:
+        """Keys of both scans, whichever is named first."""
+        return frozenset((self.scan_a, self.scan_b))
+
 
 class Split(Row):
     """A split by subject (``splits/NAME.json``). A subject stands in exactly one of the three lists."""

@@ -71,7 +71,7 @@ def relate(
         UserError: a volume's file is missing or damaged.
     """
     # sources of earlier generations need not be listed in this run; what registration found is no statement of theirs
-    stated = {_ends(p): p.relation_before or p.relation for p in writer.pairs}
+    stated = {p.ends: p.relation_before or p.relation for p in writer.pairs}
     derived = derive_pairs(scans, declared=stated | dict(declared))
     pairs = _with_earlier(derived.rows, scans, writer=writer, recipe=recipe)
     if recipe.measure_pairs:
@@ -86,10 +86,6 @@ def relate(
     return Related(pairs, _notes(pairs, demoted=len(derived.demoted)))
 
 
-def _ends(pair: PairRow) -> frozenset[str]:
-    return frozenset((pair.scan_a, pair.scan_b))
-
-
 def _with_earlier(
     pairs: Sequence[PairRow], scans: Sequence[ScanRow], *, writer: ArchiveWriter, recipe: Recipe
 ) -> list[PairRow]:
@@ -97,10 +93,10 @@ def _with_earlier(
     if writer.coregistered_by != recipe.coregister:
         return list(pairs)
     same = unchanged(writer.scans, scans)
-    tried = {_ends(p): p for p in writer.pairs if p.coregistration and {p.scan_a, p.scan_b} <= same}
+    tried = {p.ends: p for p in writer.pairs if p.coregistration and p.ends <= same}
     rows = []
     for pair in pairs:
-        before = tried.get(_ends(pair))
+        before = tried.get(pair.ends)
         rows.append(before if before is not None and before.relation_before == pair.relation else pair)
     return rows
 
