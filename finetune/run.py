@@ -21,6 +21,7 @@ from medseg_ssl.train.session import (
     resolve_block,
     scoring,
     with_defaults,
+    with_spacing,
 )
 from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
 
@@ -162,7 +163,8 @@ def run_finetune(
     from medseg_ssl.train import runtime
     from medseg_ssl.train.run_folder import hash_file, hash_names, open_run
 
-    config, opened = complete_config(config, encoder), Archive.open(archive)
+    opened = Archive.open(archive)
+    config = with_spacing(complete_config(config, encoder), SHELVES, opened.recipe.spacing_mm)
     used = training_cases(opened, config.data.split, cases)
     unstated = unstated_classes((opened.cases[case] for case in used), opened.classes)
     machine = runtime.start(config.train)

@@ -22,6 +22,7 @@ from medseg_ssl.train.session import (
     resolve_block,
     scoring,
     with_defaults,
+    with_spacing,
 )
 from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
 
@@ -123,7 +124,8 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
     from medseg_ssl.train import runtime
     from medseg_ssl.train.run_folder import open_run
 
-    config, opened = with_defaults(config, SHELVES), Archive.open(archive)
+    opened = Archive.open(archive)
+    config = with_spacing(with_defaults(config, SHELVES), SHELVES, opened.recipe.spacing_mm)
     subjects = training_subjects(opened, config.data)
     checked = guard(opened, subjects, split=config.data.split, protect=config.data.protect)
     machine = runtime.start(config.train)

@@ -63,6 +63,19 @@ class ConvBlock(nn.Module):
         return F.leaky_relu(out, NEGATIVE_SLOPE, inplace=True) if self.activate else out
 
 
+class AveragePool(nn.Module):
+    """Means over windows that do not overlap; one at the edge, or wider than the map (a slice), takes what there is."""
+
+    def __init__(self, stride: Triple) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, map_BCDHW: Tensor) -> Tensor:
+        """Map (B, C, ceil(D / stride), …)."""
+        d, h, w = (min(s, n) for s, n in zip(self.stride, map_BCDHW.shape[2:], strict=True))
+        return F.avg_pool3d(map_BCDHW, (d, h, w), ceil_mode=True)
+
+
 class ResidualBlock(nn.Module):
     """nnU-Net's BasicBlockD: two convolutions, and a skip that pools by average and projects.
 
@@ -80,7 +93,7 @@ class ResidualBlock(nn.Module):
         # indices inside the skip are nnU-Net's own: pooling first, then the projection
         parts: list[nn.Module] = []
         if stride != (1, 1, 1):
-            parts.append(nn.AvgPool3d(stride, stride, ceil_mode=True))
+            parts.append(AveragePool(stride))
         if channels_in != channels_out:
             parts.append(ConvBlock(channels_in, channels_out, kernel=(1, 1, 1), bias=False, activate=False))
         self.skip = nn.Sequential(*parts)
@@ -123,7 +136,8 @@ def initialise(module: nn.Module) -> None:
     """Set every parameter below ``module`` as nnU-Net does.
 
     Convolutions: He normal for the leaky slope, biases 0. Norms: 1 and 0, but 0 for the last norm of each
-    residual block, so that a block starts as its skip.
+    residual block, so that a block starts as its skip. Linear layers, as in vision transformers: normal with standard
+    deviation 0.02, cut at 2, biases 0.
 
     Raises:
         TypeError: a layer with parameters that this rule does not know.
@@ -133,9 +147,14 @@ def initialise(module: nn.Module) -> None:
             nn.init.kaiming_normal_(layer.weight, a=NEGATIVE_SLOPE)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        elif isinstance(layer, InstanceNorm):
-            nn.init.ones_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.04, b=0.04)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, InstanceNorm | nn.LayerNorm | nn.GroupNorm | nn.BatchNorm3d):
+            if layer.weight is not None:
+                nn.init.ones_(layer.weight)
+                nn.init.zeros_(layer.bias)
         elif next(layer.parameters(recurse=False), None) is not None:
             raise TypeError(f"no rule to initialise {type(layer).__name__} at {name!r}")
     for layer in module.modules():

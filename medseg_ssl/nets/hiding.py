@@ -2,41 +2,125 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from medseg_ssl import draws
-from medseg_ssl.types import Batch, Triple
+from medseg_ssl.config import Record
+from medseg_ssl.types import Batch, Triple, TripleMm, View
 
 
-def hidden_blocks(
-    batch: Batch, size: Triple, *, block: Triple, ratio: tuple[float, float], purpose: str
+class Hiding(Record):
+    """How hidden regions are drawn.
+
+    Attributes:
+        strategy: ``blocks`` hides blocks at random; ``tubes`` hides the same blocks of every slice (axis D), so that a
+            neighbouring slice tells nothing (arXiv 2203.12602); ``foreground`` draws among the blocks that hold body
+            only: air costs no hidden block and is never hidden.
+        block: hidden unit (D, H, W) in voxels.
+        block_mm: hidden unit (D, H, W) in millimetres instead: whole voxels of each sample's own spacing, so that thick
+            slices are not hidden ten at a time.
+        ratio: lowest and highest share of hidden blocks; drawn uniformly for each sample.
+    """
+
+    strategy: Literal["blocks", "tubes", "foreground"] = "blocks"
+    block: Triple = (8, 8, 8)
+    block_mm: TripleMm | None = None
+    ratio: tuple[float, float] = (0.6, 0.75)
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Hiding:
+        low, high = self.ratio
+        if not 0.0 < low <= high < 1.0:
+            raise ValueError(f"ratio must be 0 < low <= high < 1, got {self.ratio}")
+        if min(self.block) < 1:
+            raise ValueError(f"block must be at least 1 voxel along each axis, got {self.block}")
+        if self.block_mm is not None and min(self.block_mm) <= 0:
+            raise ValueError(f"block_mm must be positive, got {self.block_mm}")
+        return self
+
+    def check_fits(self, size: Triple) -> None:
+        """Refuse a block that a crop cannot hold.
+
+        Raises:
+            ValueError: names both.
+        """
+        if self.block_mm is None and any(b > s for b, s in zip(self.block, size, strict=True)):
+            raise ValueError(f"hiding.block {self.block} does not fit into size {size}")
+
+
+def draw_hidden(
+    hiding: Hiding, batch: Batch, view: View, *, purpose: str, unit: Triple = (1, 1, 1)
 ) -> Tensor:
-    """Hide random blocks of a grid laid over each crop.
+    """Hidden voxels of a view: a function of the batch's seed and sample indices, and of ``purpose``, alone.
 
-    The number of hidden blocks of a sample is its drawn ratio times the number of blocks, rounded; the ratio is uniform
-    in ``ratio``. Where the block does not divide the crop, the last blocks are cut off at its end.
+    The number of hidden blocks of a sample is its drawn ratio times the number of blocks, rounded. Where the block does
+    not divide the crop, the last blocks are cut off at its end. ``foreground`` also depends on where the body is.
 
     Args:
-        batch: gives seed and sample indices; the draw depends on nothing else.
-        size: crop size (D, H, W).
-        block: block size (D, H, W) in voxels.
-        ratio: lowest and highest share of hidden blocks.
+        hiding: the strategy.
+        batch: gives seed and sample indices.
+        view: gives size, spacing and body.
         purpose: name of the draw.
+        unit: blocks are rounded to multiples of it (D, H, W): an encoder's patch.
 
     Returns:
-        bool (B, D, H, W) on the CPU.
+        bool (B, D, H, W) on the view's device.
     """
-    cells = tuple(-(-s // b) for s, b in zip(size, block, strict=True))
-    total = cells[0] * cells[1] * cells[2]
-    grids = []
-    for sample in batch.sample_index_B.tolist():
+    size: Triple = tuple(view.foreground_BDHW.shape[1:])  # pyright: ignore[reportAssignmentType]
+    device = view.image_BCDHW.device
+    hidden = []
+    for number, sample in enumerate(batch.sample_index_B.tolist()):
+        block = _block_of(hiding, view, number, unit)
+        cells = _cells(size, block)
         generator = draws.torch_generator(batch.seed, sample, purpose)
-        share = ratio[0] + (ratio[1] - ratio[0]) * torch.rand((), generator=generator).item()
-        grid = torch.zeros(total, dtype=torch.bool)
-        grid[torch.randperm(total, generator=generator)[: round(share * total)]] = True
-        grids.append(grid.reshape(cells))
-    hidden = torch.stack(grids)
-    for axis, width in enumerate(block, start=1):
+        low, high = hiding.ratio
+        share = low + (high - low) * torch.rand((), generator=generator).item()
+        if hiding.strategy == "foreground":
+            body = view.foreground_BDHW[number] & view.valid_BDHW[number]
+            grid = _among_body(body, block, share, generator)
+        else:
+            drawn = (1, *cells[1:]) if hiding.strategy == "tubes" else cells
+            grid = _some(drawn, share, generator).expand(cells).to(device, non_blocking=True)
+        hidden.append(_voxels(grid, block, size))
+    return torch.stack(hidden)
+
+
+def _block_of(hiding: Hiding, view: View, number: int, unit: Triple) -> Triple:
+    wanted: tuple[float, ...] = hiding.block
+    if hiding.block_mm is not None:  # the one place where a draw waits for the device
+        spacing_mm = view.spacing_mm_B3[number].tolist()
+        wanted = tuple(mm / spacing for mm, spacing in zip(hiding.block_mm, spacing_mm, strict=True))
+    d, h, w = (max(1, round(b / u)) * u for b, u in zip(wanted, unit, strict=True))
+    return d, h, w
+
+
+def _cells(size: Triple, block: Triple) -> Triple:
+    d, h, w = (-(-s // b) for s, b in zip(size, block, strict=True))
+    return d, h, w
+
+
+def _some(cells: Triple, share: float, generator: torch.Generator) -> Tensor:
+    total = cells[0] * cells[1] * cells[2]
+    grid = torch.zeros(total, dtype=torch.bool)
+    grid[torch.randperm(total, generator=generator)[: round(share * total)]] = True
+    return grid.reshape(cells)
+
+
+def _among_body(body_DHW: Tensor, block: Triple, share: float, generator: torch.Generator) -> Tensor:
+    """A share of the blocks that hold body, on the body's device and without waiting for it."""
+    pooled = torch.nn.functional.max_pool3d(body_DHW[None].float(), block, block, ceil_mode=True)[0] > 0
+    order = torch.rand(pooled.numel(), generator=generator).to(body_DHW.device, non_blocking=True)
+    order = order.masked_fill(~pooled.flatten(), 2.0)  # air comes last
+    rank = order.argsort().argsort()
+    return (rank < (share * pooled.sum()).round()).reshape(pooled.shape)
+
+
+def _voxels(grid_dhw: Tensor, block: Triple, size: Triple) -> Tensor:
+    hidden = grid_dhw
+    for axis, width in enumerate(block):
         hidden = hidden.repeat_interleave(width, dim=axis)
-    return hidden[:, : size[0], : size[1], : size[2]]
+    return hidden[: size[0], : size[1], : size[2]]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from medseg_ssl.config import Block, ConfigError, Record, override, parse, read_yaml, resolved
 from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
-from medseg_ssl.types import Batch, Triple, ViewPlan
+from medseg_ssl.types import Batch, Triple, TripleMm, ViewPlan, ViewSpec
 
 if TYPE_CHECKING:
     from medseg_ssl.objectives.base import Objective
@@ -62,6 +62,22 @@ def with_defaults(config: C, shelves: Shelves) -> C:
             _, options = resolve_block(given, key, shelves)
             update[key] = Block(name=given.name, **options.model_dump(mode="json"))
     return config.model_copy(update=update)
+
+
+def with_spacing(config: C, shelves: Shelves, archive_spacing_mm: TripleMm | None) -> C:
+    """The config with the voxel size of its crops written into the encoder, where that one thinks in millimetres.
+
+    Args:
+        config: with an ``encoder`` and an ``objective`` block.
+        shelves: of both.
+        archive_spacing_mm: voxel size (D, H, W) of the archive, None where scans keep their own.
+    """
+    _, encoder = resolve_block(config.encoder, "encoder", shelves)  # pyright: ignore[reportAttributeAccessIssue]
+    cls, options = resolve_block(config.objective, "objective", shelves)  # pyright: ignore[reportAttributeAccessIssue]
+    first: ViewSpec = next(iter(cls.views(options).values()))  # pyright: ignore[reportAttributeAccessIssue]
+    filled = encoder.at_spacing(first.spacing_mm or archive_spacing_mm)
+    block = Block(name=config.encoder.name, **filled.model_dump(mode="json"))  # pyright: ignore[reportAttributeAccessIssue]
+    return config.model_copy(update={"encoder": block})
 
 
 def resolve_block(block: Block, key: str, shelves: Shelves) -> tuple[type, Any]:
@@ -120,18 +136,23 @@ def scoring(
 def check_crop_sizes(views: ViewPlan, strides: Sequence[Triple], *, key: str = "objective") -> None:
     """Every crop must be a whole number of the encoder's deepest voxels, and more than one of them.
 
+    One voxel along an axis is a slice and fits every encoder.
+
     Raises:
         ConfigError: names each view that does not fit and the nearest sizes that do.
     """
     deepest = strides[-1]
     wrong = []
     for name, view in views.items():
-        if any(size % stride for size, stride in zip(view.size, deepest, strict=True)):
-            lower = tuple(max(t, s // t * t) for s, t in zip(view.size, deepest, strict=True))
-            upper = tuple(-(-s // t) * t for s, t in zip(view.size, deepest, strict=True))
+        pairs = list(zip(view.size, deepest, strict=True))
+        if any(size > 1 and size % stride for size, stride in pairs):
+            lower = tuple(1 if s == 1 else max(t, s // t * t) for s, t in pairs)
+            upper = tuple(1 if s == 1 else -(-s // t) * t for s, t in pairs)
             choices = f"{list(lower)} or {list(upper)}" if lower != upper else f"{list(upper)}"
-        elif all(size == stride for size, stride in zip(view.size, deepest, strict=True)):
-            choices = f"{[2 * s for s in view.size]}"  # one voxel has no variance to normalise by
+        elif all(size <= stride for size, stride in pairs):
+            choices = (
+                f"{[s if s == 1 else 2 * s for s in view.size]}"  # one voxel has no variance to normalise by
+            )
         else:
             continue
         wrong.append(

@@ -77,7 +77,7 @@ def test_the_resolved_config_is_a_config(archive, tmp_path):
     pretrain(archive, tmp_path / "a")
     written = tmp_path / "a" / "config.yaml"
     tree = yaml.safe_load(written.read_text())
-    assert tree["objective"]["hidden_ratio"] == [0.6, 0.75], "defaults are written out"
+    assert tree["objective"]["hiding"]["ratio"] == [0.6, 0.75], "defaults are written out"
     main([str(written), str(tmp_path / "b"), "--archive", str(archive), "--quiet"])
     assert (tmp_path / "b" / "config.yaml").read_text() == written.read_text()
     a, b = (encoder_file.build(tmp_path / n / "encoder.safetensors").encoder.state_dict() for n in ("a", "b"))
@@ -101,13 +101,13 @@ def test_another_config_or_archive_in_the_same_folder(archive, tmp_path, tmp_pat
 
 
 def test_all_wrong_keys_at_once(archive, tmp_path):
-    wrong = ["encoder.sise=tiny", "objective.blocks=3", "train.step=2", "evaluations={helth: {}}", "seed=-1"]
+    wrong = ["encoder.sise=tiny", "objective.hidings=3", "train.step=2", "evaluations={helth: {}}", "seed=-1"]
     with pytest.raises(ConfigError) as caught:
         pretrain(archive, tmp_path / "run", *wrong)
     message = str(caught.value)
     for part in (
         "'encoder.sise' (did you mean 'size'?)",
-        "'objective.blocks' (did you mean 'block'?)",
+        "'objective.hidings' (did you mean 'hiding'?)",
         "seed: ",
     ):
         assert part in message

@@ -2,37 +2,19 @@ import pytest
 import torch
 
 from medseg_ssl.config import ConfigError, parse
-from medseg_ssl.nets.hiding import hidden_blocks
 from medseg_ssl.objectives.mae import MAE
 from medseg_ssl.types import Facts
 from tests.objectives.conftest import make_batch, make_view
 
 
 def build(encoder, **options):
-    config = parse(MAE.Config, {"size": [16, 24, 32], "block": [4, 8, 8], **options})
+    config = parse(MAE.Config, {"size": [16, 24, 32], "hiding": {"block": [4, 8, 8]}, **options})
     torch.manual_seed(1)
     return MAE(config, encoder, Facts())
 
 
 def one_batch(size=(16, 24, 32), **kwargs):
     return make_batch({"crop": [make_view(size, **kwargs)]})
-
-
-def test_hidden_blocks_known_answer_on_a_non_cubic_crop():
-    batch = one_batch()
-    hidden = hidden_blocks(batch, (16, 24, 32), block=(4, 8, 8), ratio=(0.5, 0.5), purpose="t")
-    assert hidden.shape == (2, 16, 24, 32)
-    blocks = hidden.reshape(2, 4, 4, 3, 8, 4, 8).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
-    assert ((blocks.all(-1)) | (~blocks.any(-1))).all(), "a block is hidden whole or not at all"
-    assert (blocks.all(-1).flatten(1).sum(1) == 24).all()
-    assert (hidden[0] != hidden[1]).any()
-
-
-def test_hidden_blocks_of_a_crop_the_block_does_not_divide():
-    hidden = hidden_blocks(
-        one_batch((9, 10, 11)), (9, 10, 11), block=(4, 4, 4), ratio=(0.6, 0.75), purpose="t"
-    )
-    assert hidden.shape == (2, 9, 10, 11)
 
 
 def test_hidden_depends_on_seed_and_sample_index_alone(encoder):
@@ -70,15 +52,6 @@ def test_hidden_voxels_never_reach_the_network(encoder):
     assert torch.equal(before, after)
 
 
-def test_error_known_answers(encoder):
-    mae = build(encoder)
-    restored = torch.zeros(1, 1, 2, 2, 2)
-    target = torch.tensor([0.0, 1, 2, 9, -9, 0, 0, 0]).reshape(1, 1, 2, 2, 2)
-    counted = torch.tensor([1, 1, 1, 1, 1, 0, 0, 0], dtype=torch.bool).reshape(1, 2, 2, 2)
-    assert mae.error(restored, target, counted).item() == pytest.approx((0 + 1 + 4 + 25 + 9) / 5)
-    assert mae.error(restored, target, torch.zeros_like(counted)).item() == 0.0
-
-
 def test_loss_falls_on_one_batch(encoder):
     mae = build(encoder)
     batch = one_batch()
@@ -96,7 +69,7 @@ def test_loss_falls_on_one_batch(encoder):
 
 
 def test_wrong_options():
-    with pytest.raises(ConfigError, match="hidden_ratio must be"):
-        parse(MAE.Config, {"hidden_ratio": [0.8, 0.6]})
-    with pytest.raises(ConfigError, match="must be at least 1 and fit into size"):
-        parse(MAE.Config, {"size": [8, 8, 8], "block": [16, 4, 4]})
+    with pytest.raises(ConfigError, match="ratio must be"):
+        parse(MAE.Config, {"hiding": {"ratio": [0.8, 0.6]}})
+    with pytest.raises(ConfigError, match="does not fit into size"):
+        parse(MAE.Config, {"size": [8, 8, 8], "hiding": {"block": [16, 4, 4]}})

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from medseg_ssl.config import parse, shelf
+from medseg_ssl.config import parse
 from medseg_ssl.nets import encoder_file
 from medseg_ssl.train.runtime import Runtime
 from pretrain.run import PretrainConfig, run_pretrain
+from tests.shelves import OBJECTIVES, encoder_for
 from tests.train.archives import quick_templates, write_archive
 
 ROOT = Path(__file__).resolve().parents[2]
-OBJECTIVES = shelf("medseg_ssl.objectives")
 STEPS = 4
 
 
@@ -36,7 +36,7 @@ def archive(tmp_path_factory):
 
 def tree(name, *, steps=STEPS):
     return {
-        "encoder": {"name": "resenc", "size": "tiny"},
+        "encoder": {"name": encoder_for(name)},
         "objective": {"name": name, "size": [16, 16, 16]},
         "data": {"batch_size": 2},
         "train": {

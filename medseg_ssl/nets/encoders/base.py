@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
 from medseg_ssl.config import Record
-from medseg_ssl.types import Triple
+from medseg_ssl.types import Triple, TripleMm
 
 
 class EncoderConfig(Record):
     """Options every encoder has; each file's ``Config`` adds its own."""
+
+    def at_spacing(self, spacing_mm: TripleMm | None) -> Self:
+        """The options with the voxel size (D, H, W) of the training crops filled in where they leave it open.
+
+        Only encoders that think in millimetres need it; called once, before the config is written to the run folder, so
+        that the card knows the spacing at which positions in millimetres equal positions in patches.
+        """
+        return self
 
 
 class Encoder(nn.Module, ABC):
@@ -24,7 +33,8 @@ class Encoder(nn.Module, ABC):
     Attributes:
         channels_in: channels of the volume.
         channels: channels of each map, finest level first.
-        strides: voxels of input per voxel of each map, cumulative, per axis (D, H, W), finest first.
+        strides: voxels of input per voxel of each map, cumulative, per axis (D, H, W), finest first. Levels may share a
+            stride.
     """
 
     Config: ClassVar[type[EncoderConfig]]
@@ -46,9 +56,13 @@ class Encoder(nn.Module, ABC):
     def stem(self) -> str:
         """Name of the parameter whose dim 1 is ``channels_in``: a loader adapts it from 1 to N channels."""
 
+    def recomputable(self) -> Iterable[nn.Module]:
+        """Parts, called one after another, whose inner activations ``train.recompute`` drops and computes again."""
+        return ()
 
-class TokenEncoder(Encoder, ABC):
-    """An encoder made of patch tokens, for objectives that drop or replace tokens.
+
+class PatchEncoder(Encoder, ABC):
+    """An encoder that begins by embedding patches, for objectives that replace hidden ones before the first layer.
 
     Attributes:
         patch: voxels per token (D, H, W).
@@ -59,5 +73,30 @@ class TokenEncoder(Encoder, ABC):
     embed_dim: int
 
     @abstractmethod
-    def tokens(self, image_BCDHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        """Embeddings (B, K, E) of the kept tokens (int64 indices into the D·H·W-ordered grid), or of all (B, L, E)."""
+    def embed(self, image_BCDHW: Tensor) -> Tensor:
+        """Patch embeddings without positions (B, E, d, h, w); a patch at the end that is not full is padded by 0."""
+
+    @abstractmethod
+    def pyramid(
+        self, embedded_BEDHW: Tensor, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None
+    ) -> list[Tensor]:
+        """Maps from patch embeddings; levels finer than the patch may read the image too."""
+
+    def forward(self, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None) -> list[Tensor]:
+        """Maps of the pyramid, finest first; map i has ``channels[i]`` channels and ceil(size / strides[i]) voxels."""
+        return self.pyramid(self.embed(image_BCDHW), image_BCDHW, spacing_mm_B3)
+
+
+class TokenEncoder(PatchEncoder, ABC):
+    """An encoder made of patch tokens, for objectives that drop tokens: what is dropped costs nothing."""
+
+    @abstractmethod
+    def tokens(
+        self, image_BCDHW: Tensor, keep_BK: Tensor | None = None, spacing_mm_B3: Tensor | None = None
+    ) -> Tensor:
+        """Final embeddings of the kept tokens (B, K, E), or of all (B, L, E).
+
+        Indices are int64 and count the grid of patches in the order d, h, w.
+
+        Voxels of tokens that are not kept have no influence on the result.
+        """

@@ -6,6 +6,7 @@ weights), and defined for any other size too: a stage maps n voxels to ceil(n / 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -117,6 +118,10 @@ class ResEnc(Encoder):
     def stem(self) -> str:
         """Name of the first convolution's weight."""
         return "stem_block.conv.weight"
+
+    def recomputable(self) -> Iterable[nn.Module]:
+        """Every residual block."""
+        return (block for stage in self.stages for block in stage.children())
 
     def forward(self, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None) -> list[Tensor]:
         """Maps of the pyramid, finest first.

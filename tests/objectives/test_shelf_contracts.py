@@ -1,0 +1,130 @@
+"""What every objective on the shelf must do; new files are picked up by listing.
+
+Exact resume is in ``tests/train/test_resume.py``, two processes in ``tests/train/test_two_processes.py``.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from medseg_ssl.config import Block, parse
+from medseg_ssl.data.augment import prepare_batch
+from medseg_ssl.data.loader import Loader
+from medseg_ssl.train import runtime
+from medseg_ssl.train.settings import TrainConfig
+from pretrain.run import PretrainConfig, build, templates
+from tests.shelves import OBJECTIVES, encoder_for
+from tests.train.archives import TRAIN, quick_templates, write_archive
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    return write_archive(tmp_path_factory.mktemp("objectives") / "archive")
+
+
+@pytest.fixture(params=OBJECTIVES)
+def trained(request, archive, tmp_path, monkeypatch):
+    """An objective with its smallest encoder, and a batch as the loader makes it."""
+    quick_templates(monkeypatch)
+    config = PretrainConfig(
+        encoder=Block(name=encoder_for(request.param)),
+        objective=Block(name=request.param, size=(16, 16, 16)),
+        data={"batch_size": 4},  # pyright: ignore[reportArgumentType]
+        train={"steps": 1},  # pyright: ignore[reportArgumentType]
+    )
+    objective, options = build(config, archive)
+    if objective.takes_templates:
+        machine = runtime.start(parse(TrainConfig, {"steps": 1, "accelerator": "cpu"}))
+        objective.use_templates(
+            templates(archive, TRAIN, Path(tmp_path), machine=machine, quiet=True), seed=0
+        )
+    views = type(objective).views(options)
+    loader = Loader(
+        archive,
+        views,
+        batch_size=4,
+        steps=1,
+        seed=0,
+        subjects=sorted(TRAIN),
+        relations=type(objective).relations(options),
+    )
+    return objective, prepare_batch(next(iter(loader)), plan=views)
+
+
+def test_a_step_is_a_function_of_weights_batch_and_progress(trained):
+    objective, batch = trained
+    objective.eval()
+    untouched = copy.deepcopy(batch)
+    first, second = objective(batch, 0.5), objective(batch, 0.5)
+    assert first.loss.dtype == torch.float32
+    assert first.loss.ndim == 0
+    assert torch.equal(first.loss, second.loss)
+    for name, views in batch.views.items():
+        for view, before in zip(views, untouched.views[name], strict=True):
+            assert torch.equal(view.image_BCDHW, before.image_BCDHW), "a batch belongs to the loader"
+            assert torch.equal(view.foreground_BDHW, before.foreground_BDHW)
+    for value in first.logs.values():
+        assert value.ndim == 0
+        assert not value.requires_grad
+    if first.features_BE is not None:
+        assert first.features_BE.ndim == 2
+        assert not first.features_BE.requires_grad
+
+
+def test_gradients_are_finite_and_reach_the_encoder(trained):
+    objective, batch = trained
+    objective(batch, 0.5).loss.backward()
+    gradients = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
+    assert all(g.isfinite().all() for g in gradients.values())
+    stem = gradients[f"encoder.{objective.encoder.stem}"]
+    assert stem.abs().max() > 0
+
+
+def test_loss_falls_on_one_batch(trained):
+    objective, batch = trained
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=2e-3)
+    losses = []
+    for step in range(30):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        loss = objective(batch, 0.5).loss
+        loss.backward()
+        optimizer.step()
+        objective.after_step(0.5)
+        losses.append(loss.item())
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def test_a_batch_without_body_or_data_gives_no_nan(trained):
+    objective, batch = trained
+    for views in batch.views.values():
+        for view in views:
+            view.valid_BDHW.zero_()
+            view.foreground_BDHW.zero_()
+            view.image_BCDHW.zero_()
+            if view.clean_BCDHW is not None:
+                view.clean_BCDHW.zero_()
+    output = objective(batch, 0.5)
+    assert output.loss.isfinite()
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+
+
+def test_the_preview_shows_the_batch(trained):
+    objective, batch = trained
+    with torch.no_grad():
+        pictures = objective.eval().preview(batch)
+    for name, picture in pictures.items():
+        assert picture.ndim in (4, 5), name
+        assert len(picture) == 4, name
+        assert picture.float().isfinite().all(), name
+
+
+def test_what_ships_is_live(trained):
+    objective, _ = trained
+    exported = objective.export()
+    parts = {id(part) for part in objective.modules()}
+    assert id(exported.encoder) in parts
+    assert exported.decoder is None or id(exported.decoder) in parts

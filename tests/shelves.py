@@ -1,0 +1,28 @@
+"""The shelves as contract tests walk through them: a new file is picked up by listing."""
+
+from medseg_ssl.config import find, parse, shelf
+from medseg_ssl.nets.decoders.base import Decoder
+from medseg_ssl.nets.encoders.base import Encoder
+from medseg_ssl.objectives.base import Objective
+
+ENCODERS = shelf("medseg_ssl.nets.encoders")
+DECODERS = shelf("medseg_ssl.nets.decoders")
+OBJECTIVES = shelf("medseg_ssl.objectives")
+
+
+def build_encoder(name: str, channels_in: int = 1, **options) -> Encoder:
+    """With its default options, which are the smallest."""
+    cls = find("medseg_ssl.nets.encoders", name, Encoder)
+    return cls(parse(cls.Config, options), channels_in)
+
+
+def build_decoder(name: str, encoder: Encoder) -> Decoder:
+    cls = find("medseg_ssl.nets.decoders", name, Decoder)
+    return cls(cls.Config(), encoder.channels, encoder.strides)
+
+
+def encoder_for(objective: str) -> str:
+    """The first encoder that an objective can train: the residual one where it will do."""
+    needs = find("medseg_ssl.objectives", objective, Objective).needs
+    names = ["resenc", *(name for name in ENCODERS if name != "resenc")]
+    return next(n for n in names if issubclass(find("medseg_ssl.nets.encoders", n, Encoder), needs))
