@@ -70,7 +70,7 @@ def voxels_marked(tokens_BL: Tensor, size: Sequence[int], patch: Triple) -> Tens
 
 
 def first_indices(order_BL: Tensor, count: int) -> Tensor:
-    """Indices (B, count), ascending, of the ``count`` tokens with the lowest values; of equals the first. No host sync."""
+    """Indices (B, count), ascending, of the ``count`` tokens with the lowest values; no host sync."""
     return order_BL.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
 
 
