@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
+    from medseg_ssl.types import Facts
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ def run_finetune(
     used = training_cases(opened, config.data.split, cases)
     unstated = unstated_classes((opened.cases[case] for case in used), opened.classes)
     machine = runtime.start(config.train)
-    objective, options = build(config, opened)
+    objective, options = build(config, opened.facts())
     # a class that is unknown in every case would be free to take over the background
     silence(heads(objective.export().head), [opened.classes.index(name) for name in unstated])
     views = type(objective).views(options)
@@ -276,11 +277,11 @@ def training_cases(archive: Archive, split: str, cases: Sequence[str] | None) ->
     return sorted(cases)
 
 
-def build(config: FinetuneConfig, archive: Archive) -> tuple[Objective, Any]:
+def build(config: FinetuneConfig, facts: Facts) -> tuple[Objective, Any]:
     """The objective around fresh networks, with weights drawn from the seed, and its options.
 
     Raises:
-        ConfigError: the objective takes no decoder, has no class heads, or cannot use this archive.
+        ConfigError: the objective takes no decoder, has no class heads, or cannot use an archive of these facts.
     """
     import torch
 
@@ -288,7 +289,6 @@ def build(config: FinetuneConfig, archive: Archive) -> tuple[Objective, Any]:
     encoder_class, encoder_options = resolve_block(config.encoder, "encoder", SHELVES)
     together = Block.model_validate({**config.objective.model_dump(), "decoder": config.decoder.model_dump()})
     objective_class, options = resolve_block(together, "objective", SHELVES)
-    facts = archive.facts()
     torch.manual_seed(config.seed)
     encoder = encoder_class(encoder_options, facts.channels)
     objective = objective_class(options, encoder, facts)

@@ -38,6 +38,10 @@ VERBS = {
     "evaluate": Verb("finetune.evaluate", "segmenter + archive -> cases.csv with Dice, NSD, HD95 in mm"),
     "predict": Verb("finetune.predict", "segmenter + scans -> label maps in the scans' own space"),
     "compare": Verb("finetune.compare", "inits x label budgets x draws -> curve, table, report.html"),
+    "estimate": Verb(
+        "pretrain.estimate", "config -> parameters, memory, disk, steps/s and hours, before a start"
+    ),
+    "bench": Verb("pretrain.bench", "measured speed of this machine, and the fastest options of a config"),
     "report": Verb("finetune.report", "pictures and tables of any runs -> one HTML file"),
 }
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
     from medseg_ssl.train.runtime import Runtime
-    from medseg_ssl.types import Template
+    from medseg_ssl.types import Facts, Template
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
     subjects = training_subjects(opened, config.data)
     checked = guard(opened, subjects, split=config.data.split, protect=config.data.protect)
     machine = runtime.start(config.train)
-    objective, options = build(config, opened)
+    objective, options = build(config, opened.facts())
     views = type(objective).views(options)
     check_crop_sizes(views, objective.encoder.strides)
     if machine.device.type == "cpu" and config.train.precision == "bf16":
@@ -260,17 +260,16 @@ def templates(
     return found
 
 
-def build(config: PretrainConfig, archive: Archive) -> tuple[Objective, Any]:
+def build(config: PretrainConfig, facts: Facts) -> tuple[Objective, Any]:
     """The objective around a fresh encoder, with weights drawn from the seed, and its options.
 
     Raises:
-        ConfigError: the objective cannot use this encoder or this archive.
+        ConfigError: the objective cannot use this encoder or an archive of these facts.
     """
     import torch
 
     encoder_class, encoder_options = resolve_block(config.encoder, "encoder", SHELVES)
     objective_class, options = resolve_block(config.objective, "objective", SHELVES)
-    facts = archive.facts()
     if not any(view.labeled for view in objective_class.views(options).values()):  # pyright: ignore[reportAttributeAccessIssue]
         facts = replace(facts, channels=1)  # unlabeled views are of one scan
     torch.manual_seed(config.seed)

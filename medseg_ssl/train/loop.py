@@ -14,7 +14,7 @@ from medseg_ssl.objectives.base import Objective
 from medseg_ssl.train.averaging import Average
 from medseg_ssl.train.health import COLLAPSED_RANK, FeatureRank, FiniteGuard, Means
 from medseg_ssl.train.interrupt import Interrupted, StopRequest
-from medseg_ssl.train.runtime import Held
+from medseg_ssl.train.runtime import Held, peak_memory_bytes
 from medseg_ssl.types import Batch
 
 if TYPE_CHECKING:
@@ -206,6 +206,7 @@ def _scalars(means: Means, rank: FeatureRank, runtime: Runtime) -> dict[str, flo
     scalars = {f"train/{name}": float(value) for name, value in taken.items()}
     if (value := rank.value()) is not None:
         scalars["train/feature_rank"] = value
+    scalars["system/memory_gib"] = peak_memory_bytes() / 2**30
     if runtime.device.type == "cuda":
         scalars["system/gpu_gib"] = torch.cuda.max_memory_allocated(runtime.device) / 2**30
     return scalars

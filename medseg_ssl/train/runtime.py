@@ -8,10 +8,12 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from medseg_ssl import draws
 from medseg_ssl.config import ConfigError
@@ -96,6 +98,10 @@ class Runtime:
             for parameter in objective.parameters():
                 if parameter.ndim == 5:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+        if self.config.recompute:
+            for part in objective.encoder.recomputable():
+                # in place of a wrapping module, which would change the names of the weights
+                part.forward = partial(checkpoint, part.forward, use_reentrant=False)
         if self.world > 1 and self.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(
                 objective
@@ -142,6 +148,16 @@ def keep_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def peak_memory_bytes() -> int:
+    """The most main memory that this process ever held; 0 where the system does not say."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def start(config: TrainConfig) -> Runtime:

@@ -65,6 +65,8 @@ class TrainConfig(Record):
         threads: CPU threads of torch; null leaves torch's own choice.
         channels_last: channels-last memory format of 5D weights.
         compile: torch.compile of encoder and decoder (30 to 50 s before the first step).
+        recompute: drop the encoder's inner activations and compute them again in the backward pass: less memory, more
+            time.
         deterministic: deterministic kernels on a GPU too (slower); CPU runs always are.
     """
 
@@ -80,6 +82,7 @@ class TrainConfig(Record):
     threads: int | None = Field(default=None, ge=1)
     channels_last: bool = False
     compile: bool = False
+    recompute: bool = False
     deterministic: bool = False
 
     @field_validator("steps")

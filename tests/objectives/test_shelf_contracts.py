@@ -34,7 +34,7 @@ def trained(request, archive, tmp_path, monkeypatch):
         data={"batch_size": 4},  # pyright: ignore[reportArgumentType]
         train={"steps": 1},  # pyright: ignore[reportArgumentType]
     )
-    objective, options = build(config, archive)
+    objective, options = build(config, archive.facts())
     if objective.takes_templates:
         machine = runtime.start(parse(TrainConfig, {"steps": 1, "accelerator": "cpu"}))
         objective.use_templates(

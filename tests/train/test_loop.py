@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from medseg_ssl.config import UserError
+from medseg_ssl.config import UserError, parse
 from medseg_ssl.train import interrupt
+from medseg_ssl.train import runtime as runtimes
 from medseg_ssl.train.checkpoint import Checkpoint
 from medseg_ssl.train.interrupt import Interrupted, StopRequest
+from medseg_ssl.train.settings import TrainConfig
 from tests.train.conftest import TinyObjective, run_tiny, same, tiny_batches, weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -302,3 +304,22 @@ def test_a_killed_process_continues_exactly(tmp_path):
     whole, _ = run_tiny(tmp_path / "whole", ema=0.9)
     continued, _ = run_tiny(tmp_path / "run", ema=0.9)
     assert same(weights(whole), weights(continued))
+
+
+def test_recomputing_keeps_less_for_the_backward_pass():
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from medseg_ssl.nets.encoders.resenc import ResEnc
+    from medseg_ssl.objectives.mae import MAE
+    from medseg_ssl.types import Facts
+
+    kept = {}
+    for flag in (False, True):
+        machine = runtimes.start(parse(TrainConfig, {"steps": 1, "accelerator": "cpu", "recompute": flag}))
+        objective = MAE(MAE.Config(size=(16, 16, 16)), ResEnc(ResEnc.Config()), Facts())
+        machine.setup(objective, torch.optim.SGD(objective.parameters()))
+        sizes = []
+        with saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):
+            objective.encoder(torch.randn(2, 1, 16, 16, 16))
+        kept[flag] = sum(sizes)
+    assert kept[True] < 0.5 * kept[False]

@@ -1,0 +1,172 @@
+import json
+
+import pytest
+import torch
+
+from medseg_ssl.config import ConfigError
+from medseg_ssl.nets.encoders.resenc import ResEnc
+from medseg_ssl.nets.footprint import footprint
+from pretrain import bench, estimate
+from pretrain.run import main as pretrain
+from tests.train.archives import write_archive
+
+SMALL = ["objective.size=[16,16,16]", "data.batch_size=2", "train.accelerator=cpu", "train.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    return write_archive(tmp_path_factory.mktemp("estimate") / "archive").path
+
+
+def test_footprint_known_answers():
+    convolution = torch.nn.Conv3d(2, 5, 3, padding=1, bias=False)
+    counted = footprint(convolution, (4, 6, 8), channels=2, batch=3, run=lambda m, x: m(x))
+    assert counted.operations == 2 * 27 * 2 * 5 * 4 * 6 * 8 * 3
+    assert counted.saved_bytes == 4 * 2 * 4 * 6 * 8 * 3, "a convolution keeps its input"
+    encoder = ResEnc(ResEnc.Config())
+    one, two = (footprint(encoder, (n, 16, 16), channels=1, run=lambda m, x: m(x)) for n in (16, 32))
+    assert two.saved_bytes == pytest.approx(2 * one.saved_bytes, rel=0.01)
+    assert two.operations == 2 * one.operations
+    assert not any(p.is_meta for p in encoder.parameters())
+
+
+def test_estimate_with_and_without_an_archive(archive, capsys, monkeypatch):
+    shown = estimate.main(["mae", *SMALL, "--seconds", "0.2", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["parameters"] == shown.parameters
+    encoder = sum(p.numel() for p in ResEnc(ResEnc.Config()).parameters())
+    assert shown.parameters["encoder"] == encoder
+    assert shown.encoder_file_gib * 2**30 == 4 * (encoder + shown.parameters["decoder"])
+    assert shown.checkpoint_gib * 2**30 == pytest.approx(12 * sum(shown.parameters.values()), rel=0.01)
+    assert shown.steps == 2000
+    assert shown.hours == pytest.approx(2000 * shown.step_s / 3600)
+    assert shown.wait_share is None
+    assert shown.trial_size is None
+
+    monkeypatch.setattr(estimate, "_in_a_process", estimate._trial)  # a new process takes seconds
+    words = ["mae", *SMALL, "train.steps=3 epochs", "--seconds", "0.2", "--archive", str(archive)]
+    real = estimate.main(words)
+    assert real.steps == 12, "four training subjects with two scans each, two at a time"
+    assert 0 <= real.wait_share < 1
+    assert "waiting for data" in capsys.readouterr().out
+
+
+def test_a_config_too_large_for_this_machine_is_tried_smaller(monkeypatch):
+    monkeypatch.setattr(estimate, "_operations_per_second", lambda threads: 1e10)
+    monkeypatch.setattr(estimate, "SLOWEST_TRIAL_STEP_S", 0.2)
+    monkeypatch.setattr(estimate, "_in_a_process", estimate._trial)
+    config, kind = estimate.read("mae", [*SMALL, "objective.size=[32,32,32]"], archive=None)
+    found = estimate.estimate(config, kind=kind, seconds=0.2)
+    assert found.trial_size == (16, 16, 16)
+    assert "crops of [16, 16, 16]" in dict(estimate.table(found))["measured on"]
+    smaller = estimate.estimate(estimate._with_size(config, (16, 16, 16)), kind=kind, seconds=0.2)
+    assert found.operations_per_step == 8 * smaller.operations_per_step
+    assert 4 < found.step_s / smaller.step_s < 16
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["maee"], "no pretrain config named 'maee' \\(did you mean 'mae'"),
+        (["nothing.yaml"], "no config file nothing.yaml"),
+        (["mae", "objective.sise=[16,16,16]"], "did you mean 'size'"),
+        (["mae", "--seconds", "0"], "--seconds must lie above 0"),
+        (["mae", "objective.size=[20,16,16]"], "does not fit the encoder"),
+        (["mae", "train.accelerator=gpu"], "torch sees none"),
+    ],
+)
+def test_wrong_use(words, message):
+    if "gpu" in words[-1] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match=message):
+        estimate.main(words)
+
+
+def test_a_compare_config_is_no_training(tmp_path):
+    path = tmp_path / "compare.yaml"
+    path.write_text("task: x\ninits: {scratch: scratch}\n")
+    with pytest.raises(ConfigError, match="estimate takes a pretrain or finetune config"):
+        estimate.main([str(path)])
+
+
+def test_bench_of_the_machine(archive, capsys):
+    figures = bench.machine_figures(archive=archive, seconds=0.01)
+    assert len(figures) == 6
+    assert all(figure.value > 0 for figure in figures)
+
+
+def test_bench_of_a_config_orders_its_options(monkeypatch, capsys):
+    times = {("fp32", False): 3.0, ("fp32", True): 2.0, ("bf16", False): 1.0}
+
+    def fake(config, *, kind, archive, seconds):
+        way = (config.train.precision, config.train.channels_last)
+        if way not in times:
+            raise ConfigError("too deep")
+        return estimate.Estimate({}, 0, 1, times[way], None, 1.0, None, 0, 0, 0, "cpu")
+
+    monkeypatch.setattr(estimate, "estimate", fake)
+    options = bench.main(["mae", *SMALL])
+    assert [option.step_s for option in options] == [1.0, 2.0, 3.0]
+    printed = capsys.readouterr().out
+    assert "failed: train.precision=bf16 train.channels_last=true train.compile=false: too deep" in printed
+    assert "fastest here: train.precision=bf16 train.channels_last=false" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["mae", "objective.size=[32,32,32]", "data.batch_size=4"],
+        ["simclr", "objective.size=[32,32,32]", "data.batch_size=4", "train.precision=bf16"],
+        ["segmentation", "encoder={name: resenc, size: s}", "objective.size=[32,32,32]", "data.batch_size=2"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_estimate_holds_for_a_real_run(words, archive, tmp_path):
+    """Within 25 % for time and memory, with a process of its own for the run, as a user has it."""
+    import subprocess
+    import sys
+
+    common = ["train.steps=60 steps", "train.log_every=20", "train.preview_every=null", "train.threads=1"]
+    words = [*words, "train.accelerator=cpu", *common]
+    found = estimate.main([*words, "--archive", str(archive), "--seconds", "8"])
+    module = "finetune.run" if words[0] == "segmentation" else "pretrain.run"
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        words[0],
+        str(tmp_path / "run"),
+        *words[1:],
+        "wandb.mode=disabled",
+    ]
+    subprocess.run([*command, "--archive", str(archive), "--quiet"], check=True)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    samples = next(int(w.split("=")[1]) for w in words if w.startswith("data.batch_size"))
+    assert found.step_s == pytest.approx(samples / last["system/samples_per_s"], rel=0.25)
+    assert found.memory_gib == pytest.approx(last["system/memory_gib"], rel=0.25)
+    assert (tmp_path / "run" / "last.ckpt").stat().st_size / 2**30 == pytest.approx(
+        found.checkpoint_gib, rel=0.1
+    )
+
+
+def test_recomputing_changes_no_weight(archive, tmp_path):
+    for name, flag in (("plain", "false"), ("again", "true")):
+        words = [
+            "mae",
+            str(tmp_path / name),
+            *SMALL,
+            "train.steps=3",
+            "train.log_every=1",
+            f"train.recompute={flag}",
+        ]
+        pretrain(
+            [*words, "train.preview_every=null", "wandb.mode=disabled", "--archive", str(archive), "--quiet"]
+        )
+    plain, again = (
+        torch.load(tmp_path / name / "last.ckpt", weights_only=True)["objective"]
+        for name in ("plain", "again")
+    )
+    assert plain.keys() == again.keys()
+    for key, value in plain.items():
+        assert torch.equal(value, again[key]), key
