@@ -88,7 +88,7 @@ class RotaryBlocks(nn.Module):
         """
         rotation = rotary(positions_BK3, self.head_dim)
         for block in self.blocks:
-            tokens_BKE = block(tokens_BKE, rope=rotation)
+            tokens_BKE = block(tokens_BKE, rotation)
         return self.norm(tokens_BKE)
 
     def _initialise(self) -> None:
