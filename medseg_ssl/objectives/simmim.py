@@ -37,8 +37,8 @@ class SimMIM(Objective):
 
         Attributes:
             size: crop (D, H, W).
-            hiding: how hidden blocks are drawn. A block must be a multiple of the encoder's patch; for a pyramid such as
-                Swin's best one of its deepest stride, so that hidden and visible voxels never merge into one token.
+            hiding: how hidden blocks are drawn. A block must be a multiple of the encoder's patch; for a pyramid such
+                as Swin's best one of its deepest stride, so that hidden and visible voxels never merge into one token.
             augment: augmentation of the input; the target stays clean.
             restoration: which voxels count, and the error.
         """
@@ -62,8 +62,8 @@ class SimMIM(Objective):
         block, patch, deepest = config.hiding.block, encoder.patch, encoder.strides[-1]
         if config.hiding.block_mm is None and any(b % p for b, p in zip(block, patch, strict=True)):
             raise ConfigError(
-                f"objective.hiding.block {list(block)} is no multiple of the encoder's patch {list(patch)}, but simmim hides "
-                f"whole patches; take a multiple of it, best {list(deepest)}, the encoder's deepest stride"
+                f"objective.hiding.block {list(block)} is no multiple of the encoder's patch {list(patch)}, but simmim "
+                f"hides whole patches; take a multiple of it, best {list(deepest)}, the encoder's deepest stride"
             )
         self.hidden_embedding = nn.Parameter(0.02 * torch.randn(encoder.embed_dim))
         self.head = VoxelHead(encoder.channels[-1], encoder.channels_in * math.prod(deepest))
@@ -88,9 +88,9 @@ class SimMIM(Objective):
         hidden_B1dhw = tokens_BL.reshape(-1, 1, *grid_of(size, encoder.patch))
         embedded = encoder.embed(visible)
         vector = self.hidden_embedding.to(embedded.dtype)[None, :, None, None, None]
-        coarsest = encoder.pyramid(
-            torch.where(hidden_B1dhw, vector, embedded), visible, view.spacing_mm_B3
-        )[-1]
+        coarsest = encoder.pyramid(torch.where(hidden_B1dhw, vector, embedded), visible, view.spacing_mm_B3)[
+            -1
+        ]
         return unpatchify(as_tokens(self.head(coarsest)), size, encoder.strides[-1]), coarsest
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:

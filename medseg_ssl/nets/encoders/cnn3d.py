@@ -1,7 +1,7 @@
 """A plain 3D convolutional network: the contracting path of the 3D U-Net (Çiçek et al., arXiv 1606.06650).
 
-With ``size: genesis`` it is the encoder of Models Genesis' public ``UNet3D`` (Zhou et al., arXiv 1908.06912), whose weights
-fit by name. For odd sizes the last window of a pooling takes what there is.
+With ``size: genesis`` it is the encoder of Models Genesis' public ``UNet3D`` (Zhou et al., arXiv 1908.06912), whose
+weights fit by name. For odd sizes the last window of a pooling takes what there is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class CNN3D(Encoder):
-    """Levels of two convolutions, halved by max pooling in between; the first convolution has half a level's channels."""
+    """Levels of two convolutions, the first with half the level's channels; max pooling halves in between."""
 
     class Config(EncoderConfig):
         """Options of the encoder.
@@ -67,7 +67,9 @@ class CNN3D(Encoder):
         @model_validator(mode="after")
         def _agree(self) -> CNN3D.Config:
             if any(width < 2 or width % 2 for width in self.level_features):
-                raise ValueError(f"features must be even, since a level begins with half, got {self.level_features}")
+                raise ValueError(
+                    f"features must be even, since a level begins with half, got {self.level_features}"
+                )
             return self
 
     config: Config
@@ -110,8 +112,8 @@ class CNN3D(Encoder):
         single = all(n <= s for n, s in zip(size, self.strides[-1], strict=True))
         if single and self.config.level_norm == "instance":
             raise UserError(
-                f"a crop of {' x '.join(map(str, size))} voxels is too small for {len(self.channels)} levels with stride"
-                f" {self.strides[-1]}: the coarsest map would be one voxel; take a larger crop or fewer features"
+                f"a crop of {' x '.join(map(str, size))} voxels is too small for {len(self.channels)} levels with "
+                f"stride {self.strides[-1]}: the coarsest map would be one voxel; take a larger crop or fewer features"
             )
 
 

@@ -20,7 +20,7 @@ SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
     "s": (16, (1, 2, 2, 4)),
     "b": (32, (1, 2, 2, 4)),
 }
-"""Channels of the first level and residual blocks per level: MONAI's default, MONAI's of its BraTS models, the paper's."""
+"""Channels of the first level and residual blocks per level: MONAI's default, twice its width, the paper's."""
 
 
 class SegResNet(Encoder):
