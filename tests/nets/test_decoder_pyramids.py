@@ -11,13 +11,13 @@ from tests.shelves import DECODERS
 PYRAMIDS = {
     "anisotropic": ((5, 6, 8), ((1, 1, 1), (1, 2, 2), (2, 4, 4)), (6, 16, 24)),
     "anisotropic from the start": ((6, 8), ((1, 2, 2), (2, 4, 4)), (5, 18, 29)),
-    "repeated at the coarse end": ((4, 8, 8, 8), ((1, 1, 1), *((8, 8, 8),) * 3), (16, 24, 9)),
+    "repeated at the coarse end": ((4, 8, 8, 8), ((1, 1, 1), *((8, 8, 8),) * 3), (9, 13, 5)),
     "repeated in the middle": ((4, 6, 6, 8), ((1, 1, 1), (2, 2, 2), (2, 2, 2), (4, 4, 4)), (8, 12, 10)),
     "repeated at the fine end": ((6, 6, 8), ((2, 2, 2), (2, 2, 2), (4, 4, 4)), (8, 12, 9)),
     "of one stride": ((8, 8, 8), ((4, 4, 4),) * 3, (17, 12, 9)),
     "from stride 2": ((4, 6, 8), ((2, 2, 2), (4, 4, 4), (8, 8, 8)), (16, 31, 24)),
     "from stride 4": ((6, 8), ((4, 4, 4), (8, 8, 8)), (19, 24, 40)),
-    "ratio 4": ((4, 6, 8), ((1, 1, 1), (4, 4, 4), (16, 16, 16)), (32, 17, 9)),
+    "ratio 4": ((4, 6, 8), ((1, 1, 1), (4, 4, 4), (16, 16, 16)), (18, 5, 9)),
     "ratio 8": ((4, 8), ((1, 1, 1), (8, 8, 8)), (16, 9, 24)),
     "ratio 3": ((4, 6, 8), ((1, 1, 1), (1, 3, 3), (2, 6, 6)), (4, 13, 20)),
     "single slice": ((4, 6, 8), ((1, 1, 1), (2, 2, 2), (4, 4, 4)), (1, 19, 24)),
@@ -68,7 +68,8 @@ def test_maps_have_the_sizes_of_their_strides_and_every_parameter_a_gradient(nam
     assert_gradients(decoder)
 
 
-@pytest.mark.parametrize(("name", "which"), CASES)
+@pytest.mark.parametrize("which", ["anisotropic", "repeated at the coarse end", "one voxel at the end"])
+@pytest.mark.parametrize("name", DECODERS)
 def test_samples_do_not_see_each_other(name, which):
     channels, strides, size = PYRAMIDS[which]
     decoder, maps = build(name, channels, strides), pyramid_of(channels, strides, size)
