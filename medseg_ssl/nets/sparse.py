@@ -1,16 +1,16 @@
 """A plain convolutional encoder run on visible voxels only, as if its convolutions were submanifold sparse ones.
 
 Tian et al., "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling", arXiv 2301.03580; in
-3D, Wald et al., arXiv 2410.23132. After every convolution hidden places are zero again, norms take their statistics over
-visible voxels, and pooling sees those alone: a hidden region does not grow or wash out, and nothing of it leaks.
+3D, Wald et al., arXiv 2410.23132. After every convolution hidden places are zero again, norms take their statistics
+over visible voxels, and pooling sees those alone: a hidden region does not wash out, and nothing of it leaks.
 
 The network is the dense one and stays so: a pass is a context that treats the functions which an encoder calls inside
 it. Such contexts belong to the thread that entered them, so two passes over one encoder do not meet, and no module is
 changed, hooked or copied. A function that is not known to be treated rightly is refused.
 
-``DensePass`` computes every voxel and puts zeros in hidden places. ``PackedPass`` gathers visible blocks once, keeps them
-stacked along D through the whole encoder as one tall volume ((B, C, K·d, h, w): norms and pooling need no treatment
-there) and hands each convolution the rim of the neighbouring blocks. Both give the same numbers.
+``DensePass`` computes every voxel and puts zeros in hidden places. ``PackedPass`` gathers visible blocks once, keeps
+them stacked along D through the whole encoder as one tall volume ((B, C, K·d, h, w): norms and pooling need no
+treatment there) and hands each convolution the rim of the neighbouring blocks. Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,18 @@ ASKING = {"__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floa
 """Functions that read no voxel."""
 KEEPING_ZERO = {
     *("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "elu", "elu_", "gelu", "silu", "mish", "tanh"),
-    *("hardswish", "dropout", "dropout3d", "feature_dropout", "bernoulli_", "mul", "mul_", "div", "div_", "neg"),
+    *(
+        "hardswish",
+        "dropout",
+        "dropout3d",
+        "feature_dropout",
+        "bernoulli_",
+        "mul",
+        "mul_",
+        "div",
+        "div_",
+        "neg",
+    ),
     *("cat", "clone", "contiguous", "detach", "to", "float", "type_as", "permute", "movedim"),
 }
 """Functions of single voxels that leave a zero a zero."""
@@ -179,7 +190,9 @@ class DensePass(VisiblePass):
                     parts = hidden.split(step // cell, dim=axis)
                     hidden = torch.cat([p.all(dim=axis, keepdim=True) for p in parts], dim=axis)
                 else:
-                    raise refused(f"stride {stride}: neither fits into hidden cells of {self._cell} nor holds them")
+                    raise refused(
+                        f"stride {stride}: neither fits into hidden cells of {self._cell} nor holds them"
+                    )
             count = (~hidden).sum(dim=(1, 2, 3, 4)).clamp(min=1).float()
             self._levels[size] = _Level(stride, hidden, count)
         return self._levels[size]
@@ -188,7 +201,9 @@ class DensePass(VisiblePass):
         """Hidden places of an output, after a function of this step; a window starts where its cell does."""
         size, stride = tuple(out.shape[2:]), self._level(before).stride
         if any(o != -(-n // s) for o, n, s in zip(size, before.shape[2:], step, strict=True)):
-            raise refused(f"a step of {step} from {tuple(before.shape[2:])} to {size} voxels (pad by half the kernel)")
+            raise refused(
+                f"a step of {step} from {tuple(before.shape[2:])} to {size} voxels (pad by half the kernel)"
+            )
         d, h, w = (a * b for a, b in zip(stride, step, strict=True))
         return self._reach(size, (d, h, w)).hidden_B1DHW
 
@@ -247,12 +262,10 @@ class DensePass(VisiblePass):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        level, channels = self._level(map_BCDHW), map_BCDHW.shape[1]
-        grouped = map_BCDHW.float().unflatten(1, (num_groups, channels // num_groups))
-        count = level.count_B[:, None] * (channels // num_groups)
-        mean, deviation, variance = _moments(grouped, level.hidden_B1DHW[:, None], count, over=(2, 3, 4, 5))
-        normed = (deviation * (variance + eps).rsqrt()).flatten(1, 2)
-        return _scaled(normed, weight, bias, level.hidden_B1DHW).to(map_BCDHW.dtype)
+        level = self._level(map_BCDHW)
+        count_BC = _shared(level.count_B[:, None].expand(map_BCDHW.shape[:2]), num_groups)
+        options = (level.hidden_B1DHW, count_BC, num_groups, eps)
+        return _Normed.apply(map_BCDHW, weight, bias, *options)[0]  # pyright: ignore[reportOptionalSubscript]
 
     def _instance_norm(
         self,
@@ -286,13 +299,15 @@ class DensePass(VisiblePass):
                 map_BCDHW, running_mean, running_var, weight, bias, training=False, eps=eps
             )
             return out.masked_fill(hidden, 0.0)
-        count = self._level(map_BCDHW).count_B.sum()
-        mean, deviation, variance = _moments(map_BCDHW.float(), hidden, count, over=(0, 2, 3, 4))
+        count_BC = _shared(self._level(map_BCDHW).count_B[:, None].expand(map_BCDHW.shape[:2]), None)
+        normed = _Normed.apply(map_BCDHW, weight, bias, hidden, count_BC, None, eps)
+        out, mean_BC, variance_BC = normed  # pyright: ignore[reportGeneralTypeIssues]
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
-                running_mean.lerp_(mean.flatten(), momentum)
-                running_var.lerp_(variance.flatten() * count / (count - 1).clamp(min=1), momentum)
-        return _scaled(deviation * (variance + eps).rsqrt(), weight, bias, hidden).to(map_BCDHW.dtype)
+                unbiased_C = variance_BC[0] * count_BC[0] / (count_BC[0] - 1).clamp(min=1)
+                running_mean.lerp_(mean_BC[0].to(running_mean.dtype), momentum)
+                running_var.lerp_(unbiased_C.to(running_var.dtype), momentum)
+        return out
 
     def _layer_norm(
         self,
@@ -487,22 +502,68 @@ def _is_map(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim >= 3 and not isinstance(value, nn.Parameter)
 
 
-def _moments(
-    values: Tensor, hidden: Tensor, count: Tensor, *, over: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, deviation from it (0 in hidden places, as the values) and variance over visible voxels."""
-    count = count.reshape(count.shape + (1,) * (values.ndim - count.ndim))
-    mean = values.sum(dim=over, keepdim=True) / count
-    deviation = (values - mean).masked_fill_(hidden, 0.0)
-    return mean, deviation, deviation.square().sum(dim=over, keepdim=True) / count
+def _shared(sums_BC: Tensor, groups: int | None) -> Tensor:
+    """Sums over all that share a statistic, for each of them: channels of a group, or (None) samples of the batch."""
+    if groups is None:
+        return sums_BC.sum(dim=0, keepdim=True).expand_as(sums_BC)
+    return (
+        sums_BC.unflatten(1, (groups, -1))
+        .sum(dim=2, keepdim=True)
+        .expand(-1, -1, sums_BC.shape[1] // groups)
+        .flatten(1)
+    )
 
 
-def _scaled(normed_BCDHW: Tensor, weight: Tensor | None, bias: Tensor | None, hidden: Tensor) -> Tensor:
-    if weight is not None:
-        normed_BCDHW = normed_BCDHW * weight[:, None, None, None]
-    if bias is not None:
-        normed_BCDHW = (normed_BCDHW + bias[:, None, None, None]).masked_fill_(hidden, 0.0)
-    return normed_BCDHW
+class _Normed(torch.autograd.Function):
+    """Norm over visible voxels of a map that is 0 in hidden ones, in float32; half the passes of autograd's own way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        map_BCDHW: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        hidden_B1DHW: Tensor,
+        count_BC: Tensor,
+        groups: int | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The normed map, mean and (biased) variance."""
+        values = map_BCDHW.float()
+        mean_BC = _shared(values.sum(dim=(2, 3, 4)), groups) / count_BC
+        deviation = (values - _per_channel(mean_BC)).masked_fill_(hidden_B1DHW, 0.0)
+        # row by row: over a whole map torch adds up in float32 one by one (7e-5 off at 128³)
+        squares_BC = torch.linalg.vector_norm(deviation, dim=4).square().sum(dim=(2, 3))
+        variance_BC = _shared(squares_BC, groups) / count_BC
+        rstd_BC = (variance_BC + eps).rsqrt()
+        scale_BC = rstd_BC if weight is None else rstd_BC * weight.float()
+        out = deviation * _per_channel(scale_BC)
+        if bias is not None:
+            out.add_(bias.float()[:, None, None, None]).masked_fill_(hidden_B1DHW, 0.0)
+        ctx.groups, ctx.affine = groups, (weight is not None, bias is not None)
+        ctx.save_for_backward(deviation, hidden_B1DHW, count_BC, rstd_BC, scale_BC)
+        ctx.mark_non_differentiable(mean_BC, variance_BC)
+        return out.to(map_BCDHW.dtype), mean_BC, variance_BC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BCDHW: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gradients of map, weight and bias."""
+        deviation, hidden, count_BC, rstd_BC, scale_BC = ctx.saved_tensors
+        grad = grad_BCDHW.float().masked_fill(hidden, 0.0)
+        sum_BC = grad.sum(dim=(2, 3, 4))
+        along_BC = torch.linalg.vecdot(grad.flatten(2), deviation.flatten(2))
+        mean_BC = _shared(scale_BC * sum_BC, ctx.groups) / count_BC
+        slope_BC = _shared(scale_BC * along_BC, ctx.groups) * rstd_BC.square() / count_BC
+        grad.mul_(_per_channel(scale_BC)).sub_(_per_channel(mean_BC))
+        grad.addcmul_(deviation, _per_channel(slope_BC), value=-1).masked_fill_(hidden, 0.0)
+        has_weight, has_bias = ctx.affine
+        grad_weight = (along_BC * rstd_BC).sum(dim=0) if has_weight else None
+        return grad.to(grad_BCDHW.dtype), grad_weight, sum_BC.sum(dim=0) if has_bias else None, *(None,) * 4
+
+
+def _per_channel(values_BC: Tensor) -> Tensor:
+    return values_BC[:, :, None, None, None]
 
 
 class _Neighbours(NamedTuple):
@@ -572,7 +633,9 @@ class _Rim(torch.autograd.Function):
         for (there, missing), offset in zip(opposite, OFFSETS, strict=True):
             if _goes(offset, rim):
                 back = grad_NCDHW[_outside(offset, block, rim)].index_select(0, there)
-                blocks_NCDHW[_inside(offset, block, (0, 0, 0), rim)] += back.masked_fill_(_per_block(missing), 0.0)
+                blocks_NCDHW[_inside(offset, block, (0, 0, 0), rim)] += back.masked_fill_(
+                    _per_block(missing), 0.0
+                )
         tall = blocks_NCDHW.unflatten(0, (-1, ctx.visible)).transpose(1, 2).flatten(2, 3)
         return tall, None, None, None, None
 

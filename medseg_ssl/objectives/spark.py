@@ -2,8 +2,8 @@
 
 Tian et al., "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling" (SparK), arXiv
 2301.03580; in 3D Wald et al., "Revisiting MAE pre-training for 3D medical image segmentation" (S3D), arXiv 2410.23132.
-Against plain masked autoencoding: convolutions, norms and pooling of the encoder leave hidden voxels out, and before the
-decoder every level is normed, gets a learned token in hidden places, and is spread by a "densify" convolution.
+Against plain masked autoencoding: convolutions, norms and pooling of the encoder leave hidden voxels out, and before
+the decoder every level is normed, gets a learned token in hidden places, and is spread by a "densify" convolution.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Densify(nn.Module):
     def __init__(self, channels: int, kernel: int | None) -> None:
         super().__init__()
         self.norm = InstanceNorm(channels)
-        self.conv = nn.Identity() if kernel is None else nn.Conv3d(channels, channels, kernel, padding=kernel // 2)
+        self.conv = (
+            nn.Identity() if kernel is None else nn.Conv3d(channels, channels, kernel, padding=kernel // 2)
+        )
         initialise(self)
         self.token = nn.Parameter(nn.init.trunc_normal_(torch.empty(channels), std=0.02, a=-0.02, b=0.02))
 
@@ -57,11 +59,11 @@ class SparK(Objective):
             hiding: how hidden blocks are drawn; a block is a multiple of the encoder's deepest stride.
             augment: augmentation of the input; the target stays clean.
             restoration: which voxels count, and the error.
-            densify: levels that get a 3³ densify convolution (1³ at the deepest): ``every``, as in SparK, or all but the
-                finest (``coarse``), where it is dearest; S3D's public code leaves it out there too.
-            compute: ``packed`` computes visible blocks only: the numbers of ``dense`` in less time. It needs as many of
-                them in every sample (two equal ratios, blocks that divide the crop, no ``foreground``, no ``block_mm``).
-                ``auto`` packs where that holds.
+            densify: levels that get a 3³ densify convolution (1³ at the deepest): ``every``, as in SparK, or all but
+                the finest (``coarse``), where it is dearest; S3D's public code leaves it out there too.
+            compute: ``packed`` computes visible blocks only: the numbers of ``dense`` in less time. It needs as many
+                of them in every sample (two equal ratios, blocks that divide the crop, no ``foreground``, no
+                ``block_mm``). ``auto`` packs where that holds.
             decoder: block on the shelf of decoders.
         """
 
@@ -88,9 +90,9 @@ class SparK(Objective):
                 )
             if self.compute == "packed" and not self.packable:
                 raise ValueError(
-                    "compute: packed needs as many visible blocks in every sample: hiding.strategy blocks or tubes, two "
-                    f"equal numbers in ratio, a block that divides size {self.size} and no block_mm, got {self.hiding}; "
-                    "or take compute: dense"
+                    "compute: packed needs as many visible blocks in every sample: hiding.strategy blocks or tubes, "
+                    f"equal numbers in ratio, a block that divides size {self.size} and no block_mm, got "
+                    f"{self.hiding}; or take compute: dense"
                 )
             return self
 
