@@ -51,6 +51,14 @@ class Hiding(Record):
         if self.block_mm is None and any(b > s for b, s in zip(self.block, size, strict=True)):
             raise ValueError(f"hiding.block {self.block} does not fit into size {size}")
 
+    def visible_blocks(self, size: Triple) -> int | None:
+        """Blocks of a crop that stay visible; None where that number is each sample's own."""
+        if self.strategy == "foreground" or self.block_mm is not None or self.ratio[0] != self.ratio[1]:
+            return None
+        cells = _cells(size, self.block)
+        drawn = cells[1] * cells[2] * (1 if self.strategy == "tubes" else cells[0])
+        return (drawn - round(self.ratio[0] * drawn)) * (cells[0] if self.strategy == "tubes" else 1)
+
 
 def draw_hidden(
     hiding: Hiding, batch: Batch, view: View, *, purpose: str, unit: Triple = (1, 1, 1)
