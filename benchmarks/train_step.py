@@ -1,11 +1,16 @@
-"""A training step of the small residual U-Net: ours next to nnU-Net v2's, interleaved, as a ratio of medians.
+"""A training step of a network: ours next to a peer's, interleaved, as a ratio of medians.
 
-Both sides take 64³ crops, batch 2, three classes, cross-entropy and Dice with deep supervision, SGD with Nesterov
-momentum, the same data type and number of threads, each in a process of its own so that neither uses the other's
-memory pages. The peer's network is nnU-Net's ResidualEncoderUNet, built by nnunetv2 where the interpreter named with
---peer-python (or MEDSEG_PEER_PYTHON) has it, else from dynamic-network-architectures.
+Both sides take 64³ crops, batch 2, three classes, cross-entropy and Dice (with deep supervision for `resenc`), SGD with
+Nesterov momentum, the same data type and number of threads, each in a process of its own so that neither uses the
+other's memory pages. Networks (--network), the same architecture on both sides but for `vit`:
 
-    python benchmarks/train_step.py --runs 7 [--peer-python /path/to/venv/bin/python] [--dtype bf16] [--json FILE]
+    resenc   residual U-Net of 9.7 M parameters; nnU-Net's ResidualEncoderUNet, built by nnunetv2 where the interpreter
+             named with --peer-python (or MEDSEG_PEER_PYTHON) has it, else from dynamic-network-architectures
+    primus   Primus-S with its decoder of patches; Primus of dynamic-network-architectures
+    swin     Swin UNETR of 24 features; MONAI's SwinUNETR
+    vit      a transformer of 6 blocks of 384 on 16³ patches, ours of Primus' kind; MONAI's ViTAutoEnc of the same size
+
+    python benchmarks/train_step.py --network resenc --runs 7 [--peer-python PYTHON] [--dtype bf16] [--json FILE]
 """
 
 from __future__ import annotations
@@ -25,9 +30,8 @@ PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLO
 """Freed blocks stay with the process, as training sets it (see medseg_ssl/train/runtime.py)."""
 
 
-def ours():
+def our_resenc():
     """Our encoder, decoder and heads; returns logits of every level."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from medseg_ssl.nets.decoders.unet import UNet
     from medseg_ssl.nets.encoders.resenc import ResEnc
     from medseg_ssl.nets.segmenter import Segmenter
@@ -37,7 +41,66 @@ def ours():
     return model, model.all_logits, "medseg_ssl"
 
 
-def peer():
+def our_primus(side: int, **options):
+    """Our Primus, read by the light decoder straight into classes."""
+    import torch
+
+    from medseg_ssl.nets.decoders.light import Light
+    from medseg_ssl.nets.encoders.primus import Primus
+    from medseg_ssl.nets.tokens import as_map, grid_of
+
+    encoder = Primus(Primus.Config(crop=(side, side, side), **options))
+    decoder = Light(Light.Config(width=CLASSES), encoder.channels, encoder.strides)
+    model = torch.nn.ModuleList([encoder, decoder])
+    encoder.levels.requires_grad_(requires_grad=False)  # its maps are not read
+
+    def logits_of(image):
+        tokens = as_map(encoder.tokens(image), grid_of(image.shape[2:], encoder.patch))
+        return decoder([image, tokens])
+
+    return model, logits_of, "medseg_ssl"
+
+
+def our_swin():
+    """Our Swin UNETR."""
+    from medseg_ssl.nets.decoders.swin_unetr import SwinUNETR
+    from medseg_ssl.nets.encoders.swin import Swin
+    from medseg_ssl.nets.segmenter import Segmenter
+
+    encoder = Swin(Swin.Config(size="s"))
+    decoder = SwinUNETR(SwinUNETR.Config(), encoder.channels, encoder.strides)
+    model = Segmenter(encoder, decoder, CLASSES, supervised_levels=1)
+    return model, model.all_logits, "medseg_ssl"
+
+
+def peer_primus(size: int):
+    """Primus-S of its authors."""
+    from dynamic_network_architectures.architectures.primus import Primus
+
+    shape = {"eva_depth": 12, "eva_numheads": 6, "init_values": 0.1, "scale_attn_inner": True}
+    model = Primus(1, 396, (8, 8, 8), CLASSES, input_shape=(size, size, size), **shape)
+    model.mask_token.requires_grad_(requires_grad=False)
+    return model, lambda image: [model(image)], "dynamic-network-architectures"
+
+
+def peer_swin():
+    """MONAI's Swin UNETR."""
+    from monai.networks.nets import SwinUNETR
+
+    model = SwinUNETR(1, CLASSES, feature_size=24)
+    return model, lambda image: [model(image)], "monai"
+
+
+def peer_vit(size: int):
+    """MONAI's ViT autoencoder."""
+    from monai.networks.nets import ViTAutoEnc
+
+    shape = {"hidden_size": 384, "mlp_dim": 1536, "num_layers": 6, "num_heads": 6}
+    model = ViTAutoEnc(1, (size, size, size), (16, 16, 16), CLASSES, **shape)
+    return model, lambda image: [model(image)[0]], "monai"
+
+
+def peer_resenc():
     """nnU-Net's network of the same size, built as its plans do."""
     import torch
 
@@ -75,15 +138,32 @@ def peer():
     return model, model, f"nnunetv2 {version('nnunetv2')}"
 
 
+def build(network: str, side: str, size: int):
+    """The model, a function to the logits of its levels, and where it is from."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    ours_vit = {"patch": (16, 16, 16), "embed_dim": 384, "depth": 6, "heads": 6}
+    makers = {
+        ("resenc", "ours"): our_resenc,
+        ("resenc", "peer"): peer_resenc,
+        ("primus", "ours"): lambda: our_primus(size, size="s"),
+        ("primus", "peer"): lambda: peer_primus(size),
+        ("swin", "ours"): our_swin,
+        ("swin", "peer"): peer_swin,
+        ("vit", "ours"): lambda: our_primus(size, **ours_vit),
+        ("vit", "peer"): lambda: peer_vit(size),
+    }
+    return makers[network, side]()
+
+
 def make_step(
-    side: str, *, size: int, batch: int, dtype: str
+    network: str, side: str, *, size: int, batch: int, dtype: str
 ) -> tuple[Callable[[], None], dict[str, object]]:
     """One optimizer step as a function, and what it runs on."""
     import torch
     import torch.nn.functional as F
 
     torch.manual_seed(0)
-    model, logits_of, source = {"ours": ours, "peer": peer}[side]()
+    model, logits_of, source = build(network, side, size)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
     image = torch.randn(batch, 1, size, size, size)
     label = torch.randint(0, CLASSES, (batch, 1, size, size, size))
@@ -119,7 +199,7 @@ def worker(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     step, facts = make_step(
-        arguments.worker, size=arguments.size, batch=arguments.batch, dtype=arguments.dtype
+        arguments.network, arguments.worker, size=arguments.size, batch=arguments.batch, dtype=arguments.dtype
     )
     for _ in range(arguments.warmup):
         step()
@@ -136,7 +216,10 @@ class Side:
     """A worker process and its timings."""
 
     def __init__(self, name: str, python: str, arguments: argparse.Namespace) -> None:
-        passed = [f"--{k}={getattr(arguments, k)}" for k in ("size", "batch", "threads", "dtype", "warmup")]
+        passed = [
+            f"--{k}={getattr(arguments, k)}"
+            for k in ("network", "size", "batch", "threads", "dtype", "warmup")
+        ]
         self.process = subprocess.Popen(
             [python, __file__, f"--worker={name}", *passed],
             stdin=subprocess.PIPE,
@@ -185,7 +268,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     median = {name: statistics.median(side.seconds) for name, side in sides.items()}
     return {
         "settings": {
-            k: getattr(arguments, k) for k in ("size", "batch", "threads", "dtype", "runs", "pages")
+            k: getattr(arguments, k)
+            for k in ("network", "size", "batch", "threads", "dtype", "runs", "pages")
         },
         "facts": {name: side.facts for name, side in sides.items()},
         "seconds": {name: side.seconds for name, side in sides.items()},
@@ -203,6 +287,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--network", choices=("resenc", "primus", "swin", "vit"), default="resenc")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--size", type=int, default=64)
@@ -231,7 +316,8 @@ def _show(result: dict) -> None:
     from rich.table import Table
 
     s = result["settings"]
-    title = f"training step, {s['size']}³, batch {s['batch']}, {s['dtype']}, {s['threads']} threads, {s['runs']} runs"
+    what = f"{s['network']}, {s['size']}³, batch {s['batch']}, {s['dtype']}"
+    title = f"training step of {what}, {s['threads']} threads, {s['runs']} runs"
     table = Table("side", "network from", "torch", "parameters", "median s", "fastest s", title=title)
     for name, facts in result["facts"].items():
         seconds = result["seconds"][name]
