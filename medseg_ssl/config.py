@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 T = TypeVar("T")
 M = TypeVar("M", bound="Record")
@@ -45,6 +52,22 @@ class Record(BaseModel):
     """Base of every config block: unknown keys are errors, values do not change after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, given: Any) -> Any:
+        # A block inside a block keeps the defaults that its owner gave it: to set one key of
+        # ``restoration: Restoration = Restoration(loss="l1")`` leaves the others as the owner has them.
+        if not isinstance(given, Mapping):
+            return given
+        owned = {
+            name: overlay(field.default.model_dump(), given[name])
+            for name, field in cls.model_fields.items()
+            if isinstance(field.default, Record)
+            and not isinstance(field.default, Block)
+            and isinstance(given.get(name), Mapping)
+        }
+        return {**given, **owned}
 
 
 class Duration(BaseModel):

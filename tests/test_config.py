@@ -106,3 +106,19 @@ def test_overlay_replaces_lists():
         "a": [3],
         "b": {"c": 1, "d": 2},
     }
+
+
+def test_a_block_inside_a_block_keeps_the_defaults_of_its_owner():
+    class Inner(Record):
+        a: int = 1
+        b: int = 2
+
+    class Outer(Record):
+        inner: Inner = Inner(a=10)
+        block: Block = Block(name="unet")
+
+    assert parse(Outer, {"inner": {"b": 3}}).inner == Inner(a=10, b=3)
+    assert parse(Outer, {"inner": {"a": 4}}).inner == Inner(a=4, b=2)
+    assert parse(Outer, {"block": {"name": "light"}}).block == Block(name="light")
+    with pytest.raises(ConfigError, match=r"unknown key 'inner.c' \(known: a, b\)"):
+        parse(Outer, {"inner": {"c": 4}})

@@ -7,7 +7,6 @@ to understand what it does not see, since nothing but a linear layer stands betw
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from pydantic import model_validator
@@ -21,12 +20,6 @@ from medseg_ssl.nets.restoration import Restoration, pictures
 from medseg_ssl.nets.tokens import as_tokens, grid_of, tokens_marked, unpatchify
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, View, ViewPlan, ViewSpec
-
-
-class AbsoluteRestoration(Restoration):
-    """A restoration whose error is SimMIM's where none is named."""
-
-    loss: Literal["l2", "l1", "charbonnier"] = "l1"
 
 
 class SimMIM(Objective):
@@ -46,7 +39,7 @@ class SimMIM(Objective):
         size: Triple = (64, 64, 64)
         hiding: Hiding = Hiding()
         augment: str = "weak"
-        restoration: AbsoluteRestoration = AbsoluteRestoration()
+        restoration: Restoration = Restoration(loss="l1")
 
         @model_validator(mode="after")
         def _sensible(self) -> SimMIM.Config:
