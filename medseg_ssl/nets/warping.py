@@ -31,10 +31,10 @@ class AffineBounds(Record):
         shift: share of the crop's side, per axis.
     """
 
-    rotation_deg: float = Field(20.0, ge=0.0, le=90.0)
-    scale: float = Field(0.25, ge=0.0, lt=1.0)
-    shear_deg: float = Field(10.0, ge=0.0, lt=45.0)
-    shift: float = Field(0.25, ge=0.0, le=1.0)
+    rotation_deg: float = Field(default=20.0, ge=0.0, le=90.0)
+    scale: float = Field(default=0.25, ge=0.0, lt=1.0)
+    shear_deg: float = Field(default=10.0, ge=0.0, lt=45.0)
+    shift: float = Field(default=0.25, ge=0.0, le=1.0)
 
 
 def affine_matrix(

@@ -129,18 +129,32 @@ def test_a_shift_is_found_both_ways(encoder):
     assert torch.allclose(moved, torch.tensor([[0.0, 0.0, 3.0], [0.0, 0.0, -3.0]]), atol=0.7)
 
 
-def test_body_alone_counts(encoder):
+def test_voxels_without_data_enter_no_window(encoder):
+    """Of one crop of the pair alone, as the fixed and as the moving one."""
     gvsl = build(encoder, restoration_weight=0.0).eval()
     batch = one_batch(2)
     view = batch.views["crop"][0]
     view.clean_BCDHW = view.image_BCDHW.clone()
-    view.foreground_BDHW[:, :, 12:] = False
-    view.valid_BDHW[:, :, 12:] = False
+    view.foreground_BDHW[0, :, 12:] = False
+    view.valid_BDHW[0, :, 12:] = False
     before = gvsl(batch, 0.0).loss
-    view.clean_BCDHW[:, :, :, 12:] += 5.0
-    assert torch.allclose(gvsl(batch, 0.0).loss, before, atol=1e-5)
-    view.clean_BCDHW[:, :, :, :6] += torch.randn(2, 1, 16, 6, 24)
+    view.clean_BCDHW[0, :, :, 12:] = 5.0
+    assert torch.allclose(gvsl(batch, 0.0).loss, before, atol=1e-4)
+    view.clean_BCDHW[0, :, :, :6] = torch.randn(1, 16, 6, 24)
     assert not torch.allclose(gvsl(batch, 0.0).loss, before, atol=1e-3)
+
+
+def test_windows_around_body_alone_count(encoder):
+    gvsl = build(encoder, restoration_weight=0.0).eval()
+    batch = one_batch(2)
+    view = batch.views["crop"][0]
+    view.clean_BCDHW = view.image_BCDHW.clone()
+    view.foreground_BDHW[:, :, 10:] = False
+    before = gvsl(batch, 0.0).loss
+    view.clean_BCDHW[:, :, :, 14:] = torch.randn(2, 1, 16, 6, 24)  # windows of 9 around body end at 13
+    assert torch.allclose(gvsl(batch, 0.0).loss, before, atol=1e-4)
+    view.clean_BCDHW[:, :, :, 13:14] = torch.randn(2, 1, 16, 1, 24)
+    assert not torch.allclose(gvsl(batch, 0.0).loss, before, atol=1e-4)
 
 
 def test_wrong_options():

@@ -56,6 +56,13 @@ def test_context_and_targets_are_disjoint_and_have_fixed_numbers(token_encoder):
     assert not choice.counted_BN[2:].any()
 
 
+def test_visible_tokens_that_are_no_context_do_not_count(token_encoder):
+    jepa = build(token_encoder, context=0.2, targets=0.7)
+    choice = jepa.choose(one_batch(4))
+    assert choice.targets_BN.shape == (4, 17)
+    assert (choice.counted_BN.sum(1) == 12).all(), "half of 24 tokens are hidden"
+
+
 def test_a_draw_depends_on_seed_and_sample_index_alone(token_encoder):
     jepa = build(token_encoder)
     a, b = jepa.choose(one_batch(first=6, seed=1)), jepa.choose(one_batch(first=7, seed=2))
