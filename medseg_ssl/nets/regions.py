@@ -45,7 +45,7 @@ class Growth(Record):
     """
 
     supervoxels: int = Field(400, ge=8)
-    compactness: float = Field(0.4, gt=0.0)
+    compactness: float = Field(0.7, gt=0.0)
     rounds: int = Field(16, ge=1)
     texture: float = Field(0.5, ge=0.0)
     place: tuple[float, float] = (0.1, 1.0)
@@ -112,11 +112,9 @@ def cut(growth: Growth, image_CDHW: Tensor, inside_DHW: Tensor, spacing_mm: Trip
     """
     size = inside_DHW.shape
     even_CDHW = evened(image_CDHW, inside_DHW)
-    # single noisy voxels would fray the borders
-    smooth_CDHW = functional.avg_pool3d(even_CDHW[None], 3, 1, 1, count_include_pad=False)[0]
     cell = seed_cell(size, spacing_mm, count=growth.supervoxels)
     label_DHW = supervoxels(
-        smooth_CDHW, inside_DHW, cell=cell, spacing_mm=spacing_mm, compactness=growth.compactness
+        even_CDHW, inside_DHW, cell=cell, spacing_mm=spacing_mm, compactness=growth.compactness
     )
     grid = grid_of(size, cell)
     count = grid[0] * grid[1] * grid[2]
@@ -190,11 +188,15 @@ def agglomerate(features_KF: Tensor, voxels_K: Tensor, pairs: Touching, *, round
     root_K = torch.where(voxels_K > 0, numbers_K, count)
     size_K = voxels_K.float()
     mean_FK = features_KF.float().T.contiguous()  # rows of many numbers are gathered faster than many of few
+    # among equals (a flat image) everyone would choose the lowest number, and hardly two each other
+    steps_T = torch.arange(len(pairs.first_T), device=device)
+    jitter_T = 1e-6 * torch.frac(steps_T * 0.6180339887)
     roots, fresh = [], []
     for _ in range(rounds):
         a_T, b_T = root_K[pairs.first_T].clamp(max=count - 1), root_K[pairs.second_T].clamp(max=count - 1)
         weight_T = size_K[a_T] * size_K[b_T] / (size_K[a_T] + size_K[b_T]).clamp(min=1.0)
-        cost_T = weight_T * (mean_FK.index_select(1, a_T) - mean_FK.index_select(1, b_T)).square().sum(dim=0)
+        square_T = (mean_FK.index_select(1, a_T) - mean_FK.index_select(1, b_T)).square().sum(dim=0)
+        cost_T = weight_T * (square_T + jitter_T)
         apart_T = pairs.there_T & (a_T != b_T) & (weight_T > 0)
         cost_T = cost_T.where(apart_T, torch.inf)
         from_E, to_E, cost_E = torch.cat([a_T, b_T]), torch.cat([b_T, a_T]), torch.cat([cost_T, cost_T])
