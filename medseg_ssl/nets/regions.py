@@ -44,12 +44,12 @@ class Growth(Record):
         band_width: smallest and largest width of a band, of intensities from -1 to 1.
     """
 
-    supervoxels: int = Field(400, ge=8)
-    compactness: float = Field(0.7, gt=0.0)
-    rounds: int = Field(16, ge=1)
-    texture: float = Field(0.5, ge=0.0)
+    supervoxels: int = Field(default=400, ge=8)
+    compactness: float = Field(default=0.7, gt=0.0)
+    rounds: int = Field(default=16, ge=1)
+    texture: float = Field(default=0.5, ge=0.0)
     place: tuple[float, float] = (0.1, 1.0)
-    bands: int = Field(8, ge=1)
+    bands: int = Field(default=8, ge=1)
     band_width: tuple[float, float] = (0.3, 1.0)
 
 
