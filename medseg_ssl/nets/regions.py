@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,7 +34,8 @@ class Growth(Record):
 
     Attributes:
         supervoxels: about how many a crop is cut into.
-        compactness: of supervoxels, see there.
+        compactness: of supervoxels: the difference of intensity, of -1 to 1, that weighs as much as the distance
+            between two seeds.
         rounds: of merging; each takes away about a third of the regions.
         texture: largest weight of the deviation of intensities within a supervoxel beside their mean. Weights are drawn
             for each crop, so that no single rule makes all regions.
@@ -51,6 +52,13 @@ class Growth(Record):
     place: tuple[float, float] = (0.1, 1.0)
     bands: int = Field(default=8, ge=1)
     band_width: tuple[float, float] = (0.3, 1.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Growth:
+        for name, (low, high) in {"place": self.place, "band_width": self.band_width}.items():
+            if not 0.0 < low <= high:
+                raise ValueError(f"{name} must be 0 < low <= high, got {(low, high)}")
+        return self
 
 
 class Cut(NamedTuple):

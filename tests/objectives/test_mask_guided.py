@@ -162,3 +162,5 @@ def test_wrong_options():
         parse(MaskGuided.Config, {"restoration_weight": 0.1})
     with pytest.raises(ConfigError, match="does not fit into size"):
         parse(MaskGuided.Config, {"size": [8, 8, 8], "hiding": {"block": [16, 4, 4]}})
+    with pytest.raises(ConfigError, match="place must be 0 < low <= high"):
+        parse(MaskGuided.Config, {"growth": {"place": [0.0, 1.0]}})
