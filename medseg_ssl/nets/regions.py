@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,7 +34,8 @@ class Growth(Record):
 
     Attributes:
         supervoxels: about how many a crop is cut into.
-        compactness: of supervoxels, see there.
+        compactness: of supervoxels: the difference of intensity, of -1 to 1, that weighs as much as the distance
+            between two seeds.
         rounds: of merging; each takes away about a third of the regions.
         texture: largest weight of the deviation of intensities within a supervoxel beside their mean. Weights are drawn
             for each crop, so that no single rule makes all regions.
@@ -44,13 +45,20 @@ class Growth(Record):
         band_width: smallest and largest width of a band, of intensities from -1 to 1.
     """
 
-    supervoxels: int = Field(400, ge=8)
-    compactness: float = Field(0.4, gt=0.0)
-    rounds: int = Field(16, ge=1)
-    texture: float = Field(0.5, ge=0.0)
+    supervoxels: int = Field(default=400, ge=8)
+    compactness: float = Field(default=0.7, gt=0.0)
+    rounds: int = Field(default=16, ge=1)
+    texture: float = Field(default=0.5, ge=0.0)
     place: tuple[float, float] = (0.1, 1.0)
-    bands: int = Field(8, ge=1)
+    bands: int = Field(default=8, ge=1)
     band_width: tuple[float, float] = (0.3, 1.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Growth:
+        for name, (low, high) in {"place": self.place, "band_width": self.band_width}.items():
+            if not 0.0 < low <= high:
+                raise ValueError(f"{name} must be 0 < low <= high, got {(low, high)}")
+        return self
 
 
 class Cut(NamedTuple):
@@ -112,11 +120,9 @@ def cut(growth: Growth, image_CDHW: Tensor, inside_DHW: Tensor, spacing_mm: Trip
     """
     size = inside_DHW.shape
     even_CDHW = evened(image_CDHW, inside_DHW)
-    # single noisy voxels would fray the borders
-    smooth_CDHW = functional.avg_pool3d(even_CDHW[None], 3, 1, 1, count_include_pad=False)[0]
     cell = seed_cell(size, spacing_mm, count=growth.supervoxels)
     label_DHW = supervoxels(
-        smooth_CDHW, inside_DHW, cell=cell, spacing_mm=spacing_mm, compactness=growth.compactness
+        even_CDHW, inside_DHW, cell=cell, spacing_mm=spacing_mm, compactness=growth.compactness
     )
     grid = grid_of(size, cell)
     count = grid[0] * grid[1] * grid[2]
@@ -190,11 +196,15 @@ def agglomerate(features_KF: Tensor, voxels_K: Tensor, pairs: Touching, *, round
     root_K = torch.where(voxels_K > 0, numbers_K, count)
     size_K = voxels_K.float()
     mean_FK = features_KF.float().T.contiguous()  # rows of many numbers are gathered faster than many of few
+    # among equals (a flat image) everyone would choose the lowest number, and hardly two each other
+    steps_T = torch.arange(len(pairs.first_T), device=device)
+    jitter_T = 1e-6 * torch.frac(steps_T * 0.6180339887)
     roots, fresh = [], []
     for _ in range(rounds):
         a_T, b_T = root_K[pairs.first_T].clamp(max=count - 1), root_K[pairs.second_T].clamp(max=count - 1)
         weight_T = size_K[a_T] * size_K[b_T] / (size_K[a_T] + size_K[b_T]).clamp(min=1.0)
-        cost_T = weight_T * (mean_FK.index_select(1, a_T) - mean_FK.index_select(1, b_T)).square().sum(dim=0)
+        square_T = (mean_FK.index_select(1, a_T) - mean_FK.index_select(1, b_T)).square().sum(dim=0)
+        cost_T = weight_T * (square_T + jitter_T)
         apart_T = pairs.there_T & (a_T != b_T) & (weight_T > 0)
         cost_T = cost_T.where(apart_T, torch.inf)
         from_E, to_E, cost_E = torch.cat([a_T, b_T]), torch.cat([b_T, a_T]), torch.cat([cost_T, cost_T])

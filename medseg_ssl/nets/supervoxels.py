@@ -91,7 +91,7 @@ def supervoxels(
     *,
     cell: Triple,
     spacing_mm: Sequence[float],
-    compactness: float = 0.4,
+    compactness: float = 0.7,
     iterations: int = 3,
 ) -> Tensor:
     """Number (D, H, W), int64, of each voxel's supervoxel; ``NO_BODY`` outside.

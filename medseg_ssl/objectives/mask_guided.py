@@ -1,6 +1,6 @@
 """Segmentation without labels: shown a region in one crop of a scan, find it in another, differently augmented one.
 
-After MASS, "Mask-guided in-context segmentation", arXiv 2603.13660 (CVPR 2026), whose regions come from SAM2. Here they
+After MASS (mask-guided pretraining, CVPR 2026, arXiv 2603.13660), whose regions come from SAM2. Here they
 are grown anew in every step from supervoxels of the crop itself, in all sizes (``nets/regions.py``), and later in
 training from the network's own features too. What a region is to the network is a 1×1×1 head made from the features it
 has in the first crop; that head must segment the second. A segmenter is fine-tuned with just such a head, so features
@@ -172,7 +172,7 @@ class MaskGuided(Objective):
         between_B44 = affine_between(second.affine_B44, first.affine_B44)
         own = self.config.own_odds > 0 and progress >= self.config.own_from
         found: list[tuple[Tensor, ...]] = []
-        # how many voxels a seed has decides shapes: the one place where a step waits for the device
+        # how many voxels a seed has decides shapes, so the draw waits for the device here
         spacings_mm = first.spacing_mm_B3.tolist()
         for i, sample in enumerate(batch.sample_index_B.tolist()):
             generator = draws.torch_generator(batch.seed, sample, "mask_guided/regions")
