@@ -7,7 +7,7 @@ network says. Networks whose code counts on four axes (squeeze-and-excitation, c
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class LiftedConv(nn.Conv3d):
             conv.in_channels,
             conv.out_channels,
             (depth, height, width),
-            (depth_stride, *conv.stride),
+            (depth_stride, *_two(conv.stride)),
             (padding, *_two(conv.padding)),
             (1, *_two(conv.dilation)),
             conv.groups,
@@ -65,7 +65,7 @@ class LiftedConv(nn.Conv3d):
         else:
             self.weight.zero_()[:, :, depth // 2] = flat
 
-    def forward(self, map_BCDHW: Tensor) -> Tensor:
+    def forward(self, map_BCDHW: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Map (B, channels_out, ceil(D / stride), …)."""
         missing = [
             max(0, (-(-n // s) - 1) * s + (k - 1) * dilation + 1 - n - 2 * int(p))
@@ -255,16 +255,16 @@ def _stride(layer: nn.Module) -> int:
 
 def _lift(layer: nn.Module, *, depth_kernel: int, depth_stride: int) -> nn.Module | None:
     """The layer with a depth; None for one that needs none, or that the comparison has to find."""
-    from timm.layers import BatchNormAct2d, LayerNorm2d
+    from timm.layers.norm import LayerNorm2d
+    from timm.layers.norm_act import BatchNormAct2d
 
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         return LiftedConv(layer, depth_kernel=depth_kernel, depth_stride=depth_stride)
     if type(layer) in (nn.MaxPool2d, nn.AvgPool2d):
         return LiftedPool(layer, depth_stride=depth_stride)  # pyright: ignore[reportArgumentType]
-    if type(layer) is nn.BatchNorm2d:
-        return _batch_norm(layer)
-    if type(layer) is BatchNormAct2d:
-        return nn.Sequential(_batch_norm(layer), layer.drop, layer.act)
+    if type(layer) in (nn.BatchNorm2d, BatchNormAct2d):
+        behind = ("drop", "act") if type(layer) is BatchNormAct2d else ()
+        return nn.Sequential(_batch_norm(layer), *(layer.get_submodule(name) for name in behind))
     if type(layer) is LayerNorm2d:
         norm = ChannelNorm(layer.normalized_shape[0], eps=layer.eps)
         norm.load_state_dict(layer.state_dict())
@@ -272,7 +272,7 @@ def _lift(layer: nn.Module, *, depth_kernel: int, depth_stride: int) -> nn.Modul
     return None
 
 
-def _batch_norm(norm: nn.BatchNorm2d) -> nn.BatchNorm3d:
+def _batch_norm(norm: Any) -> nn.BatchNorm3d:
     lifted = nn.BatchNorm3d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     lifted.load_state_dict(
         {name: value for name, value in norm.state_dict().items() if name in lifted.state_dict()}

@@ -85,7 +85,7 @@ def test_patches_are_lifted_whole():
 def test_networks_that_count_on_four_axes_are_not_inflated(model):
     """Squeeze-and-excitation on a volume would take its mean over the wrong axes, and say nothing."""
     assert isinstance(build(model=model).network, Slices)
-    with pytest.raises(ValueError, match=rf"cannot inflate {model}: .*take kind slices"):
+    with pytest.raises(ConfigError, match=rf"cannot inflate {model}: .*take kind slices"):
         build(model=model, kind="inflate")
 
 
@@ -174,5 +174,5 @@ def test_wrong_options_name_the_choices():
         parse(Lifted2D.Config, {"model": "resnet5"})
     with pytest.raises(ConfigError, match="depth_kernel must be odd, got 4"):
         parse(Lifted2D.Config, {"depth_kernel": 4})
-    with pytest.raises(ValueError, match="coatnet_pico_rw_224 reads images of one size only"):
+    with pytest.raises(ConfigError, match="coatnet_pico_rw_224 reads images of one size only"):
         build(model="coatnet_pico_rw_224")
