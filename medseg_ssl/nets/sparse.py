@@ -98,8 +98,8 @@ class VisiblePass(TorchFunctionMode, ABC):
     ) -> list[Tensor]:
         """The encoder's maps, finest first, in the layout of this pass (``spread`` puts them in their places)."""
         visible = self.take(image_BCDHW)
-        with self:
-            return encoder(visible, spacing_mm_B3)
+        with self:  # not encoder(…): a compiled call would have its compiler's own functions treated as well
+            return encoder.forward(visible, spacing_mm_B3)
 
 
 class _Level(NamedTuple):

@@ -82,6 +82,19 @@ def test_blocks_are_whole_patches():
     assert (cells.all(-1) | ~cells.any(-1)).all()
 
 
+@pytest.mark.parametrize("strategy", ["blocks", "tubes"])
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
+def test_the_stated_number_of_blocks_stays_visible(strategy, ratio):
+    hiding = parse(Hiding, {"strategy": strategy, "block": (4, 8, 8), "ratio": (ratio, ratio)})
+    blocks = in_blocks(draw(strategy=strategy, block=(4, 8, 8), ratio=(ratio, ratio)), (4, 8, 8))
+    assert (~blocks.any(-1)).sum(1).tolist() == [hiding.visible_blocks((16, 24, 32))] * 2
+
+
+def test_no_number_is_stated_where_it_is_each_samples_own():
+    for own in ({"ratio": (0.3, 0.4)}, {"strategy": "foreground"}, {"block_mm": (8, 8, 8)}):
+        assert parse(Hiding, {"ratio": (0.5, 0.5), **own}).visible_blocks((16, 24, 32)) is None
+
+
 def test_wrong_options():
     with pytest.raises(ConfigError, match="ratio must be"):
         parse(Hiding, {"ratio": [0.8, 0.6]})
