@@ -20,7 +20,7 @@ from medseg_ssl.config import Block, UserError
 from medseg_ssl.nets.decoders.base import Decoder
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.segmenter import Segmenter
-from medseg_ssl.nets.transfer import Audit, changed, check_coverage, joined, plan
+from medseg_ssl.nets.transfer import Audit, changed, check_coverage, compute_share, joined, plan
 from medseg_ssl.types import Triple, TripleMm
 
 ENCODERS = "medseg_ssl.nets.encoders"
@@ -127,11 +127,16 @@ def save(
         }
     )
     # one key only: safetensors writes several in random order, and equal weights should give equal files
-    _write_atomically(path, to_bytes(tensors, {"card": card.model_dump_json()}))
+    write_atomically(path, to_bytes(tensors, {"card": card.model_dump_json()}))
     return path
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or none; one that was there stays until the new one is complete.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,6 +279,9 @@ def load_into(
     _check_topology(card, encoder, path)
     audit, taken = plan(path, "encoder", encoder, tensors)
     check_coverage(audit, "encoder", audit.coverage, minimum_coverage)
+    loaded = {name.removeprefix("encoder.") for name in taken}
+    compute, counted_at = compute_share(encoder, loaded, card.crop_size)
+    audit = changed(audit, compute=compute, crop_size=counted_at)
     note, offered = "", decoder is not None
     if decoder is not None and allow_decoder and card.decoder is not None:
         other, more = plan(path, "decoder", decoder, tensors)
