@@ -62,7 +62,8 @@ class _Counter(TorchFunctionMode):
         if positions is not None:
             before = args[0] if args else given["input"]
             weight = args[1] if len(args) > 1 else given["weight"]
-            name = self.names.get(id(weight))
+            # a view, such as the kernel of a patch embedding flattened to a matrix, is its parameter too
+            name = self.names.get(id(weight), self.names.get(id(weight._base)))
             if name is not None:
                 self.counted[name] += weight.numel() * positions(before, out, weight.ndim - 2)
         return out

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from medseg_ssl.config import UserError
@@ -105,6 +106,44 @@ def compute_share(encoder: Encoder, taken: Collection[str], crop_size: Triple | 
     costs = at_crop(lambda: kind(config, channels_in), channels_in, (d, h, w))
     done = sum(cost for name, cost in costs.items() if name in taken)
     return done / max(1, sum(costs.values())), (d, h, w)
+
+
+def fill(
+    path: Path,
+    tensors: dict[str, Tensor],
+    *,
+    encoder: Encoder,
+    decoder: nn.Module | None = None,
+    minimum_coverage: float,
+    crop_size: Triple | None,
+) -> Audit:
+    """Copy a file's tensors into modules, or change nothing at all.
+
+    Args:
+        path: the file, for messages.
+        tensors: ``encoder.*`` and ``decoder.*``, by our names.
+        encoder: takes the former.
+        decoder: takes the latter; None leaves them.
+        minimum_coverage: smallest share of the parameters of each module that must be found.
+        crop_size: voxels (D, H, W) at which multiply-adds are counted, see ``compute_share``.
+
+    Raises:
+        UserError: too low a coverage.
+    """
+    audit, taken = plan(path, "encoder", encoder, tensors)
+    check_coverage(audit, "encoder", audit.coverage, minimum_coverage)
+    compute, counted_at = compute_share(encoder, {name.removeprefix("encoder.") for name in taken}, crop_size)
+    audit = changed(audit, compute=compute, crop_size=counted_at)
+    own = {f"encoder.{n}": p for n, p in encoder.state_dict(keep_vars=True).items()}
+    if decoder is not None:
+        other, more = plan(path, "decoder", decoder, tensors)
+        check_coverage(other, "decoder", other.coverage, minimum_coverage)
+        audit, taken = joined(audit, other), taken | more
+        own |= {f"decoder.{n}": p for n, p in decoder.state_dict(keep_vars=True).items()}
+    with torch.no_grad():
+        for name, value in taken.items():
+            own[name].copy_(value)
+    return audit
 
 
 def plan(

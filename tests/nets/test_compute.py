@@ -21,7 +21,7 @@ class Small(nn.Module):
     def forward(self, image_BCDHW: torch.Tensor) -> torch.Tensor:
         raised = self.up(self.norm(self.down(image_BCDHW)))
         tokens = raised.flatten(2).transpose(1, 2)
-        return self.linear(self.linear(tokens))
+        return self.linear(nn.functional.linear(tokens, self.linear.weight.T.reshape(4, 4).T))
 
 
 def test_counts_what_one_can_count_by_hand():
