@@ -121,6 +121,17 @@ def build(path: Path, foreign: Foreign, *, minimum_coverage: float = 0.9) -> Imp
     return Imported(encoder, decoder, changed(audit, unexpected=audit.unexpected + foreign.unused))
 
 
+def parameter_names(encoder: Block, channels_in: int = 1) -> list[str]:
+    """Names of the parameters and buffers of an encoder on the shelf, ``encoder.*``; nothing is computed for them.
+
+    Raises:
+        UserError: the shelf has no such encoder, or it has no such options.
+    """
+    cls, options = encoder.resolve("medseg_ssl.nets.encoders", Encoder, prefix="encoder")
+    with torch.device("meta"):
+        return [f"encoder.{name}" for name in cls(options, channels_in).state_dict()]  # pyright: ignore[reportAbstractUsage]
+
+
 def renamed(
     tensors: Mapping[str, Tensor],
     names: Mapping[str, str],
