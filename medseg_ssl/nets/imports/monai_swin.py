@@ -1,7 +1,7 @@
 """MONAI's Swin UNETR: state dicts of ``SwinUNETR``, and the self-supervised ``model_swinvit.pt`` (arXiv 2111.14791).
 
-Everything but the order in which tokens merge can be read from the weights. The self-supervised file has the transformer
-alone, by older names; the convolutions at full resolution are new then.
+Everything but the order in which tokens merge can be read from the weights. The self-supervised file has the
+transformer alone, by older names; the convolutions at full resolution are new then.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class MonaiSwin(Import):
         """What the weights do not tell.
 
         Attributes:
-            merging: order of the tokens that merge, which no weight shows: ``merging``, ``mergingv2`` or ``twice`` of the
-                ``swin`` encoder. None takes ``twice`` for a self-supervised file (those were trained before MONAI 1.5)
-                and ``merging`` for a whole network.
+            merging: order of the tokens that merge, which no weight shows: ``merging``, ``mergingv2`` or ``twice`` of
+                the ``swin`` encoder. None takes ``twice`` for a self-supervised file (those were trained before MONAI
+                1.5) and ``merging`` for a whole network.
             window: tokens along each axis of a window that is no cube; None takes the cube.
         """
 
@@ -97,12 +97,16 @@ def _stages(path: Path, tensors: dict[str, Tensor], window: tuple[int, int, int]
         (int(m[1]), int(m[2]), value.shape) for name, value in tensors.items() if (m := table.fullmatch(name))
     )
     if not found:
-        raise UserError(f"{path} has no attention blocks where MONAI's Swin UNETR has them (layers1.0.blocks.0)")
+        raise UserError(
+            f"{path} has no attention blocks where MONAI's Swin UNETR has them (layers1.0.blocks.0)"
+        )
     layers = sorted({layer for layer, _, _ in found})
     rows = found[0][2][0]
     side = (round(rows ** (1 / 3)) + 1) // 2
     if window is None and (2 * side - 1) ** 3 != rows:
-        raise UserError(f"{path}: {rows} relative positions are no cubic window; state it by window='[D, H, W]'")
+        raise UserError(
+            f"{path}: {rows} relative positions are no cubic window; state it by window='[D, H, W]'"
+        )
     return {
         "depths": tuple(sum(layer == one for one, _, _ in found) for layer in layers),
         "heads": tuple(next(shape[1] for one, _, shape in found if one == layer) for layer in layers),

@@ -86,7 +86,9 @@ def _residual(
         encoder={"name": "resenc", **found.encoder.model_dump(mode="json", exclude={"size"})},
         decoder={"name": "unet", **found.decoder.model_dump(mode="json")} if whole else None,
         tensors=mine,
-        channels_in=_channels(path, mine.get("encoder.stem_block.conv.weight"), f"{stem}.convs.0.conv.weight"),
+        channels_in=_channels(
+            path, mine.get("encoder.stem_block.conv.weight"), f"{stem}.convs.0.conv.weight"
+        ),
         unused=unused,
         **_facts(plan),
     )
@@ -99,7 +101,9 @@ def _primus(path: Path, kind: str, plan: Mapping[str, Any], tensors: dict[str, T
     facts = _facts(plan)
     crop: Triple | None = facts["crop_size"]
     if crop is None:
-        raise UserError(f"{path}: its adaptation plan does not state the crop of the pretraining (patch_size)")
+        raise UserError(
+            f"{path}: its adaptation plan does not state the crop of the pretraining (patch_size)"
+        )
     arguments = plan["architecture_plans"].get("arch_kwargs") or {}
     own = {"embed_dim": "embed_dim", "eva_depth": "depth", "eva_numheads": "heads"}
     first = f"{eva}.blocks.0."
@@ -151,7 +155,9 @@ def _facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Crop, spacing and a name for it, as far as the plan of the pretraining says."""
     pretraining = plan.get("pretrain_plan")
     stated = pretraining.get("configurations") if isinstance(pretraining, Mapping) else None
-    configurations = [c for c in stated.values() if isinstance(c, Mapping)] if isinstance(stated, Mapping) else []
+    configurations = (
+        [c for c in stated.values() if isinstance(c, Mapping)] if isinstance(stated, Mapping) else []
+    )
     first = configurations[0] if configurations else {}
     crop, spacing = plan.get("pretrain_patch_size") or first.get("patch_size"), first.get("spacing")
     data = pretraining.get("dataset_name") if isinstance(pretraining, Mapping) else None
