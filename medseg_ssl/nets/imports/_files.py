@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,11 @@ def read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol; what cannot be read is told below
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle may raise anything at all; it says which
-        raise UserError(_why(path, error)) from error
+        raise UserError(_why(path, head, error)) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def _harmless() -> list[Any]:
     return [*dict.fromkeys(kinds), *names, np.dtype, np.ndarray]
 
 
-def _why(path: Path, error: Exception) -> str:
+def _why(path: Path, head: bytes, error: Exception) -> str:
     text = " ".join(str(error).split())
     found = re.search(r"GLOBAL (\S+) was not an allowed global|unsupported GLOBAL (\S+) whose module", text)
     if found:
@@ -81,5 +83,8 @@ def _why(path: Path, error: Exception) -> str:
     called = re.search(r"Trying to call reduce for unrecognized function (.{1,80})", text)
     if called:
         return f"{path} was not read: it wants to call {called[1]}; nothing was run"
-    reason = re.sub(r"^Weights only load failed\..*?(?=Unsupported|Invalid|$)", "", text)[:160] or text[:160]
+    if "Unsupported operand" in text and head.startswith(b"\x80"):
+        return f"{path} was not read: it is a pickle of more than tensors, which is never opened; nothing was run"
+    reason = re.split(r" (?:Check the documentation|Please file an issue|Make sure)", text)[0]
+    reason = re.sub(r"^Weights only load failed\.(?:.*?(?=Unsupported|Invalid))?", "", reason).strip()[:160]
     return f"{path} is no readable file of weights (truncated, or another format): {type(error).__name__}: {reason}"

@@ -20,6 +20,9 @@ from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.transfer import Audit, changed, fill
 from medseg_ssl.types import Triple, TripleMm
 
+ENCODERS = "medseg_ssl.nets.encoders"
+DECODERS = "medseg_ssl.nets.decoders"
+
 
 class ImportConfig(Record):
     """Options every import has (none); each file's ``Config`` adds what its format leaves open."""
@@ -97,18 +100,9 @@ def build(path: Path, foreign: Foreign, *, minimum_coverage: float = 0.9) -> Imp
     Raises:
         UserError: the shelf has no such encoder, or too low a coverage.
     """
-    encoder_class, options = Block.model_validate(foreign.encoder).resolve(
-        "medseg_ssl.nets.encoders", Encoder, prefix="encoder"
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = encoder_class(options, foreign.channels_in)  # pyright: ignore[reportAbstractUsage]
-        decoder = None
-        if foreign.decoder is not None:
-            decoder_class, options = Block.model_validate(foreign.decoder).resolve(
-                "medseg_ssl.nets.decoders", Decoder, prefix="decoder"
-            )
-            decoder = decoder_class(options, encoder.channels, encoder.strides)  # pyright: ignore[reportAbstractUsage]
+        encoder, decoder = modules(foreign.encoder, foreign.decoder, foreign.channels_in)
     tensors = {n: t.float() if t.is_floating_point() else t for n, t in foreign.tensors.items()}
     audit = fill(
         path,
@@ -121,15 +115,37 @@ def build(path: Path, foreign: Foreign, *, minimum_coverage: float = 0.9) -> Imp
     return Imported(encoder, decoder, changed(audit, unexpected=audit.unexpected + foreign.unused))
 
 
-def parameter_names(encoder: Block, channels_in: int = 1) -> list[str]:
-    """Names of the parameters and buffers of an encoder on the shelf, ``encoder.*``; nothing is computed for them.
+def modules(
+    encoder: Mapping[str, Any], decoder: Mapping[str, Any] | None, channels_in: int
+) -> tuple[Encoder, Decoder | None]:
+    """The modules that blocks name.
+
+    Args:
+        encoder: ``{name, …options}``; ``decoder`` likewise.
+        decoder: None for none.
+        channels_in: channels of the input.
 
     Raises:
-        UserError: the shelf has no such encoder, or it has no such options.
+        UserError: the shelf has no such module, or it has no such options.
     """
-    cls, options = encoder.resolve("medseg_ssl.nets.encoders", Encoder, prefix="encoder")
+    encoder_class, options = Block.model_validate(encoder).resolve(ENCODERS, Encoder, prefix="encoder")
+    pyramid = encoder_class(options, channels_in)  # pyright: ignore[reportAbstractUsage]
+    if decoder is None:
+        return pyramid, None
+    decoder_class, options = Block.model_validate(decoder).resolve(DECODERS, Decoder, prefix="decoder")
+    return pyramid, decoder_class(options, pyramid.channels, pyramid.strides)  # pyright: ignore[reportAbstractUsage]
+
+
+def parameter_names(encoder: Mapping[str, Any], decoder: Mapping[str, Any] | None = None) -> list[str]:
+    """Names of the parameters and buffers of what blocks name, ``encoder.*`` and ``decoder.*``; nothing is computed.
+
+    Raises:
+        UserError: as ``modules``.
+    """
     with torch.device("meta"):
-        return [f"encoder.{name}" for name in cls(options, channels_in).state_dict()]  # pyright: ignore[reportAbstractUsage]
+        pyramid, reader = modules(encoder, decoder, 1)
+    own = [f"encoder.{name}" for name in pyramid.state_dict()]
+    return own if reader is None else [*own, *(f"decoder.{name}" for name in reader.state_dict())]
 
 
 def renamed(

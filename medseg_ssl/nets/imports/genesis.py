@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from medseg_ssl.config import Block, UserError
+from medseg_ssl.config import UserError
 from medseg_ssl.nets.encoders.cnn3d import genesis_name
 from medseg_ssl.nets.imports._files import read
 from medseg_ssl.nets.imports.base import Foreign, Import, ImportConfig, parameter_names, renamed, state_dict
@@ -20,13 +20,13 @@ class Genesis(Import):
         Attributes:
             axes: order of the axes that the network was trained in. Models Genesis' cubes are x, y, z, so its kernels
                 are turned; ``zyx`` takes them as they are.
-            norm: of the ``cnn3d`` encoder: ``batch`` with the running statistics of the file, or ``instance``, which is
-                what its training code computes with one crop at a time.
+            norm: of the ``cnn3d`` encoder: ``instance``, which is what the public network computes with one crop at a
+                time (it never uses its running statistics), or ``batch`` with those statistics.
             activation: as the network was trained.
         """
 
         axes: Literal["xyz", "zyx"] = "xyz"
-        norm: Literal["batch", "instance"] = "batch"
+        norm: Literal["instance", "batch"] = "instance"
         activation: Literal["relu", "leaky_relu", "elu"] = "relu"
 
     config: Config
@@ -43,25 +43,23 @@ class Genesis(Import):
         stem = tensors.get("down_tr64.ops.0.conv1.weight")
         if len(features) < 4 or stem is None:
             raise UserError(f"{path} is no 3D U-Net of Models Genesis: it has no down_tr64 to down_tr512")
-        block = Block.model_validate(
-            {
-                "name": "cnn3d",
-                "size": "genesis",
-                "features": tuple(features),
-                "norm": self.config.norm,
-                "activation": self.config.activation,
-            }
-        )
+        encoder = {
+            "name": "cnn3d",
+            "size": "genesis",
+            "features": tuple(features),
+            "norm": self.config.norm,
+            "activation": self.config.activation,
+        }
         statistics = ("running_mean", "running_var", "num_batches_tracked")
         mine, unused = renamed(
             tensors,
-            {name: genesis_name(name.removeprefix("encoder.")) for name in parameter_names(block)},
+            {name: genesis_name(name.removeprefix("encoder.")) for name in parameter_names(encoder)},
             derived=lambda name: self.config.norm == "instance" and name.endswith(statistics),
         )
         if self.config.axes == "xyz":
             mine = {n: t.permute(0, 1, 4, 3, 2).contiguous() if t.ndim == 5 else t for n, t in mine.items()}
         return Foreign(
-            encoder=block.model_dump(mode="json"),
+            encoder=encoder,
             tensors=mine,
             channels_in=stem.shape[1],
             unused=unused,

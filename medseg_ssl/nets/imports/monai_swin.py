@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from medseg_ssl.config import Block, UserError
-from medseg_ssl.nets.encoders.swin import monai_name
+from medseg_ssl.config import UserError
+from medseg_ssl.nets.decoders.swin_unetr import monai_name as decoder_name
+from medseg_ssl.nets.encoders.swin import monai_name as encoder_name
 from medseg_ssl.nets.imports._files import read
 from medseg_ssl.nets.imports.base import Foreign, Import, ImportConfig, parameter_names, renamed, state_dict
 
@@ -21,7 +22,7 @@ TRANSFORMER = "swinViT."
 
 
 class MonaiSwin(Import):
-    """The encoder half of a Swin UNETR."""
+    """Encoder and, of a whole network, decoder of a Swin UNETR; its layer of classes stays behind."""
 
     class Config(ImportConfig):
         """What the weights do not tell.
@@ -50,24 +51,25 @@ class MonaiSwin(Import):
             raise UserError(
                 f"{path} is no 3D Swin UNETR of MONAI: it has no swinViT.patch_embed.proj.weight of five axes"
             )
-        whole = any(name.startswith("decoder1.") for name in tensors)
+        stages = _stages(path, tensors, self.config.window)
+        whole = "decoder1.conv_block.conv1.conv.weight" in tensors and len(stages["depths"]) == 4
         merging = self.config.merging or ("merging" if whole else "twice")
-        block = Block.model_validate(
-            {
-                "name": "swin",
-                "features": embedding.shape[0],
-                "patch": tuple(embedding.shape[2:]),
-                "merging": merging,
-                **_stages(path, tensors, self.config.window),
-            }
-        )
+        encoder = {
+            "name": "swin",
+            "features": embedding.shape[0],
+            "patch": tuple(embedding.shape[2:]),
+            "merging": merging,
+            **stages,
+        }
+        decoder = {"name": "swin_unetr"} if whole else None
         mine, unused = renamed(
             tensors,
-            {name: monai_name(name.removeprefix("encoder.")) for name in parameter_names(block)},
+            {name: _monai_name(name) for name in parameter_names(encoder, decoder)},
             derived=lambda name: name.endswith("relative_position_index"),
         )
         return Foreign(
-            encoder=block.model_dump(mode="json"),
+            encoder=encoder,
+            decoder=decoder,
             tensors=mine,
             channels_in=embedding.shape[1],
             unused=unused,
@@ -77,6 +79,11 @@ class MonaiSwin(Import):
                 "MONAI's volumes usually have axes x, y, z and ours z, y, x; weights are not turned",
             ),
         )
+
+
+def _monai_name(name: str) -> str:
+    part, own = name.split(".", 1)
+    return encoder_name(own) if part == "encoder" else decoder_name(own)
 
 
 def _by_new_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,7 +97,7 @@ def _by_new_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _stages(path: Path, tensors: dict[str, Tensor], window: tuple[int, int, int] | None) -> dict[str, object]:
+def _stages(path: Path, tensors: dict[str, Tensor], window: tuple[int, int, int] | None) -> dict[str, Any]:
     """Depths, heads, window and version, from the shapes and names of the weights."""
     table = re.compile(rf"{TRANSFORMER}layers(\d+)\.0\.blocks\.(\d+)\.attn\.relative_position_bias_table")
     found = sorted(

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from medseg_ssl.config import Block, UserError
+from medseg_ssl.config import UserError
 from medseg_ssl.nets import nnunet
 from medseg_ssl.nets.encoders.primus import nnunet_name as primus_name
 from medseg_ssl.nets.encoders.resenc import ResEnc
@@ -107,29 +107,27 @@ def _primus(path: Path, kind: str, plan: Mapping[str, Any], tensors: dict[str, T
     arguments = plan["architecture_plans"].get("arch_kwargs") or {}
     own = {"embed_dim": "embed_dim", "eva_depth": "depth", "eva_numheads": "heads"}
     first = f"{eva}.blocks.0."
-    block = Block.model_validate(
-        {
-            "name": "primus",
-            "size": kind.removeprefix("Primus").lower() or "m",
-            **{ours: arguments[theirs] for theirs, ours in own.items() if theirs in arguments},
-            "patch": (PATCH,) * 3,
-            "crop": crop,
-            "absolute": positions in tensors,
-            "registers": tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0,
-            "sub_norm": f"{first}attn.norm.weight" in tensors,
-            "layer_scale": 0.1 if f"{first}gamma_1" in tensors else None,
-        }
-    )
+    encoder = {
+        "name": "primus",
+        "size": kind.removeprefix("Primus").lower() or "m",
+        **{ours: arguments[theirs] for theirs, ours in own.items() if theirs in arguments},
+        "patch": (PATCH,) * 3,
+        "crop": crop,
+        "absolute": positions in tensors,
+        "registers": tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0,
+        "sub_norm": f"{first}attn.norm.weight" in tensors,
+        "layer_scale": 0.1 if f"{first}gamma_1" in tensors else None,
+    }
     places = {"eva.pos_embed": positions, "eva.": f"{eva}.", "down_projection.": f"{stem}."}
     names = {}
-    for ours in parameter_names(block):
+    for ours in parameter_names(encoder):
         theirs = primus_name(ours.removeprefix("encoder."))
         if theirs is not None:
             place = next((p for p in places if theirs.startswith(p)), "")
             names[ours] = places.get(place, "") + theirs.removeprefix(place)
     mine, unused = renamed(tensors, names, derived=lambda name: name == "mask_token")
     return Foreign(
-        encoder=block.model_dump(mode="json"),
+        encoder=encoder,
         tensors=mine,
         channels_in=_channels(path, mine.get("encoder.patches.weight"), f"{stem}.proj.weight"),
         unused=unused,
