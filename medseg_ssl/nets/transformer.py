@@ -54,8 +54,7 @@ class RotaryBlocks(nn.Module):
             ValueError: ``dim`` is no multiple of ``heads``, or a head is too short for three axes.
         """
         super().__init__()
-        if dim % heads or dim // heads < 6 or dim // heads % 2:
-            raise ValueError(f"dim {dim} must be heads ({heads}) times an even number of at least 6")
+        check_heads(dim, heads)
         from timm.models.eva import EvaBlock  # takes seconds to import
 
         self.prefix_tokens = prefix_tokens
@@ -102,6 +101,16 @@ class RotaryBlocks(nn.Module):
             for number, block in enumerate(self.blocks, start=1):
                 for ending in (block.attn.proj, block.mlp.fc2):  # pyright: ignore[reportAttributeAccessIssue]
                     ending.weight.div_(math.sqrt(2.0 * number))
+
+
+def check_heads(dim: int, heads: int) -> None:
+    """Refuse a length of tokens that its heads do not divide, or heads too short for three axes of sine and cosine.
+
+    Raises:
+        ValueError: names both.
+    """
+    if dim % heads or dim // heads < 6 or dim // heads % 2:
+        raise ValueError(f"token length {dim} must be heads ({heads}) times an even number of at least 6")
 
 
 def rotary(positions_BK3: Tensor, head_dim: int) -> Tensor:

@@ -118,11 +118,11 @@ def test_learned_positions_are_stretched_over_another_crop():
     """Positions that rise by one a patch along each axis keep doing so on a grid of half as many patches."""
     encoder = build(crop=(32, 48, 64), registers=1)
     d, h, w = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), torch.arange(8.0), indexing="ij")
-    assert encoder.positions is not None
+    assert encoder.learned is not None
     with torch.no_grad():
-        encoder.positions[0, 1:, :3] = torch.stack([d, h, w], -1).reshape(-1, 3)
-        assert torch.equal(encoder._learned((4, 6, 8)), encoder.positions[0, 1:])
-        learned = encoder._learned((2, 3, 4)).reshape(2, 3, 4, -1)
+        encoder.learned[0, 1:, :3] = torch.stack([d, h, w], -1).reshape(-1, 3)
+        assert torch.equal(encoder._learned_on((4, 6, 8)), encoder.learned[0, 1:])
+        learned = encoder._learned_on((2, 3, 4)).reshape(2, 3, 4, -1)
     assert torch.allclose(learned[1, 0, 0, :3], torch.tensor([2.5, 0.5, 0.5]))
     assert torch.allclose(learned[0, 2, 1, :3], torch.tensor([0.5, 4.5, 2.5]))
 
@@ -132,7 +132,7 @@ def test_without_learned_positions_places_still_count():
     image = torch.randn(1, 1, 16, 24, 40)
     with torch.no_grad():
         tokens, mirrored = encoder.tokens(image), encoder.tokens(image.roll(8, dims=2))
-    assert encoder.positions is None
+    assert encoder.learned is None
     assert not torch.allclose(tokens.roll(15, dims=1), mirrored, atol=1e-3)
 
 
@@ -151,7 +151,7 @@ def test_dropped_patches_skip_a_training_step():
 
 
 def test_wrong_options_name_the_key():
-    with pytest.raises(ConfigError, match=r"embed_dim 100 must be heads \(3\) times"):
+    with pytest.raises(ConfigError, match=r"token length 100 must be heads \(3\) times"):
         parse(Primus.Config, {"embed_dim": 100, "heads": 3})
     with pytest.raises(ConfigError, match=r"patch \(0, 8, 8\)"):
         parse(Primus.Config, {"patch": [0, 8, 8]})

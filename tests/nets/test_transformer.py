@@ -78,5 +78,5 @@ def test_prefix_tokens_have_no_place():
 
 
 def test_wrong_lengths_are_refused():
-    with pytest.raises(ValueError, match=r"dim 50 must be heads \(4\) times"):
+    with pytest.raises(ValueError, match=r"length 50 must be heads \(4\) times"):
         RotaryBlocks(50, 1, 4)

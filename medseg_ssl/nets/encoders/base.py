@@ -9,6 +9,8 @@ from typing import ClassVar, Self
 from torch import Tensor, nn
 
 from medseg_ssl.config import Record
+from medseg_ssl.nets.tokens import grid_of
+from medseg_ssl.nets.transformer import grid_positions
 from medseg_ssl.types import Triple, TripleMm
 
 
@@ -100,3 +102,10 @@ class TokenEncoder(PatchEncoder, ABC):
 
         Voxels of tokens that are not kept have no influence on the result.
         """
+
+    def positions(self, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None) -> Tensor:
+        """Places (B or 1, L, 3) of a crop's tokens along D, H, W, for networks that continue with them.
+
+        In patches, at the spacing the encoder was made for where it thinks in millimetres.
+        """
+        return grid_positions(grid_of(image_BCDHW.shape[2:], self.patch), device=image_BCDHW.device)

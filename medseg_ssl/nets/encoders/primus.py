@@ -19,7 +19,7 @@ from medseg_ssl.nets.blocks import initialise
 from medseg_ssl.nets.encoders.base import EncoderConfig, TokenEncoder
 from medseg_ssl.nets.pyramid import Pyramid, PyramidConfig
 from medseg_ssl.nets.tokens import as_map, as_tokens, grid_of, patchify, take
-from medseg_ssl.nets.transformer import RotaryBlocks, grid_positions
+from medseg_ssl.nets.transformer import RotaryBlocks, check_heads, grid_positions
 from medseg_ssl.types import Triple, TripleMm
 
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -85,10 +85,7 @@ class Primus(TokenEncoder):
         @model_validator(mode="after")
         def _agree(self) -> Primus.Config:
             embed_dim, _, heads = self.shape
-            if embed_dim % heads or embed_dim // heads < 6 or embed_dim // heads % 2:
-                raise ValueError(
-                    f"embed_dim {embed_dim} must be heads ({heads}) times an even number of at least 6"
-                )
+            check_heads(embed_dim, heads)
             if min(self.patch) < 1 or min(self.crop) < 1:
                 raise ValueError(
                     f"patch {self.patch} and crop {self.crop} must be at least 1 along each axis"
@@ -109,10 +106,10 @@ class Primus(TokenEncoder):
         self.patches = nn.Conv3d(channels_in, self.embed_dim, config.patch, config.patch)
         initialise(self.patches)
         count = self.grid[0] * self.grid[1] * self.grid[2]
-        self.positions: nn.Parameter | None = None
+        self.learned: nn.Parameter | None = None
         if config.absolute:
-            self.positions = nn.Parameter(torch.zeros(1, config.registers + count, self.embed_dim))
-            nn.init.trunc_normal_(self.positions, std=0.02)
+            self.learned = nn.Parameter(torch.zeros(1, config.registers + count, self.embed_dim))
+            nn.init.trunc_normal_(self.learned, std=0.02)
         self.registers: nn.Parameter | None = None
         if config.registers:
             self.registers = nn.Parameter(torch.zeros(1, config.registers, self.embed_dim))
@@ -156,40 +153,47 @@ class Primus(TokenEncoder):
         """
         voxels_BLP = patchify(image_BCDHW, self.patch)
         kept = voxels_BLP if keep_BK is None else take(voxels_BLP, keep_BK)
-        grid = grid_of(image_BCDHW.shape[2:], self.patch)
-        return self._transform(self._embed(kept), grid, keep_BK, spacing_mm_B3)
+        return self._transform(self._embed(kept), image_BCDHW, keep_BK, spacing_mm_B3)
 
     def pyramid(
         self, embedded_BEDHW: Tensor, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None
     ) -> list[Tensor]:
         """Maps from patch embeddings, finest first; the levels finer than the tokens read the image too."""
+        tokens_BLE = self._transform(as_tokens(embedded_BEDHW), image_BCDHW, None, spacing_mm_B3)
+        return self.levels(as_map(tokens_BLE, grid_of(image_BCDHW.shape[2:], self.patch)), image_BCDHW)
+
+    def positions(self, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None) -> Tensor:
+        """Centres of a crop's patches (B or 1, L, 3), in patches of the reference spacing."""
         grid = grid_of(image_BCDHW.shape[2:], self.patch)
-        tokens_BLE = self._transform(as_tokens(embedded_BEDHW), grid, None, spacing_mm_B3)
-        return self.levels(as_map(tokens_BLE, grid), image_BCDHW)
+        return grid_positions(grid, spacing_mm_B3, self.config.spacing_mm, device=image_BCDHW.device)
 
     def _embed(self, voxels_BKP: Tensor) -> Tensor:
         return functional.linear(voxels_BKP, self.patches.weight.flatten(1), self.patches.bias)
 
     def _transform(
-        self, embedded_BKE: Tensor, grid: Triple, keep_BK: Tensor | None, spacing_mm_B3: Tensor | None
+        self,
+        embedded_BKE: Tensor,
+        image_BCDHW: Tensor,
+        keep_BK: Tensor | None,
+        spacing_mm_B3: Tensor | None,
     ) -> Tensor:
         batch, prefix = len(embedded_BKE), self.config.registers
-        places = grid_positions(grid, spacing_mm_B3, self.config.spacing_mm, device=embedded_BKE.device)
+        places = self.positions(image_BCDHW, spacing_mm_B3)
         if keep_BK is not None:
             places = take(places.expand(batch, -1, -1), keep_BK)
         tokens = embedded_BKE
-        if self.positions is not None:
-            learned_LE = self._learned(grid)
+        if self.learned is not None:
+            learned_LE = self._learned_on(grid_of(image_BCDHW.shape[2:], self.patch))
             tokens = tokens + (learned_LE if keep_BK is None else functional.embedding(keep_BK, learned_LE))
         if self.registers is not None:
-            first = self.registers if self.positions is None else self.registers + self.positions[:, :prefix]
+            first = self.registers if self.learned is None else self.registers + self.learned[:, :prefix]
             tokens = torch.cat([first.expand(batch, -1, -1).to(tokens.dtype), tokens], dim=1)
         return self.transformer(tokens, places)[:, prefix:]
 
-    def _learned(self, grid: Triple) -> Tensor:
+    def _learned_on(self, grid: Triple) -> Tensor:
         """Learned positions (L, E) of a grid: those of the crop they were made for, stretched over this one."""
-        assert self.positions is not None
-        learned_1LE = self.positions[:, self.config.registers :]
+        assert self.learned is not None
+        learned_1LE = self.learned[:, self.config.registers :]
         if grid == self.grid:
             return learned_1LE[0]
         map_1EDHW = as_map(learned_1LE, self.grid).float()
@@ -198,7 +202,7 @@ class Primus(TokenEncoder):
 
 NAMES = {
     "patches.": "down_projection.proj.",
-    "positions": "eva.pos_embed",
+    "learned": "eva.pos_embed",
     "registers": "register_tokens",
     "transformer.": "eva.",
 }

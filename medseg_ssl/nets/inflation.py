@@ -1,0 +1,270 @@
+"""2D convolutional networks made 3D: kernels get a depth and keep what they know (I3D, arXiv 1705.07750).
+
+A network is lifted layer by layer and then asked whether it still is itself: on a single slice it must say what the 2D
+network says. Networks whose code counts on four axes (squeeze-and-excitation, channels last) fail that and are refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medseg_ssl.types import Triple
+
+Inflation = Literal["average", "centre"]
+
+
+class LiftedConv(nn.Conv3d):
+    """A 2D convolution with depth; every size n along an axis becomes ceil(n / stride)."""
+
+    def __init__(self, conv: nn.Conv2d, *, depth_kernel: int, depth_stride: int) -> None:
+        """Lift.
+
+        Args:
+            conv: with zero padding.
+            depth_kernel: odd; depth of a kernel whose windows overlap in the plane. One that is a voxel wide stays a
+                voxel deep, and patches (kernel equal to stride) become as deep as the stride along depth.
+            depth_stride: stride along D.
+        """
+        height, width = conv.kernel_size
+        if (height, width) == (1, 1):
+            depth, padding = 1, 0
+        elif (height, width) == conv.stride:
+            depth, padding = depth_stride, 0
+        else:
+            depth = min(depth_kernel, max(height, width) // 2 * 2 + 1)
+            depth = max(depth, depth_stride // 2 * 2 + 1 if depth_stride > 1 else 1)
+            padding = depth // 2
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            (depth, height, width),
+            (depth_stride, *conv.stride),
+            (padding, *_two(conv.padding)),
+            (1, *_two(conv.dilation)),
+            conv.groups,
+            bias=conv.bias is not None,
+        )
+        with torch.no_grad():  # the tap that meets the slice itself; ``spread`` decides on the others
+            self.weight.zero_()[:, :, padding] = conv.weight
+            if self.bias is not None and conv.bias is not None:
+                self.bias.copy_(conv.bias)
+
+    @torch.no_grad()
+    def spread(self, how: Inflation) -> None:
+        """Put the 2D kernel into the middle of the depth, or an equal share of it everywhere."""
+        depth = self.kernel_size[0]
+        flat = self.weight[:, :, int(self.padding[0])].clone()
+        if how == "average":
+            self.weight.copy_(flat[:, :, None].expand_as(self.weight) / depth)
+        else:
+            self.weight.zero_()[:, :, depth // 2] = flat
+
+    def forward(self, map_BCDHW: Tensor) -> Tensor:
+        """Map (B, channels_out, ceil(D / stride), …)."""
+        missing = [
+            max(0, (-(-n // s) - 1) * s + (k - 1) * dilation + 1 - n - 2 * int(p))
+            for n, s, k, dilation, p in zip(
+                map_BCDHW.shape[2:], self.stride, self.kernel_size, self.dilation, self.padding, strict=True
+            )
+        ]
+        if any(missing):
+            map_BCDHW = functional.pad(map_BCDHW, (0, missing[2], 0, missing[1], 0, missing[0]))
+        return super().forward(map_BCDHW)
+
+
+class LiftedPool(nn.Module):
+    """A 2D pooling with depth, which it pools where it strides along it."""
+
+    def __init__(self, pool: nn.MaxPool2d | nn.AvgPool2d, *, depth_stride: int) -> None:
+        super().__init__()
+        kernel, stride, padding = (
+            _two(pool.kernel_size),
+            _two(pool.stride or pool.kernel_size),
+            _two(pool.padding),
+        )
+        overlaps = depth_stride > 1 and kernel[0] > stride[0]
+        self.kernel: Triple = (kernel[0] if overlaps else depth_stride, *kernel)
+        self.stride: Triple = (depth_stride, *stride)
+        self.padding: Triple = (padding[0] if overlaps else 0, *padding)
+        self.ceil = pool.ceil_mode or (padding == (0, 0) and kernel == stride)
+        self.average = isinstance(pool, nn.AvgPool2d)
+        self.count_padding = isinstance(pool, nn.AvgPool2d) and pool.count_include_pad
+
+    def forward(self, map_BCDHW: Tensor) -> Tensor:
+        """Map (B, C, ceil(D / stride), …)."""
+        d, h, w = (
+            min(k, n + 2 * p) for k, n, p in zip(self.kernel, map_BCDHW.shape[2:], self.padding, strict=True)
+        )
+        if self.average:
+            return functional.avg_pool3d(
+                map_BCDHW, (d, h, w), self.stride, self.padding, self.ceil, self.count_padding
+            )
+        return functional.max_pool3d(map_BCDHW, (d, h, w), self.stride, self.padding, ceil_mode=self.ceil)
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels of every voxel."""
+
+    def __init__(self, channels: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, map_BCDHW: Tensor) -> Tensor:
+        """Maps with zero mean and unit variance over C, then scaled and shifted."""
+        moved = map_BCDHW.movedim(1, -1)
+        return functional.layer_norm(moved, moved.shape[-1:], self.weight, self.bias, self.eps).movedim(-1, 1)
+
+
+class Inflated(nn.Module):
+    """A timm network with features, lifted.
+
+    Attributes:
+        network: the lifted network.
+        strides: of each map, cumulative (D, H, W), finest first.
+    """
+
+    def __init__(
+        self,
+        network_2d: nn.Module,
+        channels_in: int,
+        *,
+        inflation: Inflation,
+        depth_from: int | None,
+        depth_kernel: int,
+    ) -> None:
+        """Lift and compare with the 2D network on a slice.
+
+        Args:
+            network_2d: made with ``features_only=True``; left as it is.
+            channels_in: of its input.
+            inflation: see ``LiftedConv.spread``.
+            depth_from: stride in the plane from which on a stride is one along depth too; None for none.
+            depth_kernel: see ``LiftedConv``.
+
+        Raises:
+            ValueError: a network that cannot be lifted, and why.
+        """
+        super().__init__()
+        reductions: list[int] = network_2d.feature_info.reduction()  # pyright: ignore
+        side = 2 * max(reductions)
+        probe = torch.randn(2, channels_in, side, side, generator=torch.Generator().manual_seed(0))
+        training = network_2d.training
+        network_2d.eval()
+        seen = _in_plane_strides(network_2d, probe)
+        self.network = copy.deepcopy(network_2d)
+        steps: dict[int, tuple[int, int]] = {}
+        for name, layer in network_2d.named_modules():
+            before = seen.get(name, 1)
+            stride = _stride(layer)
+            depth_stride = stride if depth_from is not None and before >= depth_from else 1
+            lifted = _lift(layer, depth_kernel=depth_kernel, depth_stride=depth_stride)
+            if lifted is not None:
+                parent, _, last = name.rpartition(".")
+                setattr(self.network.get_submodule(parent), last, lifted)
+            if stride > 1:
+                steps[before] = (before * stride, depth_stride)
+        self.strides = tuple(_level_stride(reduction, steps) for reduction in reductions)
+        self._compare(network_2d, probe)
+        for layer in self.network.modules():
+            if isinstance(layer, LiftedConv):
+                layer.spread(inflation)
+        network_2d.train(training)
+        self.train(training)
+
+    def forward(self, image_BCDHW: Tensor) -> list[Tensor]:
+        """The maps of the network, finest first."""
+        return self.network(image_BCDHW)
+
+    @torch.no_grad()
+    def _compare(self, network_2d: nn.Module, probe_BCHW: Tensor) -> None:
+        flat = network_2d(probe_BCHW)
+        try:
+            deep = self.network(probe_BCHW[:, :, None])
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            raise ValueError(f"its layers take four axes only ({str(error).splitlines()[0]})") from error
+        for a, b in zip(flat, deep, strict=True):
+            if b.shape != (*a.shape[:2], 1, *a.shape[2:]) or not torch.allclose(
+                b[:, :, 0], a, atol=1e-3, rtol=1e-3
+            ):
+                raise ValueError("once lifted, it says something else of a slice: its layers take four axes")
+
+
+def first_convolution(network_2d: nn.Module, image_BCHW: Tensor) -> str:
+    """Name of the convolution that reads the image."""
+    return next(iter(_in_plane_strides(network_2d, image_BCHW)))
+
+
+@torch.no_grad()
+def _in_plane_strides(network_2d: nn.Module, image_BCHW: Tensor) -> dict[str, int]:
+    """How much smaller than the image the input of each convolution and pooling is, in the order they are called."""
+    seen: dict[str, int] = {}
+    hooks = []
+    for name, layer in network_2d.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+
+            def note(_: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
+                seen.setdefault(name, max(1, round(image_BCHW.shape[-1] / given[0].shape[-1])))
+
+            hooks.append(layer.register_forward_pre_hook(note))
+    network_2d(image_BCHW)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _stride(layer: nn.Module) -> int:
+    if isinstance(layer, nn.Conv2d):
+        return layer.stride[0]
+    if isinstance(layer, nn.MaxPool2d | nn.AvgPool2d):
+        return _two(layer.stride or layer.kernel_size)[0]
+    return 1
+
+
+def _lift(layer: nn.Module, *, depth_kernel: int, depth_stride: int) -> nn.Module | None:
+    """The layer with a depth; None for one that needs none, or that the comparison has to find."""
+    from timm.layers import BatchNormAct2d, LayerNorm2d
+
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return LiftedConv(layer, depth_kernel=depth_kernel, depth_stride=depth_stride)
+    if type(layer) in (nn.MaxPool2d, nn.AvgPool2d):
+        return LiftedPool(layer, depth_stride=depth_stride)  # pyright: ignore[reportArgumentType]
+    if type(layer) is nn.BatchNorm2d:
+        return _batch_norm(layer)
+    if type(layer) is BatchNormAct2d:
+        return nn.Sequential(_batch_norm(layer), layer.drop, layer.act)
+    if type(layer) is LayerNorm2d:
+        norm = ChannelNorm(layer.normalized_shape[0], eps=layer.eps)
+        norm.load_state_dict(layer.state_dict())
+        return norm
+    return None
+
+
+def _batch_norm(norm: nn.BatchNorm2d) -> nn.BatchNorm3d:
+    lifted = nn.BatchNorm3d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    lifted.load_state_dict(
+        {name: value for name, value in norm.state_dict().items() if name in lifted.state_dict()}
+    )
+    return lifted
+
+
+def _level_stride(reduction: int, steps: dict[int, tuple[int, int]]) -> Triple:
+    in_plane, depth = 1, 1
+    while in_plane < reduction and in_plane in steps:
+        in_plane, factor = steps[in_plane]
+        depth *= factor
+    if in_plane != reduction:
+        raise ValueError(f"no chain of strides leads to a map of stride {reduction}")
+    return (depth, reduction, reduction)
+
+
+def _two(value: int | tuple[int, ...] | str) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    return int(value[0]), int(value[-1])
