@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,16 +34,23 @@ def multiply_adds(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]
     return counted
 
 
-def at_crop(build: Callable[[], nn.Module], channels_in: int, size: Triple) -> dict[str, int]:
-    """``multiply_adds`` of a network that is built and run on the meta device: no memory, no arithmetic.
+def at_crop(module: nn.Module, channels_in: int, size: Triple) -> dict[str, int]:
+    """``multiply_adds`` at a crop, on a copy of the module on the meta device: no memory, no arithmetic.
 
     Args:
-        build: makes the network; called under ``torch.device("meta")``.
-        channels_in: of its input.
-        size: voxels (D, H, W) of its input.
+        module: takes a volume.
+        channels_in: of the volume.
+        size: its voxels (D, H, W).
     """
-    with torch.device("meta"):
-        return multiply_adds(build().eval(), [torch.empty(1, channels_in, *size)])
+    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
+    # deepcopy takes what its memo holds instead of copying it
+    copied = copy.deepcopy(module, {id(tensor): _on_meta(tensor) for tensor in tensors})
+    return multiply_adds(copied.eval(), [torch.empty(1, channels_in, *size, device="meta")])
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    moved = tensor.detach().to("meta")
+    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
 class _Counter(TorchFunctionMode):

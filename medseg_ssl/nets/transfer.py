@@ -96,14 +96,13 @@ def compute_share(encoder: Encoder, taken: Collection[str], crop_size: Triple | 
     """Share of an encoder's multiply-adds that weights from a file do, and the crop at which it was counted.
 
     Args:
-        encoder: its config is built and run once more on the meta device, which costs no arithmetic.
+        encoder: a copy of it runs on the meta device, which costs no arithmetic.
         taken: names of the parameters that came from the file, without ``encoder.``.
         crop_size: voxels (D, H, W); None takes 64. An axis that is too short for the coarsest level is lengthened.
     """
     coarsest = encoder.strides[-1]
     d, h, w = (max(n, 2 * s) for n, s in zip(crop_size or (64, 64, 64), coarsest, strict=True))
-    kind, config, channels_in = type(encoder), encoder.config, encoder.channels_in
-    costs = at_crop(lambda: kind(config, channels_in), channels_in, (d, h, w))
+    costs = at_crop(encoder, encoder.channels_in, (d, h, w))
     done = sum(cost for name, cost in costs.items() if name in taken)
     return done / max(1, sum(costs.values())), (d, h, w)
 

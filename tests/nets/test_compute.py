@@ -1,10 +1,12 @@
 """Multiply-adds of layers that one can count by hand."""
 
+import pytest
 import torch
 from torch import nn
 
 from medseg_ssl.nets.compute import at_crop, multiply_adds
 from medseg_ssl.nets.encoders.resenc import ResEnc
+from tests.shelves import ENCODERS, build_encoder
 
 
 class Small(nn.Module):
@@ -37,10 +39,20 @@ def test_counts_what_one_can_count_by_hand():
 
 
 def test_nothing_is_computed_on_the_meta_device():
-    config = ResEnc.Config(size="l")
-    counted = at_crop(lambda: ResEnc(config, 1), 1, (160, 192, 96))
+    with torch.device("meta"):
+        large = ResEnc(ResEnc.Config(size="l"), 1)
+    counted = at_crop(large, 1, (160, 192, 96))
     voxels = 160 * 192 * 96
     assert counted["stem_block.conv.weight"] == 27 * 32 * voxels
     assert counted["stages.1.0.conv1.conv.weight"] == 27 * 32 * 64 * voxels // 8
-    small = multiply_adds(ResEnc(ResEnc.Config()), [torch.zeros(1, 1, 16, 32, 48)])
-    assert small == at_crop(lambda: ResEnc(ResEnc.Config()), 1, (16, 32, 48))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_copy_on_the_meta_device_counts_as_the_encoder_itself(name):
+    encoder = build_encoder(name)
+    before = {n: (p.device.type, p.clone()) for n, p in encoder.state_dict().items()}
+    there = at_crop(encoder, 1, (16, 32, 48))
+    assert there == multiply_adds(encoder.eval(), [torch.zeros(1, 1, 16, 32, 48)])
+    assert sum(there.values()) > 0
+    for own, value in encoder.state_dict().items():
+        assert (value.device.type, value.equal(before[own][1])) == (before[own][0], True)

@@ -309,7 +309,7 @@ def test_openmind_resenc_l(tmp_path, kind):
     _, imported = bring("openmind", path)
     assert imported.audit.coverage == 1.0
     assert (imported.decoder is None) == (kind == "NoSkipResEncL")
-    image = torch.randn(1, 1, 32, 32, 64, dtype=torch.float64)
+    image = torch.randn(1, 1, 64, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         assert_equal(imported.encoder.double()(image), net.double().encoder(image))
 
