@@ -26,9 +26,13 @@ SHELF = "medseg_ssl.nets.imports"
 IMPORTS = shelf(SHELF)
 
 
+LEFT_OPEN = {"timm": {"model": "test_resnet"}}
+"""Options without a default."""
+
+
 def reader(name: str, **options) -> Import:
     cls = find(SHELF, name, Import)
-    return cls(parse(cls.Config, options))
+    return cls(parse(cls.Config, LEFT_OPEN.get(name, {}) | options))
 
 
 def bring(name, path, *, minimum_coverage=0.9, **options):
@@ -452,3 +456,48 @@ def test_genesis_on_axes_as_ours(tmp_path):
         torch.testing.assert_close(mine, their.permute(0, 1, 4, 3, 2), atol=1e-4, rtol=1e-4)
     _, imported = bring("genesis", path, axes="zyx", norm="batch")
     assert imported.audit.coverage == 1.0
+
+
+# -- timm ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "unused"), [("test_resnet", {"fc"}), ("test_vit", {"norm", "head"})]
+)
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_timm_slice_by_slice(tmp_path, model, unused, form):
+    import timm
+
+    torch.manual_seed(0)
+    net = shaken(timm.create_model(model, in_chans=3))
+    path = tmp_path / f"weights.{form}"
+    if form == "pth":
+        torch.save({"state_dict": net.state_dict(), "epoch": 3}, path)
+    else:
+        save_file(net.state_dict(), path)
+    foreign, imported = bring(
+        "timm", path, minimum_coverage=0.3, model=model, channels_in=3, encoder={"kind": "slices"}
+    )
+    assert {name.split(".")[0] for name in foreign.unused} == unused
+    assert foreign.notes == ()
+    assert all(n.startswith(("encoder.network.mixing.", "encoder.levels.")) for n in imported.audit.missing)
+    image = torch.randn(1, 3, 2, 160, 160)
+    with torch.no_grad():
+        # fresh mixing adds nothing, so that each slice is what the 2D network makes of it
+        ours = imported.encoder.network(image)[-1]
+        theirs = net.forward_intermediates(image[:, :, 1], indices=1, intermediates_only=True)[0]
+    torch.testing.assert_close(ours[:, :, 1], theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_timm_adapts_the_channels_and_says_so(tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), path)
+    foreign, _ = bring("timm", path, minimum_coverage=0.3)
+    assert foreign.notes == ("timm adapted conv1.0.weight",)
+    with pytest.raises(UserError, match="no network named 'resnet5o' in timm"):
+        reader("timm", model="resnet5o").read(path)
+    with pytest.raises(UserError, match="timm cannot give these weights to test_vit"):
+        reader("timm", model="test_vit").read(path)
