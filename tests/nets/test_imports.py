@@ -461,9 +461,7 @@ def test_genesis_on_axes_as_ours(tmp_path):
 # -- timm ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("model", "unused"), [("test_resnet", {"fc"}), ("test_vit", {"norm", "head"})]
-)
+@pytest.mark.parametrize(("model", "unused"), [("test_resnet", {"fc"}), ("test_vit", {"norm", "head"})])
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
 def test_timm_slice_by_slice(tmp_path, model, unused, form):
     import timm
