@@ -1,6 +1,7 @@
 """A state dict for MONAI's own class: ``SwinUNETR`` of a ``swin`` encoder, ``SegResNet`` of a ``segresnet`` encoder.
 
-The class is built, filled and asked to load the result strictly; what the file lacks keeps the start that MONAI gives it.
+The class is built, filled and asked to load the result strictly; what the file lacks keeps the start that MONAI gives
+it.
 """
 
 from __future__ import annotations

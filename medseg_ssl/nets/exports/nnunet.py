@@ -107,7 +107,7 @@ class NnUNet(Export):
         if loaded.card.decoder is not None:
             reason = f"the file's {loaded.card.decoder.get('name')!r} decoder is not that of the plans"
         made = [f"decoder.{name}" for name in fresh]
-        line = f"decoder: {', '.join(grouped(made, made))} new, from seed {self.config.seed}: {reason}"
+        line = f"new, from seed {self.config.seed}: {', '.join(grouped(made, made))}; {reason}"
         return {f"decoder.{n}": t for n, t in fresh.items()}, line
 
 
