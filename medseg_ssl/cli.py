@@ -31,12 +31,14 @@ VERBS = {
     "prepare": Verb("pretrain.prepare", "raw scans -> archive"),
     "inspect": Verb("pretrain.inspect", "what is in an archive"),
     "pretrain": Verb("pretrain.run", "config + archive -> encoder.safetensors"),
+    "import": Verb("pretrain.import_weights", "public weights (nnU-Net, OpenMind, MONAI, …) -> encoder file"),
     "probe": Verb("pretrain.probe", "frozen-feature evaluations of an encoder"),
     "finetune": Verb(
         "finetune.run", "labeled archive, with an encoder or from scratch -> segmenter.safetensors"
     ),
     "evaluate": Verb("finetune.evaluate", "segmenter + archive -> cases.csv with Dice, NSD, HD95 in mm"),
     "predict": Verb("finetune.predict", "segmenter + scans -> label maps in the scans' own space"),
+    "export": Verb("finetune.export_weights", "encoder or segmenter -> nnU-Net, MONAI, TorchScript, ONNX"),
     "compare": Verb("finetune.compare", "inits x label budgets x draws -> curve, table, report.html"),
     "estimate": Verb(
         "pretrain.estimate", "config -> parameters, memory, disk, steps/s and hours, before a start"

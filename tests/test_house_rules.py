@@ -30,6 +30,8 @@ DOORS = {
     "pydicom": {f"medseg_ssl/data/dicom/{name}.py" for name in ("headers", "pixels", "regions", "suv")},
     "ray": {"medseg_ssl/fanout.py"},
     "SimpleITK": {"medseg_ssl/data/coregistration.py"},
+    "onnx": {"medseg_ssl/nets/exports/onnx.py"},
+    "onnxruntime": {"medseg_ssl/nets/exports/onnx.py"},
     "lightning": {"medseg_ssl/train/runtime.py", "medseg_ssl/train/loop.py"},
     "lightning_fabric": {"medseg_ssl/train/runtime.py", "medseg_ssl/train/loop.py"},
 }

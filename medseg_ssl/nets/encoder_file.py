@@ -20,7 +20,7 @@ from medseg_ssl.config import Block, UserError
 from medseg_ssl.nets.decoders.base import Decoder
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.segmenter import Segmenter
-from medseg_ssl.nets.transfer import Audit, changed, check_coverage, joined, plan
+from medseg_ssl.nets.transfer import Audit, changed, fill
 from medseg_ssl.types import Triple, TripleMm
 
 ENCODERS = "medseg_ssl.nets.encoders"
@@ -127,11 +127,16 @@ def save(
         }
     )
     # one key only: safetensors writes several in random order, and equal weights should give equal files
-    _write_atomically(path, to_bytes(tensors, {"card": card.model_dump_json()}))
+    write_atomically(path, to_bytes(tensors, {"card": card.model_dump_json()}))
     return path
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or none; one that was there stays until the new one is complete.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,28 +277,23 @@ def load_into(
     path = Path(path)
     card, tensors = _read(path)
     _check_topology(card, encoder, path)
-    audit, taken = plan(path, "encoder", encoder, tensors)
-    check_coverage(audit, "encoder", audit.coverage, minimum_coverage)
-    note, offered = "", decoder is not None
-    if decoder is not None and allow_decoder and card.decoder is not None:
-        other, more = plan(path, "decoder", decoder, tensors)
-        check_coverage(other, "decoder", other.coverage, minimum_coverage)
-        audit, taken = joined(audit, other), taken | more
-    else:
-        if offered:
-            note = "decoder not loaded: " + ("not asked for" if card.decoder else "the file holds none")
-        unused = tuple(n for n in sorted(tensors) if n.startswith("decoder."))
-        audit = changed(audit, unexpected=audit.unexpected + unused, note=note)
-    audit = changed(
-        audit, unexpected=audit.unexpected + tuple(n for n in sorted(tensors) if n.startswith("head."))
+    takes_decoder = decoder is not None and allow_decoder and card.decoder is not None
+    audit = fill(
+        path,
+        tensors,
+        encoder=encoder,
+        decoder=decoder if takes_decoder else None,
+        minimum_coverage=minimum_coverage,
+        crop_size=card.crop_size,
     )
-    own = {f"encoder.{n}": p for n, p in encoder.state_dict(keep_vars=True).items()}
-    if decoder is not None:
-        own |= {f"decoder.{n}": p for n, p in decoder.state_dict(keep_vars=True).items()}
-    with torch.no_grad():
-        for name, value in taken.items():
-            own[name].copy_(value)
-    return audit
+    parts = ("head.",) if takes_decoder else ("decoder.", "head.")
+    audit = changed(
+        audit, unexpected=audit.unexpected + tuple(n for n in sorted(tensors) if n.startswith(parts))
+    )
+    if decoder is None or takes_decoder:
+        return audit
+    reason = "not asked for" if card.decoder else "the file holds none"
+    return changed(audit, note=f"decoder not loaded: {reason}")
 
 
 def _check_topology(card: Card, encoder: Encoder, path: Path) -> None:
@@ -301,7 +301,9 @@ def _check_topology(card: Card, encoder: Encoder, path: Path) -> None:
     there = card.encoder.get("name")
     if there != here:
         raise UserError(f"{path} holds a {there!r} encoder, this run builds {here!r}")
-    with torch.device("meta"):  # strides leave no trace in the shapes of weights
+    if card.encoder == block_of(encoder):
+        return
+    with torch.random.fork_rng(devices=[]):  # strides leave no trace in the shapes of weights
         strides = _encoder_of(card, path).strides
     if strides != encoder.strides and len(strides) == len(encoder.strides):
         raise UserError(f"{path}: its encoder has strides {strides}, this run's has {encoder.strides}")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from medseg_ssl.config import UserError
+from medseg_ssl.nets.compute import at_crop
 from medseg_ssl.nets.encoders.base import Encoder
+from medseg_ssl.types import Triple
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Audit:
         unexpected: in the file, not wanted here.
         coverage: share of the encoder's parameters taken.
         decoder_coverage: share of the decoder's, None where no decoder was loaded.
+        compute: share of the encoder's multiply-adds that the taken weights do, at ``crop_size``; None uncounted.
+        crop_size: voxels (D, H, W) at which they were counted.
         note: why no decoder was loaded, where one was offered.
     """
 
@@ -36,25 +42,107 @@ class Audit:
     unexpected: tuple[str, ...]
     coverage: float
     decoder_coverage: float | None = None
+    compute: float | None = None
+    crop_size: Triple | None = None
     note: str = ""
     parameters: dict[str, int] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
-        """A report of a few lines."""
+        """The shares, then every tensor by name; ``encoder.stages.2.*`` stands for all that begin so."""
         lines = [f"{self.path.name}: {self.coverage:.1%} of the encoder's parameters taken"]
         if self.decoder_coverage is not None:
             lines[0] += f", {self.decoder_coverage:.1%} of the decoder's"
-        lines.append(f"  matched: {len(self.matched)} tensors")
-        lines += [f"  adapted: {name} {how}" for name, how in self.adapted.items()]
+        if self.compute is not None and self.crop_size is not None:
+            lines[0] += (
+                f"; {self.compute:.1%} of the encoder's multiply-adds "
+                f"(at {' x '.join(map(str, self.crop_size))} voxels)"
+            )
+        known = {*self.matched, *self.adapted, *self.mismatched, *self.missing, *self.unexpected}
         for title, names in (
-            ("shapes differ", [f"{n} {how}" for n, how in self.mismatched.items()]),
-            ("not in the file", list(self.missing)),
-            ("not used", list(self.unexpected)),
+            ("matched", grouped(self.matched, known)),
+            ("adapted", [f"{name} {how}" for name, how in self.adapted.items()]),
+            ("shapes differ", [f"{name} {how}" for name, how in self.mismatched.items()]),
+            ("not in the file", grouped(self.missing, known)),
+            ("not used", grouped(self.unexpected, known)),
         ):
             if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                lines.append(f"  {title}: {len(names)} tensors: {', '.join(names[:5])}{more}")
+                lines.append(f"  {title}: {', '.join(names)}")
         return "\n".join([*lines, f"  {self.note}"] if self.note else lines)
+
+
+def grouped(names: Collection[str], known: Collection[str]) -> list[str]:
+    """Names, with ``a.b.* (5 tensors)`` for those of ``a.b`` where none of the known names of ``a.b`` is left out."""
+    wanted = set(names)
+    return _grouped(tuple(dict.fromkeys(names)), [n for n in known if n not in wanted], depth=1)
+
+
+def _grouped(names: Iterable[str], others: Collection[str], *, depth: int) -> list[str]:
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(".".join(name.split(".")[:depth]), []).append(name)
+    out = []
+    for prefix, members in families.items():
+        left_out = [n for n in others if n.startswith(f"{prefix}.")]
+        if len(members) == 1:
+            out += members
+        elif left_out:
+            out += _grouped(members, left_out, depth=depth + 1)
+        else:
+            out.append(f"{prefix}.* ({len(members)} tensors)")
+    return out
+
+
+def compute_share(encoder: Encoder, taken: Collection[str], crop_size: Triple | None) -> tuple[float, Triple]:
+    """Share of an encoder's multiply-adds that weights from a file do, and the crop at which it was counted.
+
+    Args:
+        encoder: a copy of it runs on the meta device, which costs no arithmetic.
+        taken: names of the parameters that came from the file, without ``encoder.``.
+        crop_size: voxels (D, H, W); None takes 64. An axis that is too short for the coarsest level is lengthened.
+    """
+    coarsest = encoder.strides[-1]
+    d, h, w = (max(n, 2 * s) for n, s in zip(crop_size or (64, 64, 64), coarsest, strict=True))
+    costs = at_crop(encoder, encoder.channels_in, (d, h, w))
+    done = sum(cost for name, cost in costs.items() if name in taken)
+    return done / max(1, sum(costs.values())), (d, h, w)
+
+
+def fill(
+    path: Path,
+    tensors: dict[str, Tensor],
+    *,
+    encoder: Encoder,
+    decoder: nn.Module | None = None,
+    minimum_coverage: float,
+    crop_size: Triple | None,
+) -> Audit:
+    """Copy a file's tensors into modules, or change nothing at all.
+
+    Args:
+        path: the file, for messages.
+        tensors: ``encoder.*`` and ``decoder.*``, by our names.
+        encoder: takes the former.
+        decoder: takes the latter; None leaves them.
+        minimum_coverage: smallest share of the parameters of each module that must be found.
+        crop_size: voxels (D, H, W) at which multiply-adds are counted, see ``compute_share``.
+
+    Raises:
+        UserError: too low a coverage.
+    """
+    audit, taken = plan(path, "encoder", encoder, tensors)
+    check_coverage(audit, "encoder", audit.coverage, minimum_coverage)
+    compute, counted_at = compute_share(encoder, {name.removeprefix("encoder.") for name in taken}, crop_size)
+    audit = changed(audit, compute=compute, crop_size=counted_at)
+    own = {f"encoder.{n}": p for n, p in encoder.state_dict(keep_vars=True).items()}
+    if decoder is not None:
+        other, more = plan(path, "decoder", decoder, tensors)
+        check_coverage(other, "decoder", other.coverage, minimum_coverage)
+        audit, taken = joined(audit, other), taken | more
+        own |= {f"decoder.{n}": p for n, p in decoder.state_dict(keep_vars=True).items()}
+    with torch.no_grad():
+        for name, value in taken.items():
+            own[name].copy_(value)
+    return audit
 
 
 def plan(
