@@ -108,6 +108,20 @@ class LiftedPool(nn.Module):
         return functional.max_pool3d(map_BCDHW, (d, h, w), self.stride, self.padding, ceil_mode=self.ceil)
 
 
+class LiftedBatchNorm(nn.BatchNorm3d):
+    """A 2D batch norm over volumes, under the same names, and what timm puts behind it (dropout, activation)."""
+
+    def __init__(self, norm: Any, *behind: nn.Module) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        own = self.state_dict()
+        self.load_state_dict({name: value for name, value in norm.state_dict().items() if name in own})
+        self.behind = nn.Sequential(*behind)
+
+    def forward(self, map_BCDHW: Tensor) -> Tensor:
+        """The normalised map, of the same shape."""
+        return self.behind(super().forward(map_BCDHW))
+
+
 class ChannelNorm(nn.Module):
     """Layer norm over the channels of every voxel."""
 
@@ -263,21 +277,15 @@ def _lift(layer: nn.Module, *, depth_kernel: int, depth_stride: int) -> nn.Modul
     if type(layer) in (nn.MaxPool2d, nn.AvgPool2d):
         return LiftedPool(layer, depth_stride=depth_stride)  # pyright: ignore[reportArgumentType]
     if type(layer) in (nn.BatchNorm2d, BatchNormAct2d):
-        behind = ("drop", "act") if type(layer) is BatchNormAct2d else ()
-        return nn.Sequential(_batch_norm(layer), *(layer.get_submodule(name) for name in behind))
+        behind = (
+            (layer.get_submodule(name) for name in ("drop", "act")) if type(layer) is BatchNormAct2d else ()
+        )
+        return LiftedBatchNorm(layer, *behind)
     if type(layer) is LayerNorm2d:
         norm = ChannelNorm(layer.normalized_shape[0], eps=layer.eps)
         norm.load_state_dict(layer.state_dict())
         return norm
     return None
-
-
-def _batch_norm(norm: Any) -> nn.BatchNorm3d:
-    lifted = nn.BatchNorm3d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    lifted.load_state_dict(
-        {name: value for name, value in norm.state_dict().items() if name in lifted.state_dict()}
-    )
-    return lifted
 
 
 def _level_stride(reduction: int, steps: dict[int, tuple[int, int]]) -> Triple:

@@ -153,14 +153,14 @@ def plan(
     Args:
         path: the file, for messages.
         part: prefix of the module's tensors in the file.
-        module: the target; an encoder's stem is adapted to its channels.
+        module: the target; an encoder's stems are adapted to its channels.
         tensors: all tensors of the file.
 
     Returns:
         The audit of this part, and the tensors to copy by name.
     """
     wanted = {f"{part}.{name}": value for name, value in module.state_dict().items()}
-    stem = f"{part}.{module.stem}" if isinstance(module, Encoder) else ""
+    stems = {f"{part}.{name}" for name in module.stems} if isinstance(module, Encoder) else set()
     adapted: dict[str, str] = {}
     mismatched: dict[str, str] = {}
     taken: dict[str, Tensor] = {}
@@ -170,7 +170,7 @@ def plan(
             continue
         if there.shape == here.shape:
             taken[name] = there
-        elif name == stem and there.shape[:1] + there.shape[2:] == here.shape[:1] + here.shape[2:]:
+        elif name in stems and there.shape[:1] + there.shape[2:] == here.shape[:1] + here.shape[2:]:
             taken[name] = adapt_stem(there, here.shape[1])
             adapted[name] = f"from {there.shape[1]} to {here.shape[1]} channels"
         else:

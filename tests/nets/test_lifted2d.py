@@ -119,7 +119,7 @@ def test_pyramids_of_other_kinds_keep_the_contract(model, size):
         assert map_.shape == (2, channels, *(-(-n // s) for n, s in zip(size, stride, strict=True)))
     decoded = UNet(UNet.Config(), encoder.channels, encoder.strides)(maps)
     assert decoded[0].shape[2:] == maps[0].shape[2:]
-    assert encoder.state_dict()[encoder.stem].shape[1] == 2
+    assert encoder.state_dict()[encoder.stems[0]].shape[1] == 2
 
 
 @pytest.mark.parametrize("model", ["test_vit", "test_convnext"])

@@ -55,8 +55,11 @@ def test_encoder_makes_the_pyramid_it_promises(name, channels_in, size):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_encoder_names_its_stem(name):
-    assert build_encoder(name, 3).state_dict()[build_encoder(name).stem].shape[1] == 3
+def test_encoder_names_every_parameter_that_reads_the_image(name):
+    one, three = build_encoder(name, 1).state_dict(), build_encoder(name, 3).state_dict()
+    stems = build_encoder(name).stems
+    assert {key for key, value in one.items() if value.shape != three[key].shape} == set(stems)
+    assert all(three[key].shape[1] == 3 for key in stems)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -42,8 +42,8 @@ class Odds(Encoder):
         self.instance_norm = nn.InstanceNorm3d(8)
 
     @property
-    def stem(self):
-        return "first.weight"
+    def stems(self):
+        return ("first.weight",)
 
     def forward(self, image_BCDHW, spacing_mm_B3=None):
         fine = F.gelu(self.batch_norm(self.first(image_BCDHW)))
@@ -364,7 +364,7 @@ class Refused(Encoder):
 
     Config = EncoderConfig
     channels, strides = (1, 1), ((1, 1, 1), (2, 2, 2))
-    stem = ""  # pyright: ignore[reportAssignmentType]
+    stems = ()
 
     def __init__(self, function):
         super().__init__(EncoderConfig())

@@ -78,7 +78,7 @@ def test_gradients_are_finite_and_reach_the_encoder(trained):
     objective(batch, 0.5).loss.backward()
     gradients = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
     assert all(g.isfinite().all() for g in gradients.values())
-    stem = gradients[f"encoder.{objective.encoder.stem}"]
+    stem = gradients[f"encoder.{objective.encoder.stems[0]}"]
     assert stem.abs().max() > 0
 
 

@@ -24,7 +24,7 @@ class TinyEncoder(Encoder):
     Config = EncoderConfig
     channels = (4,)
     strides = ((1, 1, 1),)
-    stem = "first.weight"
+    stems = ("first.weight",)
 
     def __init__(self, config=None, channels_in=1):
         super().__init__(config or EncoderConfig(), channels_in)

@@ -69,7 +69,7 @@ def test_two_processes_train_one_encoder(name, tmp_path):
     ]
     subprocess.run(alone, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     one, two = (first_losses(tmp_path / run) for run in ("one", "a"))
-    # The first step sees the same samples with the same weights, the second what the first step's gradient made of them.
+    # The first step sees the same samples with the same weights, the second what the first one's gradient made of them.
     # A mean over voxels is taken in each process, and processes count different numbers of voxels: hence the tolerance.
     assert two == pytest.approx(one, rel=0.15)
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 4, "one process writes"

@@ -55,8 +55,8 @@ class Encoder(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def stem(self) -> str:
-        """Name of the parameter whose dim 1 is ``channels_in``: a loader adapts it from 1 to N channels."""
+    def stems(self) -> tuple[str, ...]:
+        """Parameters whose dim 1 is ``channels_in``, the main one first: a loader adapts them from 1 to N channels."""
 
     def recomputable(self) -> Iterable[nn.Module]:
         """Parts, called one after another, whose inner activations ``train.recompute`` drops and computes again."""

@@ -88,9 +88,9 @@ class CNN3D(Encoder):
         initialise(self)
 
     @property
-    def stem(self) -> str:
+    def stems(self) -> tuple[str, ...]:
         """Name of the first convolution's weight."""
-        return "levels.0.0.conv.weight"
+        return ("levels.0.0.conv.weight",)
 
     def recomputable(self) -> Iterable[nn.Module]:
         """Every level; with batch norm none, since a second pass would count its statistics twice."""

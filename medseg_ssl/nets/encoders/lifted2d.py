@@ -112,9 +112,10 @@ class Lifted2D(Encoder):
         self.train(self.training)
 
     @property
-    def stem(self) -> str:
-        """Name of the weight of the convolution that reads the image."""
-        return self._stem
+    def stems(self) -> tuple[str, ...]:
+        """The first convolution's weight, and that of the pyramid's first look at the image."""
+        looks = self.levels is not None and self.config.pyramid.image
+        return (self._stem, "levels.details.0.conv.weight")[: 1 + looks]
 
     def train(self, mode: bool = True) -> Lifted2D:
         """Training mode, in which frozen statistics stay as they are."""

@@ -128,9 +128,9 @@ class Primus(TokenEncoder):
         self.channels, self.strides = self.levels.channels, self.levels.strides
 
     @property
-    def stem(self) -> str:
-        """Name of the patch embedding's weight."""
-        return "patches.weight"
+    def stems(self) -> tuple[str, ...]:
+        """The patch embedding's weight, and that of the pyramid's first look at the image."""
+        return ("patches.weight", "levels.details.0.conv.weight")[: 1 + self.config.pyramid.image]
 
     def recomputable(self) -> Iterable[nn.Module]:
         """Every block."""

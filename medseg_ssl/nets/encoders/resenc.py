@@ -115,9 +115,9 @@ class ResEnc(Encoder):
         initialise(self)
 
     @property
-    def stem(self) -> str:
+    def stems(self) -> tuple[str, ...]:
         """Name of the first convolution's weight."""
-        return "stem_block.conv.weight"
+        return ("stem_block.conv.weight",)
 
     def recomputable(self) -> Iterable[nn.Module]:
         """Every residual block."""

@@ -78,9 +78,9 @@ class SegResNet(Encoder):
         initialise(self)
 
     @property
-    def stem(self) -> str:
+    def stems(self) -> tuple[str, ...]:
         """Name of the first convolution's weight."""
-        return "first.weight"
+        return ("first.weight",)
 
     def recomputable(self) -> Iterable[nn.Module]:
         """Every residual block."""

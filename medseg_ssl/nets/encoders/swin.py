@@ -140,9 +140,9 @@ class Swin(PatchEncoder):
         )
 
     @property
-    def stem(self) -> str:
-        """Name of the patch embedding's weight."""
-        return "patch_embed.weight"
+    def stems(self) -> tuple[str, ...]:
+        """The patch embedding's weight, and those of the level at full resolution."""
+        return ("patch_embed.weight", "full.conv1.weight", "full.conv3.weight")
 
     def recomputable(self) -> Iterable[nn.Module]:
         """The convolutions at full resolution, then every attention block."""
