@@ -32,35 +32,12 @@ Whole = int | tuple[int, ...]
 
 ASKING = {"__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "new_empty"}
 """Functions that read no voxel."""
-ACTIVATING = {
-    "relu",
-    "relu_",
-    "leaky_relu",
-    "leaky_relu_",
-    "prelu",
-    "elu",
-    "elu_",
-    "gelu",
-    "silu",
-    "mish",
-    "hardswish",
-}
-SCALING = {
-    "mul",
-    "mul_",
-    "div",
-    "div_",
-    "neg",
-    "tanh",
-    "dropout",
-    "dropout3d",
-    "feature_dropout",
-    "bernoulli_",
-}
+ACTIVATING = {"relu", "leaky_relu", "prelu", "elu", "gelu", "silu", "mish", "hardswish", "tanh"}
+SCALING = {"mul", "div", "neg", "dropout", "dropout3d", "feature_dropout", "bernoulli"}
 MOVING = {"cat", "clone", "contiguous", "detach", "to", "float", "type_as", "permute", "movedim"}
 HARMLESS = ASKING | ACTIVATING | SCALING | MOVING
-"""Functions of single voxels that leave a zero a zero."""
-ADDING = {"add", "add_", "sub", "sub_"}
+"""Functions of single voxels that leave a zero a zero, in place too."""
+ADDING = {"add", "sub"}
 """They keep zeros where both sides have them: not with a constant, not with learned positions."""
 
 
@@ -93,10 +70,11 @@ class VisiblePass(TorchFunctionMode, ABC):
         name = func.__name__
         if name in self._treated:
             return self._treated[name](*args, **(kwargs or {}))
-        if name in ADDING:
+        plain = name if name in ASKING else name.removesuffix("_")  # in place or not
+        if plain in ADDING:
             known = all(_is_map(a) and a.shape[2:] == args[0].shape[2:] for a in args[:2])
         else:
-            known = name in HARMLESS
+            known = plain in HARMLESS
         if not known and (maps := _maps(args)):
             raise refused(f"{name}() on {tuple(maps[0].shape)}")
         return func(*args, **(kwargs or {}))
