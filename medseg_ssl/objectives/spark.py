@@ -20,8 +20,9 @@ from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import VoxelHead, pool
 from medseg_ssl.nets.hiding import Hiding, draw_hidden
+from medseg_ssl.nets.packed import PackedPass, check_treated
 from medseg_ssl.nets.restoration import Restoration, at_size, pictures
-from medseg_ssl.nets.sparse import DensePass, PackedPass, VisiblePass, check_treated
+from medseg_ssl.nets.sparse import DensePass, VisiblePass
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, View, ViewPlan, ViewSpec
 
@@ -104,7 +105,7 @@ class SparK(Objective):
         _check_block(config.hiding, config.size, self.deepest)
         self.packed = config.packable and config.compute != "dense"
         check_treated(encoder, packed=self.packed)
-        kernels: list[int | None] = [3] * (len(encoder.channels) - 1) + [1]
+        kernels: list[int | None] = [*(3 for _ in encoder.channels[1:]), 1]
         if config.densify == "coarse":
             kernels[0] = None
         self.densify = nn.ModuleList(Densify(c, k) for c, k in zip(encoder.channels, kernels, strict=True))

@@ -13,7 +13,8 @@ from medseg_ssl.config import ConfigError
 from medseg_ssl.nets.blocks import AveragePool, InstanceNorm, ResidualBlock
 from medseg_ssl.nets.encoders.base import Encoder, EncoderConfig
 from medseg_ssl.nets.encoders.resenc import ResEnc
-from medseg_ssl.nets.sparse import DensePass, PackedPass, check_treated
+from medseg_ssl.nets.packed import PackedPass, check_treated
+from medseg_ssl.nets.sparse import DensePass
 from tests.nets.test_shelf_contracts import shake
 from tests.shelves import ENCODERS, build_encoder
 

@@ -5,7 +5,8 @@ import torch
 
 from medseg_ssl.config import ConfigError, parse
 from medseg_ssl.nets.encoders.resenc import ResEnc
-from medseg_ssl.nets.sparse import DensePass, PackedPass
+from medseg_ssl.nets.packed import PackedPass
+from medseg_ssl.nets.sparse import DensePass
 from medseg_ssl.objectives.spark import Densify, SparK
 from medseg_ssl.types import Facts
 from tests.nets.test_shelf_contracts import shake
