@@ -117,9 +117,9 @@ class LiftedBatchNorm(nn.BatchNorm3d):
         self.load_state_dict({name: value for name, value in norm.state_dict().items() if name in own})
         self.behind = nn.Sequential(*behind)
 
-    def forward(self, map_BCDHW: Tensor) -> Tensor:
-        """The normalised map, of the same shape."""
-        return self.behind(super().forward(map_BCDHW))
+    def forward(self, input: Tensor) -> Tensor:
+        """The normalised map (B, C, D, H, W), of the same shape."""
+        return self.behind(super().forward(input))
 
 
 class ChannelNorm(nn.Module):
