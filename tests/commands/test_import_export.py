@@ -39,7 +39,10 @@ def test_import_writes_an_encoder_file_and_prints_the_audit(tmp_path, checkpoint
         "100.0% of the encoder's parameters taken, 100.0% of the decoder's; 100.0% of the encoder's multiply"
         in said
     )
-    assert "matched: encoder.* (50 tensors), decoder.upsample.* (4 tensors), decoder.levels.* (8 tensors)" in said
+    assert (
+        "matched: encoder.* (50 tensors), decoder.upsample.* (4 tensors), decoder.levels.* (8 tensors)"
+        in said
+    )
     assert "not used: decoder.seg_layers.* (4 tensors)" in said
     assert "note: trained on intensities by CTNormalization" in said
     assert "no licence" not in said

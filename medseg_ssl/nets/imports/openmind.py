@@ -161,11 +161,14 @@ def _facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     data = pretraining.get("dataset_name") if isinstance(pretraining, Mapping) else None
     kind = plan["architecture_plans"]["arch_class_name"]
     return {
-        "crop_size": tuple(int(n) for n in crop) if _is_triple(crop) else None,
-        "spacing_mm": tuple(float(s) for s in spacing) if _is_triple(spacing) else None,
+        "crop_size": _triple(crop, int),
+        "spacing_mm": _triple(spacing, float),
         "format": f"nnssl {kind}" + (f", pretrained on {data}" if data else ""),
     }
 
 
-def _is_triple(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3
+def _triple(value: Any, kind: type) -> Any:
+    """Three numbers, or None where something else stands."""
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        return None
+    return tuple(kind(number) for number in value)
