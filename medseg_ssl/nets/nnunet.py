@@ -79,18 +79,16 @@ def from_plans(plans: Mapping[str, Any], configuration: str, *, where: str) -> T
     """
     options = _configuration(plans, configuration, where=where)
     kind, arguments = _architecture(options, where=where)
-    order = tuple(plans.get("transpose_forward") or (0, 1, 2))
+    found = from_arguments(kind, arguments, where=where)
+    order = _triple(plans.get("transpose_forward") or (0, 1, 2), int, f"{where}: transpose_forward")
     if sorted(order) != [0, 1, 2]:
         raise UserError(f"{where}: transpose_forward {list(order)} is no order of three axes")
-    found = from_arguments(kind, arguments, where=where)
     spacing, crop = options.get("spacing"), options.get("patch_size")
-    return with_our_axes(
-        found._replace(
-            spacing_mm=None if spacing is None else _triple(spacing, float, f"{where}: spacing"),
-            crop_size=None if crop is None else _triple(crop, int, f"{where}: patch_size"),
-        ),
-        (order[0], order[1], order[2]),
+    stated = found._replace(
+        spacing_mm=None if spacing is None else _triple(spacing, float, f"{where}: spacing"),
+        crop_size=None if crop is None else _triple(crop, int, f"{where}: patch_size"),
     )
+    return with_our_axes(stated, order)
 
 
 def _configuration(
@@ -101,9 +99,9 @@ def _configuration(
         names = ", ".join(known) if isinstance(known, Mapping) else "none"
         raise UserError(f"{where} has no configuration {name!r}; known: {names}")
     options = dict(known[name])
-    parent = options.get("inherits_from")
-    if parent is None:
+    if options.get("inherits_from") is None:
         return options
+    parent = str(options["inherits_from"])
     if parent in (*seen, name):
         raise UserError(f"{where}: configuration {name!r} inherits from itself")
     return _configuration(plans, parent, where=where, seen=(*seen, name)) | options
@@ -126,8 +124,10 @@ def _architecture(options: Mapping[str, Any], *, where: str) -> tuple[str, dict[
             "n_conv_per_stage_decoder": options["n_conv_per_stage_decoder"],
             "conv_bias": True,
         }
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise UserError(f"{where} does not say what its network looks like: {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: cannot read what its network looks like: {error}") from error
 
 
 def from_arguments(kind: str, arguments: Mapping[str, Any], *, where: str) -> Topology:
@@ -149,8 +149,8 @@ def from_arguments(kind: str, arguments: Mapping[str, Any], *, where: str) -> To
     strange = sorted(k for k, v in arguments.items() if k not in KNOWN and v not in (None, False))
     if strange:
         raise UserError(f"{where}: our residual U-Net has no option {', '.join(strange)}")
-    _check_layers(arguments, where=where)
     try:
+        _check_layers(arguments, where=where)
         features = [int(n) for n in arguments["features_per_stage"]]
         count = len(features)
         blocks = _each(arguments["n_blocks_per_stage"], count)
@@ -198,10 +198,13 @@ def _each(value: Any, count: int) -> list[Any]:
 
 
 def _triple(values: Any, kind: type, what: str) -> Any:
-    given = [values] * 3 if isinstance(values, int) else list(values)
+    try:
+        given = [kind(v) for v in ([values] * 3 if isinstance(values, int) else values)]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what} is {values!r}, not three numbers") from error
     if len(given) != 3:
         raise UserError(f"{what} {given} has {len(given)} axes; only 3D networks can be taken over")
-    return tuple(kind(v) for v in given)
+    return tuple(given)
 
 
 # -- axes ------------------------------------------------------------------------------------------------------------

@@ -260,3 +260,35 @@ def test_weights_that_do_not_fit_the_card_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match="no encoder named 'resnec'"):
         build(path)
+
+
+def test_audit_names_every_tensor_and_the_share_of_compute(tmp_path):
+    encoder, decoder = nets(seed=1)
+    path = save(tmp_path / "e.safetensors", encoder=encoder, decoder=decoder, card=CARD)
+    target, _ = nets(channels_in=2, seed=2, blocks=(1, 1, 2))
+    audit = load_into(path, encoder=target, minimum_coverage=0.5)
+    assert str(audit).splitlines()[1:] == [
+        "  matched: encoder.stem_block.conv.bias, encoder.stem_block.norm.* (2 tensors), "
+        "encoder.stages.0.* (8 tensors), encoder.stages.1.* (11 tensors), encoder.stages.2.0.* (8 tensors)",
+        "  adapted: encoder.stem_block.conv.weight from 1 to 2 channels",
+        "  not in the file: encoder.stages.2.1.* (8 tensors)",
+        "  not used: decoder.* (12 tensors)",
+    ]
+    fine, middle, coarse = 32**3, 16**3, 8**3
+    stem, first = 27 * 2 * 4 * fine, 2 * 27 * 4 * 4 * fine
+    second = (27 * 4 * 8 + 27 * 8 * 8 + 4 * 8) * middle
+    third = 2 * 27 * 8 * 8 * coarse  # its skip keeps the channels and needs no projection
+    new = 2 * 27 * 8 * 8 * coarse
+    assert audit.compute == pytest.approx(1 - new / (stem + first + second + third + new))
+    assert audit.crop_size == (32, 32, 32)
+    assert f"{audit.compute:.1%} of the encoder's multiply-adds (at 32 x 32 x 32 voxels)" in str(audit)
+
+
+def test_the_audit_of_a_file_without_crop_counts_at_a_usual_one(tmp_path):
+    encoder, _ = nets(seed=1)
+    card = CARD.model_copy(update={"crop_size": None})
+    audit = load_into(save(tmp_path / "e.safetensors", encoder=encoder, card=card), encoder=nets(seed=2)[0])
+    assert (audit.compute, audit.crop_size) == (1.0, (64, 64, 64))
+    flat = CARD.model_copy(update={"crop_size": (1, 32, 32)})
+    audit = load_into(save(tmp_path / "f.safetensors", encoder=encoder, card=flat), encoder=nets(seed=2)[0])
+    assert audit.crop_size == (8, 32, 32)

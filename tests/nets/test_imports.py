@@ -1,5 +1,6 @@
 """Foreign files: features equal to the public networks', and nothing in a file ever runs."""
 
+import contextlib
 import pickle
 import re
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from medseg_ssl.config import UserError, find, parse, shelf
+from medseg_ssl.nets import nnunet
 from medseg_ssl.nets.imports import _files
 from medseg_ssl.nets.imports.base import Import, build
 from tests.nets.foreign_files import (
@@ -249,6 +251,31 @@ def test_nnunet_networks_that_ours_cannot_be(tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "value", ["x", -1, [], None, {"a": 1}, [[1, 1, 1]], [["a"] * 3] * 3, [0, 0, 0]], ids=str
+)
+def test_nnunet_plans_of_nonsense(value):
+    """Whatever stands in a plans file, it is read or refused in words."""
+    for place in (
+        *arguments(),
+        "spacing",
+        "patch_size",
+        "transpose_forward",
+        "architecture",
+        "inherits_from",
+    ):
+        said = plans()
+        options = said["configurations"]["3d_fullres"]
+        if place in arguments():
+            options["architecture"]["arch_kwargs"][place] = value
+        elif place == "transpose_forward":
+            said[place] = value
+        else:
+            options[place] = value
+        with contextlib.suppress(UserError):
+            nnunet.from_plans(said, "3d_fullres", where="plans.json")
+
+
 def test_weights_that_do_not_fit_their_plans(tmp_path):
     net = residual_unet(STAGES | {"features_per_stage": [4, 6, 10]})
     path = nnunet_checkpoint(tmp_path / "c.pth", net, plans())
@@ -275,6 +302,15 @@ def test_openmind_residual_encoder_with_decoder(tmp_path):
         assert_equal(encoder(image), net.encoder(image))
         assert decoder is not None
         assert_equal([net.decoder.seg_layers[-1](decoder(encoder(image))[0])], net(image)[:1])
+
+
+def test_openmind_decoder_of_another_form_stays_behind(tmp_path):
+    net = residual_unet(STAGES | {"n_conv_per_stage_decoder": [2, 2]})
+    architecture = {"arch_class_name": "ResidualEncoderUNet", "arch_kwargs": arguments()}
+    net.decoder.stages[0].convs[0].conv.weight = torch.nn.Parameter(torch.zeros(1, 2, 3, 3, 3))
+    foreign, imported = bring("openmind", nnssl_checkpoint(tmp_path / "c.pth", net, architecture))
+    assert imported.decoder is None
+    assert any(name.startswith("decoder.stages.") for name in foreign.unused)
 
 
 def test_openmind_encoder_that_stands_elsewhere(tmp_path):

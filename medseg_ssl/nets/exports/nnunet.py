@@ -60,6 +60,7 @@ class NnUNet(Export):
             )
         plans = _read(self.config.plans)
         there = nnunet.from_plans(plans, self.config.configuration, where=str(self.config.plans))
+        assert isinstance(encoder.config, ResEnc.Config)
         apart = nnunet.differences(encoder.config, there.encoder)
         if apart:
             raise UserError(

@@ -41,10 +41,10 @@ class TorchScript(Export):
                 f"the segmenter cannot be traced: {' '.join(str(error).split())[:200]}"
             ) from error
         buffer, card = io.BytesIO(), beside(loaded.card)
-        torch.jit.save(traced, buffer, _extra_files={"card.json": card[".json"]})
-        buffer.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            torch.jit.save(traced, buffer, _extra_files={"card.json": card[".json"]})
+            buffer.seek(0)
             opened = torch.jit.load(buffer)
 
         def run(image_BCDHW: torch.Tensor) -> torch.Tensor:

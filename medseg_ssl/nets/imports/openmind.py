@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from medseg_ssl.config import UserError
@@ -17,7 +18,7 @@ from medseg_ssl.nets import nnunet
 from medseg_ssl.nets.encoders.primus import nnunet_name as primus_name
 from medseg_ssl.nets.encoders.resenc import ResEnc
 from medseg_ssl.nets.imports._files import read
-from medseg_ssl.nets.imports.base import Foreign, Import, parameter_names, renamed, state_dict
+from medseg_ssl.nets.imports.base import Foreign, Import, modules, parameter_names, renamed, state_dict
 from medseg_ssl.types import Triple
 
 PATCH = 8
@@ -40,16 +41,17 @@ class OpenMind(Import):
                 f"{path} is no checkpoint of nnssl: it needs 'network_weights' and 'nnssl_adaptation_plan'"
             )
         tensors = state_dict(content["network_weights"], path)
-        try:
-            kind = str(plan["architecture_plans"]["arch_class_name"])
-            arguments = plan["architecture_plans"].get("arch_kwargs") or {}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: its adaptation plan names no architecture") from error
-        if kind.startswith("Primus"):
-            found = _primus(path, kind, plan, tensors)
-        else:
-            found = _residual(path, kind, arguments, plan, tensors)
-        return found
+        stated = plan.get("architecture_plans")
+        arguments = (stated.get("arch_kwargs") or {}) if isinstance(stated, Mapping) else None
+        if (
+            not isinstance(stated, Mapping)
+            or "arch_class_name" not in stated
+            or not isinstance(arguments, Mapping)
+        ):
+            raise UserError(f"{path}: its adaptation plan names no architecture")
+        kind = str(stated["arch_class_name"])
+        form = _primus if kind.startswith("Primus") else _residual
+        return form(path, kind, arguments, plan, tensors)
 
 
 def _residual(
@@ -75,16 +77,17 @@ def _residual(
     for ours, theirs in nnunet.names(found.encoder, found.decoder).items():
         place = next(p for p in places if theirs.startswith(p))
         names[ours] = places[place] + theirs.removeprefix(place)
-    decoder = [theirs for ours, theirs in names.items() if ours.startswith("decoder.")]
-    whole = skips and root is not None and all(theirs in tensors for theirs in decoder)
-    if not whole:
+    encoder = {"name": "resenc", **found.encoder.model_dump(mode="json", exclude={"size"})}
+    decoder = {"name": "unet", **found.decoder.model_dump(mode="json")}
+    if not skips or root is None or not _holds_decoder(encoder, decoder, names, tensors):
+        decoder = None
         names = {ours: theirs for ours, theirs in names.items() if ours.startswith("encoder.")}
     mine, unused = renamed(
         tensors, names, derived=lambda name: bool(nnunet.ALIAS.search(name.removeprefix(root or "")))
     )
     return Foreign(
-        encoder={"name": "resenc", **found.encoder.model_dump(mode="json", exclude={"size"})},
-        decoder={"name": "unet", **found.decoder.model_dump(mode="json")} if whole else None,
+        encoder=encoder,
+        decoder=decoder,
         tensors=mine,
         channels_in=_channels(
             path, mine.get("encoder.stem_block.conv.weight"), f"{stem}.convs.0.conv.weight"
@@ -94,7 +97,22 @@ def _residual(
     )
 
 
-def _primus(path: Path, kind: str, plan: Mapping[str, Any], tensors: dict[str, Tensor]) -> Foreign:
+def _holds_decoder(
+    encoder: dict[str, Any], decoder: dict[str, Any], names: dict[str, str], tensors: dict[str, Tensor]
+) -> bool:
+    """Whether the file has the whole decoder of the plan, not one of another form."""
+    with torch.device("meta"):
+        _, reader = modules(encoder, decoder, 1)
+    assert reader is not None
+    return all(
+        (there := tensors.get(names[f"decoder.{name}"])) is not None and there.shape == value.shape
+        for name, value in reader.state_dict().items()
+    )
+
+
+def _primus(
+    path: Path, kind: str, arguments: Mapping[str, Any], plan: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> Foreign:
     """A transformer; what its weights tell is read from them, heads and crop from the plan."""
     eva, stem = _key(path, plan, "key_to_encoder"), _key(path, plan, "key_to_stem")
     positions = plan.get("key_to_lpe") or f"{eva}.pos_embed"
@@ -104,7 +122,6 @@ def _primus(path: Path, kind: str, plan: Mapping[str, Any], tensors: dict[str, T
         raise UserError(
             f"{path}: its adaptation plan does not state the crop of the pretraining (patch_size)"
         )
-    arguments = plan["architecture_plans"].get("arch_kwargs") or {}
     own = {"embed_dim": "embed_dim", "eva_depth": "depth", "eva_numheads": "heads"}
     first = f"{eva}.blocks.0."
     encoder = {
@@ -161,11 +178,14 @@ def _facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     data = pretraining.get("dataset_name") if isinstance(pretraining, Mapping) else None
     kind = plan["architecture_plans"]["arch_class_name"]
     return {
-        "crop_size": tuple(int(n) for n in crop) if _is_triple(crop) else None,
-        "spacing_mm": tuple(float(s) for s in spacing) if _is_triple(spacing) else None,
+        "crop_size": _triple(crop, int),
+        "spacing_mm": _triple(spacing, float),
         "format": f"nnssl {kind}" + (f", pretrained on {data}" if data else ""),
     }
 
 
-def _is_triple(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3
+def _triple(value: Any, kind: type) -> Any:
+    """Three numbers, or None where something else stands."""
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        return None
+    return tuple(kind(number) for number in value)
