@@ -69,7 +69,7 @@ class NnUNet(Export):
             )
         channels = self.config.channels or encoder.channels_in
         tensors = {f"encoder.{n}": t for n, t in encoder.state_dict().items()}
-        stem = f"encoder.{encoder.stem}"
+        stem = f"encoder.{encoder.stems[0]}"
         report = [f"encoder: {len(tensors)} tensors taken"]
         if channels != encoder.channels_in:
             tensors[stem] = adapt_stem(tensors[stem], channels)
