@@ -272,6 +272,8 @@ def build(config: PretrainConfig, facts: Facts) -> tuple[Objective, Any]:
     objective_class, options = resolve_block(config.objective, "objective", SHELVES)
     if not any(view.labeled for view in objective_class.views(options).values()):  # pyright: ignore[reportAttributeAccessIssue]
         facts = replace(facts, channels=1)  # unlabeled views are of one scan
+    if config.train.recompute and not objective_class.may_recompute:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ConfigError(f"objective '{config.objective.name}' cannot be trained with train.recompute")
     torch.manual_seed(config.seed)
     encoder = encoder_class(encoder_options, facts.channels)
     if not isinstance(encoder, objective_class.needs):  # pyright: ignore[reportAttributeAccessIssue]

@@ -55,6 +55,8 @@ class Objective(nn.Module, ABC):
 
     Config: ClassVar[type[ObjectiveConfig]]
     needs: ClassVar[type[Encoder]] = Encoder
+    may_recompute: ClassVar[bool] = True
+    """Whether parts of the encoder may be called again in the backward pass (``train.recompute``)."""
     takes_templates: ClassVar[bool] = False
     """Whether ``use_templates`` is to be called before training."""
 

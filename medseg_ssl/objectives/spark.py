@@ -98,6 +98,7 @@ class SparK(Objective):
             return self
 
     config: Config
+    may_recompute = False  # a second call would be outside the pass over visible voxels
 
     def __init__(self, config: Config, encoder: Encoder, facts: Facts) -> None:
         super().__init__(config, encoder, facts)

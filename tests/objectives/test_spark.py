@@ -134,3 +134,14 @@ def test_wrong_options(encoder):
     deep = ResEnc(ResEnc.Config(features=(4, 4, 4, 4, 4, 4), blocks=(1,) * 6))
     with pytest.raises(ConfigError, match=r"deepest stride \(32, 32, 32\); for example \(32, 32, 32\)$"):
         build(deep)
+
+
+def test_recomputing_is_refused_in_words(tmp_path):
+    from medseg_ssl.config import ConfigError, parse
+    from medseg_ssl.types import Facts
+    from pretrain.run import PretrainConfig, build
+
+    tree = {"encoder": {"name": "resenc"}, "objective": {"name": "spark", "size": [16, 16, 16]}}
+    train = {"steps": 1, "recompute": True}
+    with pytest.raises(ConfigError, match=r"'spark' cannot be trained with train\.recompute"):
+        build(parse(PretrainConfig, {**tree, "data": {"batch_size": 2}, "train": train}), Facts())
