@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -85,6 +86,7 @@ def _exported(module: AtSpacing, image_BCDHW: Tensor, *, dynamic: bool) -> onnx.
                 input_names=["image"],
                 output_names=["logits"],
                 dynamic_shapes=shapes,
+                custom_translation_table={torch.ops.aten._adaptive_avg_pool3d.default: _adaptive_pool},
                 dynamo=True,
                 verbose=False,
             )
@@ -96,3 +98,27 @@ def _exported(module: AtSpacing, image_BCDHW: Tensor, *, dynamic: bool) -> onnx.
         logger.setLevel(before)
     assert program is not None
     return program.model_proto
+
+
+def _adaptive_pool(self: Any, output_size: Sequence[int]) -> Any:
+    """Adaptive average pooling (as in UPerNet), which ONNX lacks, as one product with a matrix of means an axis.
+
+    Raises:
+        ValueError: sizes that vary.
+    """
+    import onnx
+    from onnxscript import opset18
+
+    if any(not isinstance(n, int) for n in self.shape[2:]):
+        raise ValueError("adaptive pooling needs sizes that do not vary")
+    means = []
+    for cells, voxels in zip(output_size, self.shape[2:], strict=True):
+        place = torch.arange(voxels)
+        rows = [
+            (place >= cell * voxels // cells) & (place < -(-(cell + 1) * voxels // cells))
+            for cell in range(cells)
+        ]
+        inside = torch.stack(rows).float()
+        matrix = onnx.numpy_helper.from_array((inside / inside.sum(1, keepdim=True)).numpy())
+        means.append(opset18.Constant(value=matrix))
+    return opset18.Einsum(self, *means, equation="bcdhw,xd,yh,zw->bcxyz")
