@@ -7,11 +7,12 @@ network says. Networks whose code counts on four axes (squeeze-and-excitation, c
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from medseg_ssl.types import Triple
 
@@ -43,7 +44,7 @@ class LiftedConv(nn.Conv3d):
             conv.in_channels,
             conv.out_channels,
             (depth, height, width),
-            (depth_stride, *conv.stride),
+            (depth_stride, *_two(conv.stride)),
             (padding, *_two(conv.padding)),
             (1, *_two(conv.dilation)),
             conv.groups,
@@ -64,7 +65,7 @@ class LiftedConv(nn.Conv3d):
         else:
             self.weight.zero_()[:, :, depth // 2] = flat
 
-    def forward(self, map_BCDHW: Tensor) -> Tensor:
+    def forward(self, map_BCDHW: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Map (B, channels_out, ceil(D / stride), …)."""
         missing = [
             max(0, (-(-n // s) - 1) * s + (k - 1) * dilation + 1 - n - 2 * int(p))
@@ -154,51 +155,64 @@ class Inflated(nn.Module):
         super().__init__()
         reductions: list[int] = network_2d.feature_info.reduction()  # pyright: ignore
         side = 2 * max(reductions)
-        probe = torch.randn(2, channels_in, side, side, generator=torch.Generator().manual_seed(0))
-        training = network_2d.training
-        network_2d.eval()
-        seen = _in_plane_strides(network_2d, probe)
-        self.network = copy.deepcopy(network_2d)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(2, channels_in, side, side, generator=generator)
+        shaken = _shaken(network_2d, generator)
+        seen = _in_plane_strides(shaken, probe)
         steps: dict[int, tuple[int, int]] = {}
         for name, layer in network_2d.named_modules():
-            before = seen.get(name, 1)
-            stride = _stride(layer)
-            depth_stride = stride if depth_from is not None and before >= depth_from else 1
-            lifted = _lift(layer, depth_kernel=depth_kernel, depth_stride=depth_stride)
-            if lifted is not None:
-                parent, _, last = name.rpartition(".")
-                setattr(self.network.get_submodule(parent), last, lifted)
+            before, stride = seen.get(name, 1), _stride(layer)
             if stride > 1:
-                steps[before] = (before * stride, depth_stride)
+                deep = depth_from is not None and before >= depth_from
+                steps[before] = (before * stride, stride if deep else 1)
         self.strides = tuple(_level_stride(reduction, steps) for reduction in reductions)
-        self._compare(network_2d, probe)
+        depth_strides = {name: steps.get(before, (0, 1))[1] for name, before in seen.items()}
+        _compare(shaken, _lifted(shaken, depth_strides, depth_kernel), probe)
+        self.network = _lifted(network_2d, depth_strides, depth_kernel)
         for layer in self.network.modules():
             if isinstance(layer, LiftedConv):
                 layer.spread(inflation)
-        network_2d.train(training)
-        self.train(training)
 
     def forward(self, image_BCDHW: Tensor) -> list[Tensor]:
         """The maps of the network, finest first."""
         return self.network(image_BCDHW)
 
-    @torch.no_grad()
-    def _compare(self, network_2d: nn.Module, probe_BCHW: Tensor) -> None:
-        flat = network_2d(probe_BCHW)
-        try:
-            deep = self.network(probe_BCHW[:, :, None])
-        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-            raise ValueError(f"its layers take four axes only ({str(error).splitlines()[0]})") from error
-        for a, b in zip(flat, deep, strict=True):
-            if b.shape != (*a.shape[:2], 1, *a.shape[2:]) or not torch.allclose(
-                b[:, :, 0], a, atol=1e-3, rtol=1e-3
-            ):
-                raise ValueError("once lifted, it says something else of a slice: its layers take four axes")
-
 
 def first_convolution(network_2d: nn.Module, image_BCHW: Tensor) -> str:
     """Name of the convolution that reads the image."""
-    return next(iter(_in_plane_strides(network_2d, image_BCHW)))
+    training = network_2d.training
+    names = list(_in_plane_strides(network_2d.eval(), image_BCHW))
+    network_2d.train(training)
+    return names[0]
+
+
+@torch.no_grad()
+def _shaken(network_2d: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy away from its start, where scales of zero hide what a branch would say.
+
+    Batch norm takes statistics of the batch, so that values stay in range at any depth; what is random is off.
+    """
+    shaken = copy.deepcopy(network_2d).eval()
+    for parameter in shaken.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
+        parameter += torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+    for layer in shaken.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.training = True
+    return shaken
+
+
+@torch.no_grad()
+def _compare(flat: nn.Module, deep: nn.Module, probe_BCHW: Tensor) -> None:
+    """Refuse a lifted network that says of a slice what the 2D network does not."""
+    try:
+        maps = deep(probe_BCHW[:, :, None])
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        raise ValueError(f"its layers take four axes only ({str(error).splitlines()[0]})") from error
+    for a, b in zip(flat(probe_BCHW), maps, strict=True):
+        same = b.shape == (*a.shape[:2], 1, *a.shape[2:])
+        if not same or (b[:, :, 0] - a).abs().max() > 1e-3 * a.abs().max():
+            raise ValueError("once lifted, it says something else of a slice: its layers take four axes")
 
 
 @torch.no_grad()
@@ -219,6 +233,18 @@ def _in_plane_strides(network_2d: nn.Module, image_BCHW: Tensor) -> dict[str, in
     return seen
 
 
+def _lifted(network_2d: nn.Module, depth_strides: dict[str, int], depth_kernel: int) -> nn.Module:
+    """A copy with every layer lifted, in the same mode."""
+    network = copy.deepcopy(network_2d)
+    for name, layer in network_2d.named_modules():
+        stride = depth_strides.get(name, 1) if _stride(layer) > 1 else 1
+        lifted = _lift(layer, depth_kernel=depth_kernel, depth_stride=stride)
+        if lifted is not None:
+            parent, _, last = name.rpartition(".")
+            setattr(network.get_submodule(parent), last, lifted.train(layer.training))
+    return network
+
+
 def _stride(layer: nn.Module) -> int:
     if isinstance(layer, nn.Conv2d):
         return layer.stride[0]
@@ -229,16 +255,16 @@ def _stride(layer: nn.Module) -> int:
 
 def _lift(layer: nn.Module, *, depth_kernel: int, depth_stride: int) -> nn.Module | None:
     """The layer with a depth; None for one that needs none, or that the comparison has to find."""
-    from timm.layers import BatchNormAct2d, LayerNorm2d
+    from timm.layers.norm import LayerNorm2d
+    from timm.layers.norm_act import BatchNormAct2d
 
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         return LiftedConv(layer, depth_kernel=depth_kernel, depth_stride=depth_stride)
     if type(layer) in (nn.MaxPool2d, nn.AvgPool2d):
         return LiftedPool(layer, depth_stride=depth_stride)  # pyright: ignore[reportArgumentType]
-    if type(layer) is nn.BatchNorm2d:
-        return _batch_norm(layer)
-    if type(layer) is BatchNormAct2d:
-        return nn.Sequential(_batch_norm(layer), layer.drop, layer.act)
+    if type(layer) in (nn.BatchNorm2d, BatchNormAct2d):
+        behind = ("drop", "act") if type(layer) is BatchNormAct2d else ()
+        return nn.Sequential(_batch_norm(layer), *(layer.get_submodule(name) for name in behind))
     if type(layer) is LayerNorm2d:
         norm = ChannelNorm(layer.normalized_shape[0], eps=layer.eps)
         norm.load_state_dict(layer.state_dict())
@@ -246,7 +272,7 @@ def _lift(layer: nn.Module, *, depth_kernel: int, depth_stride: int) -> nn.Modul
     return None
 
 
-def _batch_norm(norm: nn.BatchNorm2d) -> nn.BatchNorm3d:
+def _batch_norm(norm: Any) -> nn.BatchNorm3d:
     lifted = nn.BatchNorm3d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     lifted.load_state_dict(
         {name: value for name, value in norm.state_dict().items() if name in lifted.state_dict()}

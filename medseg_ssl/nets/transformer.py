@@ -99,8 +99,8 @@ class RotaryBlocks(nn.Module):
                     nn.init.zeros_(layer.bias)
         with torch.no_grad():
             for number, block in enumerate(self.blocks, start=1):
-                for ending in (block.attn.proj, block.mlp.fc2):  # pyright: ignore[reportAttributeAccessIssue]
-                    ending.weight.div_(math.sqrt(2.0 * number))
+                for ending in ("attn.proj", "mlp.fc2"):
+                    block.get_submodule(ending).get_parameter("weight").div_(math.sqrt(2.0 * number))
 
 
 def check_heads(dim: int, heads: int) -> None:

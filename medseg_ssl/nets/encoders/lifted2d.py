@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from medseg_ssl.config import ConfigError
 from medseg_ssl.nets.encoders.base import Encoder, EncoderConfig
 from medseg_ssl.nets.inflation import ChannelNorm, Inflated, Inflation, first_convolution
 from medseg_ssl.nets.pyramid import Pyramid, PyramidConfig
@@ -79,7 +80,7 @@ class Lifted2D(Encoder):
             weights: file of 2D weights in timm's own names, instead of a download.
 
         Raises:
-            ValueError: a network without features, or one that cannot be inflated though ``kind`` says so.
+            ConfigError: a network without maps, or one that cannot be inflated though ``kind`` says so.
         """
         # whoever builds it from a file has its weights and shall not download others
         super().__init__(config.model_copy(update={"pretrained": False}), channels_in)
@@ -96,12 +97,14 @@ class Lifted2D(Encoder):
                 )
             except ValueError as error:
                 if config.kind == "inflate":
-                    raise ValueError(f"cannot inflate {config.model}: {error}; take kind slices") from error
+                    raise ConfigError(f"cannot inflate {config.model}: {error}; take kind slices") from error
         if self.network is None:
             self.network = Slices(network, depth_kernel=config.depth_kernel)
         self.channels = tuple(network.feature_info.channels())
         self.strides = self.network.strides
-        self._stem = f"network.network.{_stem(network, channels_in, side=2 * self.strides[-1][1])}.weight"
+        side = 2 * self.strides[-1][1]
+        first = first_convolution(network, torch.zeros(2, channels_in, side, side))
+        self._stem = f"network.network.{first}.weight"
         self.levels: Pyramid | None = None
         if len(self.strides) == 1:
             self.levels = Pyramid(config.pyramid, self.channels[0], self.strides[0], channels_in)
@@ -140,7 +143,8 @@ class Slices(nn.Module):
     def __init__(self, network: Any, *, depth_kernel: int) -> None:
         super().__init__()
         self.network = network
-        self.channels_last = network.output_fmt == "NHWC"
+        # some families have no say in it, and put channels first
+        self.channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
         self.strides: tuple[Triple, ...] = tuple((1, r, r) for r in network.feature_info.reduction())
         self.mixing = nn.ModuleList(
             DepthMixing(channels, depth_kernel) for channels in network.feature_info.channels()
@@ -186,30 +190,41 @@ def network_2d(model: str, channels_in: int, *, pretrained: bool = False, weight
     Maps that all have one size are brought down to the last of them.
 
     Raises:
-        ValueError: the network has no maps to give.
+        ConfigError: the network has no maps to give, or reads images of one size only.
     """
     import timm  # takes seconds to import
 
-    options: dict[str, Any] = {"in_chans": channels_in, "pretrained": pretrained or weights is not None}
+    options: dict[str, Any] = {
+        "features_only": True,
+        "in_chans": channels_in,
+        "pretrained": pretrained or weights is not None,
+    }
     if weights is not None:
         options["pretrained_cfg_overlay"] = {"file": str(weights)}
     # each family has its own word for "any size", and none takes another's
-    for any_size in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
+    words: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
+    for any_size in words:
         try:
-            network = timm.create_model(model, features_only=True, **options, **any_size)
-            if len(set(network.feature_info.reduction())) == 1 < len(network.feature_info.reduction()):
-                network = timm.create_model(model, features_only=True, out_indices=1, **options, **any_size)
+            network: Any = timm.create_model(model, **options, **any_size)
+            reductions = network.feature_info.reduction()
+            if len(set(reductions)) == 1 < len(reductions):
+                network = timm.create_model(model, **options, **any_size, out_indices=1)
         except TypeError:
             continue
-        except (RuntimeError, AssertionError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"timm's {model} cannot be used for its maps: {reason}") from error
+        except (RuntimeError, AttributeError) as error:
+            raise ConfigError(f"timm's {model} has no maps: {str(error).splitlines()[0]}") from error
+        _try(network, model, channels_in)
         return network
-    raise ValueError(f"timm's {model} cannot be used for its maps")
+    raise ConfigError(f"timm's {model} has no maps")
 
 
-def _stem(network: nn.Module, channels_in: int, *, side: int) -> str:
+@torch.no_grad()
+def _try(network: Any, model: str, channels_in: int) -> None:
+    side = max(network.feature_info.reduction())
     training = network.training
-    name = first_convolution(network.eval(), torch.zeros(1, channels_in, side, side))
+    try:
+        network.eval()(torch.zeros(1, channels_in, 2 * side, 3 * side))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"timm's {model} reads images of one size only: {reason}") from error
     network.train(training)
-    return name
