@@ -104,7 +104,7 @@ class CNN3D(Encoder):
         """
         self._check_size(image_BCDHW.shape[2:])
         maps = [self.levels[0](image_BCDHW)]
-        for level in self.levels[1:]:  # pyright: ignore[reportGeneralTypeIssues]
+        for level in self.levels[1:]:
             maps.append(level(_pooled(maps[-1])))
         return maps
 

@@ -89,7 +89,7 @@ class SegResNet(Encoder):
     def forward(self, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None) -> list[Tensor]:
         """Maps of the pyramid, finest first."""
         maps = [self.levels[0](self.first(image_BCDHW))]
-        for down, level in zip(self.down, self.levels[1:], strict=True):  # pyright: ignore[reportArgumentType]
+        for down, level in zip(self.down, self.levels[1:], strict=True):
             maps.append(level(down(maps[-1])))
         return maps
 

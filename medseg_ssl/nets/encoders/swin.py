@@ -98,7 +98,8 @@ class Swin(PatchEncoder):
         @property
         def window_size(self) -> Triple:
             """Tokens along each axis of a window."""
-            return self.window or (SIZES[self.size].window,) * 3
+            side = SIZES[self.size].window
+            return self.window or (side, side, side)
 
         @model_validator(mode="after")
         def _agree(self) -> Swin.Config:
@@ -114,6 +115,8 @@ class Swin(PatchEncoder):
                 if channels % heads:
                     raise ValueError(f"{heads} heads do not divide the {channels} channels of stage {stage}")
             return self
+
+    config: Config
 
     def __init__(self, config: Config, channels_in: int = 1) -> None:
         super().__init__(config, channels_in)
@@ -145,7 +148,7 @@ class Swin(PatchEncoder):
         """The convolutions at full resolution, then every attention block."""
         yield self.full
         for stage in self.stages:
-            yield from stage.blocks  # pyright: ignore[reportGeneralTypeIssues]
+            yield from stage.blocks.children()  # pyright: ignore[reportAttributeAccessIssue]
 
     def embed(self, image_BCDHW: Tensor) -> Tensor:
         """Patch embeddings (B, E, d, h, w)."""
@@ -172,7 +175,7 @@ class Swin(PatchEncoder):
 
     def _check_size(self, size: torch.Size) -> None:
         stride = self.strides[-2]  # the last stage's convolutions; its end has none
-        if self.config.v2 and all(n <= s for n, s in zip(size, stride, strict=True)):  # pyright: ignore[reportAttributeAccessIssue]
+        if self.config.v2 and all(n <= s for n, s in zip(size, stride, strict=True)):
             raise UserError(
                 f"a crop of {' x '.join(map(str, size))} voxels is too small for the convolutions of v2 at stride "
                 f"{stride}: the map would be one voxel; take a larger crop, fewer stages or v2: false"
