@@ -127,7 +127,8 @@ class ViewMaker:
             recipe = self.spatial[spec.augment]
             if spec.mirror_axes:
                 recipe = recipe.model_copy(update={"mirror_axes": spec.mirror_axes})
-            move = draw_move(recipe, moving, spacing_mm=np.multiply(ratio, spacing).tolist())
+            spacing_mm = np.multiply(ratio, spacing).tolist()
+            move = draw_move(recipe, moving, spacing_mm=spacing_mm, size=spec.size)
             shifted = start + np.round(move.shift * spec.size) * ratio
             matrix = crops.crop_matrix(
                 shifted, spec.size, ratio=ratio, spacing_mm=spacing, linear_33=move.linear_33, flip=move.flip

@@ -310,9 +310,16 @@ class Predictor:
         return out
 
     def _one_pass_shape(self, shape: Sequence[int]) -> Triple | None:
-        """The padded shape of a volume that goes through whole: at least the crop, as training padded it."""
+        """The padded shape of a volume that goes through whole: at least the crop, as training padded it.
+
+        None where that is too large, or where the network knows slices alone and the volume has several: each is then
+        a window of its own.
+        """
+        if any(c == 1 < n for n, c in zip(shape, self.crop_size, strict=True)):
+            return None
         d, h, w = (
-            max(c, math.ceil(n / s) * s) for n, c, s in zip(shape, self.crop_size, self.stride, strict=True)
+            1 if c == 1 else max(c, math.ceil(n / s) * s)
+            for n, c, s in zip(shape, self.crop_size, self.stride, strict=True)
         )
         return (d, h, w) if d * h * w <= self.whole_volume * math.prod(self.crop_size) else None
 

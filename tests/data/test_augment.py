@@ -155,7 +155,9 @@ def test_probabilities_hold():
 
 def test_moves_follow_their_probabilities():
     recipe = Spatial(rotation_p=0.2, rotation_deg=30, scale_p=0.2, scale=(0.7, 1.4), mirror_axes=(0, 2))
-    moves = [draw_move(recipe, np.random.default_rng(i), spacing_mm=(1, 1, 1)) for i in range(2000)]
+    moves = [
+        draw_move(recipe, np.random.default_rng(i), spacing_mm=(1, 1, 1), size=(8, 8, 8)) for i in range(2000)
+    ]
     still = np.mean([move.linear_33 is None for move in moves])
     assert still == pytest.approx(0.64, abs=0.04)
     factors = [np.cbrt(np.linalg.det(m.linear_33)) for m in moves if m.linear_33 is not None]
@@ -175,7 +177,9 @@ def test_a_rotation_is_rigid_and_bounded():
 def test_thick_slices_are_only_turned_in_their_plane():
     recipe = Spatial(rotation_p=1, rotation_deg=30)
     for seed in range(20):
-        turn = draw_move(recipe, np.random.default_rng(seed), spacing_mm=(5.0, 0.8, 0.8)).linear_33
+        turn = draw_move(
+            recipe, np.random.default_rng(seed), spacing_mm=(5.0, 0.8, 0.8), size=(8, 8, 8)
+        ).linear_33
         np.testing.assert_allclose(turn[0], (1, 0, 0), atol=1e-12)
         np.testing.assert_allclose(turn[:, 0], (1, 0, 0), atol=1e-12)
         assert abs(turn[1, 2]) > 0

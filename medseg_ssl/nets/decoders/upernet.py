@@ -64,7 +64,7 @@ class UPerNet(Decoder):
     def _context(self, map_BCDHW: Tensor) -> Tensor:
         size, parts = map_BCDHW.shape[2:], [map_BCDHW]
         for count, layer in zip(self.bins, self.pooled, strict=True):
-            bins = [min(count, n) for n in size]
-            pooled = layer(F.adaptive_avg_pool3d(map_BCDHW, bins))
+            depth, height, width = (min(count, n) for n in size)
+            pooled = layer(F.adaptive_avg_pool3d(map_BCDHW, (depth, height, width)))
             parts.append(F.interpolate(pooled, size=tuple(size), mode="trilinear", align_corners=False))
         return self.context(torch.cat(parts, dim=1))
