@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from medseg_ssl.config import UserError
 from medseg_ssl.nets.encoder_file import Loaded
@@ -76,7 +77,8 @@ def _exported(module: AtSpacing, image_BCDHW: Tensor, *, dynamic: bool) -> onnx.
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        # the fused attention of a CPU leaves its output in an order in memory that the graph's own attention does not
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")  # of other people's deprecations; the output is compared
             # an example of one sample would make "one" part of the graph where the batch may vary
             example = image_BCDHW.repeat(2, 1, 1, 1, 1) if dynamic else image_BCDHW
