@@ -32,6 +32,7 @@ DOORS = {
     "SimpleITK": {"medseg_ssl/data/coregistration.py"},
     "onnx": {"medseg_ssl/nets/exports/onnx.py"},
     "onnxruntime": {"medseg_ssl/nets/exports/onnx.py"},
+    "onnxscript": {"medseg_ssl/nets/exports/onnx.py"},
     "lightning": {"medseg_ssl/train/runtime.py", "medseg_ssl/train/loop.py"},
     "lightning_fabric": {"medseg_ssl/train/runtime.py", "medseg_ssl/train/loop.py"},
 }

@@ -356,6 +356,17 @@ def test_graph_of_an_encoder_is_refused(kind):
         exporter(kind).make(bare)
 
 
+def test_a_size_that_is_built_in_is_told(tmp_path):
+    """Windows of attention are cut by sizes that a trace takes for constants."""
+    ours = loaded({"name": "swin"}, {"name": "linear"}, classes=2)
+    with pytest.raises(
+        UserError, match=r"torch\.jit .* at 35 x 38 x 33 voxels.* export without dynamic"
+    ) as error:
+        exporter("torchscript", size=[32, 32, 32], dynamic=True).write(ours, tmp_path / "a.ts")
+    assert len(str(error.value)) < 300
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_graph_that_gives_something_else_is_not_written(tmp_path, monkeypatch):
     from medseg_ssl.nets.exports import torchscript
 

@@ -531,7 +531,26 @@ def test_timm_adapts_the_channels_and_says_so(tmp_path):
     torch.save(timm.create_model("test_resnet").state_dict(), path)
     foreign, _ = bring("timm", path, minimum_coverage=0.3)
     assert foreign.notes == ("timm adapted conv1.0.weight",)
+    assert foreign.unused == ("fc.weight", "fc.bias")
     with pytest.raises(UserError, match="no network named 'resnet5o' in timm"):
         reader("timm", model="resnet5o").read(path)
     with pytest.raises(UserError, match="timm cannot give these weights to test_vit"):
         reader("timm", model="test_vit").read(path)
+
+
+def test_timm_inflated(tmp_path):
+    """On a slice that is repeated through the depth an inflated network sees what the 2D network sees."""
+    import timm
+
+    torch.manual_seed(0)
+    net = shaken(timm.create_model("test_resnet", in_chans=1))
+    path = tmp_path / "weights.pth"
+    torch.save(net.state_dict(), path)
+    foreign, imported = bring("timm", path, encoder={"kind": "inflate", "depth_from": None})
+    assert imported.audit.missing == ()
+    assert foreign.unused == ("fc.weight", "fc.bias")
+    image = torch.randn(1, 1, 1, 64, 96)
+    with torch.no_grad():
+        deep = imported.encoder(image.expand(-1, -1, 40, -1, -1))[-1]
+        flat = net.forward_features(image[:, :, 0])
+    torch.testing.assert_close(deep[:, :, 20], flat, atol=1e-5, rtol=1e-5)

@@ -99,7 +99,7 @@ def check(
         try:
             found = run(image)
         except Exception as error:  # whatever the other software raises
-            reason = " ".join(str(error).split())[:200]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:200]
             raise UserError(
                 f"{where} cannot run the graph at {size} voxels: {reason}; export without dynamic"
             ) from error

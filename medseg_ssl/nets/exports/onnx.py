@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from medseg_ssl.config import UserError
 from medseg_ssl.nets.encoder_file import Loaded
@@ -75,7 +77,8 @@ def _exported(module: AtSpacing, image_BCDHW: Tensor, *, dynamic: bool) -> onnx.
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        # the fused attention of a CPU leaves its output in an order in memory that the graph's own attention does not
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")  # of other people's deprecations; the output is compared
             # an example of one sample would make "one" part of the graph where the batch may vary
             example = image_BCDHW.repeat(2, 1, 1, 1, 1) if dynamic else image_BCDHW
@@ -85,6 +88,7 @@ def _exported(module: AtSpacing, image_BCDHW: Tensor, *, dynamic: bool) -> onnx.
                 input_names=["image"],
                 output_names=["logits"],
                 dynamic_shapes=shapes,
+                custom_translation_table={torch.ops.aten._adaptive_avg_pool3d.default: _adaptive_pool},
                 dynamo=True,
                 verbose=False,
             )
@@ -96,3 +100,27 @@ def _exported(module: AtSpacing, image_BCDHW: Tensor, *, dynamic: bool) -> onnx.
         logger.setLevel(before)
     assert program is not None
     return program.model_proto
+
+
+def _adaptive_pool(self: Any, output_size: Sequence[int]) -> Any:
+    """Adaptive average pooling (as in UPerNet), which ONNX lacks, as one product with a matrix of means an axis.
+
+    Raises:
+        ValueError: sizes that vary.
+    """
+    import onnx
+    from onnxscript import opset18
+
+    if any(not isinstance(n, int) for n in self.shape[2:]):
+        raise ValueError("adaptive pooling needs sizes that do not vary")
+    means = []
+    for cells, voxels in zip(output_size, self.shape[2:], strict=True):
+        place = torch.arange(voxels)
+        rows = [
+            (place >= cell * voxels // cells) & (place < -(-(cell + 1) * voxels // cells))
+            for cell in range(cells)
+        ]
+        inside = torch.stack(rows).float()
+        matrix = onnx.numpy_helper.from_array((inside / inside.sum(1, keepdim=True)).numpy())
+        means.append(opset18.Constant(value=matrix))
+    return opset18.Einsum(self, *means, equation="bcdhw,xd,yh,zw->bcxyz")

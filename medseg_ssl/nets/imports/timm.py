@@ -50,9 +50,7 @@ class Timm(Import):
         tensors = state_dict(read(path), path, at=("state_dict_ema", "state_dict", "model", "model_ema"))
         options = {**self.config.encoder, "model": self.config.model}
         config = parse(Lifted2D.Config, options, where="options", prefix="encoder")
-        encoder, loaded = self._lifted(path, config, tensors)
-        own = encoder.state_dict()
-        found = {f"encoder.{INSIDE}{name}": own[f"{INSIDE}{name}"] for name in loaded}
+        encoder, loaded, found = self._lifted(path, config, tensors)
         # timm joins the names of what it takes apart for its maps: stem.0.weight becomes stem_0.weight
         flat = tuple(name.replace(".", "_") for name in loaded)
         used = {name for name in tensors if any(own.endswith(name.replace(".", "_")) for own in flat)}
@@ -69,8 +67,8 @@ class Timm(Import):
 
     def _lifted(
         self, path: Path, config: Lifted2D.Config, tensors: dict[str, Tensor]
-    ) -> tuple[Lifted2D, dict[str, Tensor]]:
-        """The encoder with the file's weights, and by 2D name what of the 2D network came from the file."""
+    ) -> tuple[Lifted2D, dict[str, Tensor], dict[str, Tensor]]:
+        """The encoder with the file's weights, and what came from the file: by 2D name in 2D, by our name lifted."""
         from safetensors.torch import save_file
 
         changed = {n: t * 1.25 + 0.5 if t.is_floating_point() else t for n, t in tensors.items()}
@@ -97,7 +95,11 @@ class Timm(Import):
             raise UserError(
                 f"{path} holds nothing of timm's {config.model}; its tensors are named {_some(tensors)}"
             )
-        return encoder, {name: first[name] for name in first if name in names}
+        # lifting keeps the order of the layers but not all their names
+        own = {n: t for n, t in encoder.state_dict().items() if n.startswith(INSIDE)}
+        places = dict(zip(first, own, strict=True))
+        loaded = {name: first[name] for name in first if name in names}
+        return encoder, loaded, {f"encoder.{places[name]}": own[places[name]] for name in loaded}
 
 
 def _among(tensor: Tensor, loaded: dict[str, Tensor]) -> bool:
