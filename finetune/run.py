@@ -230,6 +230,7 @@ def run_finetune(
             description=f"finetune {len(used)} cases",
             quiet=quiet,
             tags=("finetune", "scratch" if encoder is None else "pretrained"),
+            fresh=() if audit is None else audit.fresh,
             prepare_batch=partial(prepare_batch, plan=views),
             preview_batch=lambda: next(iter(load(steps=1))),
             evaluate=scoring(config.evaluations, partial(predictor, card=card, machine=machine), opened),

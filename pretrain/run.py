@@ -193,8 +193,9 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
         )
         if machine.is_main:
             exported = objective.export()
+            described = card().model_copy(update={"untrained": exported.untrained})
             encoder_file.save(
-                Path(run) / SHIPS, encoder=exported.encoder, decoder=exported.decoder, card=card()
+                Path(run) / SHIPS, encoder=exported.encoder, decoder=exported.decoder, card=described
             )
         machine.barrier()
     return Path(run) / SHIPS

@@ -40,9 +40,8 @@ class Spatial(Record):
         shift: largest shift as a share of the crop's side, per axis, in whole voxels.
         mirror_axes: axes (D 0, H 1, W 2) each mirrored with probability 0.5.
         anisotropy: with voxels longer than this many times their shortest side, rotation is about the long
-            axis only, since turning thick slices into each other blurs everything. A crop longer than this many
-            times its shortest side in voxels (a slice, or a few) is turned and scaled within its plane only, so
-            that it shows slices that were taken.
+            axis only, since turning thick slices into each other blurs everything. A crop of at
+            most ``THIN`` slices is turned and scaled within its plane only, so that it shows slices that were taken.
     """
 
     rotation_p: Share = 0.0
@@ -62,6 +61,9 @@ class Move(NamedTuple):
     shift: np.ndarray
     flip: tuple[bool, bool, bool]
 
+
+THIN = 5
+"""Voxels along an axis up to which a crop is a slice, or a few."""
 
 SPATIAL: dict[str, Spatial] = {
     "none": Spatial(),
@@ -86,20 +88,19 @@ def draw_move(
     """
     chance, drawn = generator.random(3), generator.random(10)
     linear = None
-    thin = int(np.argmin(size)) if max(size) > recipe.anisotropy * min(size) else None
+    thin = np.array([n <= THIN for n in size]) & (max(size) > THIN)
     if chance[0] < recipe.rotation_p and recipe.rotation_deg:
         angles = np.deg2rad(recipe.rotation_deg) * (2 * drawn[:3] - 1)
         spacing = np.asarray(spacing_mm, float)
         if spacing.max() > recipe.anisotropy * spacing.min():
             angles = np.where(np.arange(3) == spacing.argmax(), angles, 0.0)
-        if thin is not None:
-            angles = np.where(np.arange(3) == thin, angles, 0.0)
+        if thin.any():
+            angles = np.where(thin, angles, 0.0) if thin.sum() == 1 else np.zeros(3)
         linear = rotation(angles)
     if chance[1] < recipe.scale_p and recipe.scale != (1.0, 1.0):
         low, high = recipe.scale
         linear = (np.eye(3) if linear is None else linear) * (low + drawn[3] * (high - low))
-        if thin is not None:
-            linear[thin, thin] = 1.0
+        linear[thin, thin] = 1.0
     shift = recipe.shift * (2 * drawn[4:7] - 1) if chance[2] < recipe.shift_p else np.zeros(3)
     flip = [axis in recipe.mirror_axes and bool(drawn[7 + axis] < 0.5) for axis in range(3)]
     return Move(linear, shift, (flip[0], flip[1], flip[2]))

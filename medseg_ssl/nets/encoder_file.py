@@ -42,6 +42,7 @@ class Card(BaseModel):
         intensity: intensity policy by modality.
         modalities: modality of each input channel for a segmenter, modalities seen for an encoder.
         checked_against: protected scans that no training scan repeats, one entry per archive (``data/leakage.py``).
+        untrained: beginnings of the names of the encoder's parameters that the objective did not train.
         source: where imported weights come from; ``licence`` theirs, or that of the training data's use.
     """
 
@@ -63,6 +64,7 @@ class Card(BaseModel):
     objective: str = ""
     steps: int = 0
     checked_against: tuple[dict[str, Any], ...] = ()
+    untrained: tuple[str, ...] = ()
     licence: str = ""
     source: str = ""
 
@@ -290,10 +292,15 @@ def load_into(
     audit = changed(
         audit, unexpected=audit.unexpected + tuple(n for n in sorted(tensors) if n.startswith(parts))
     )
-    if decoder is None or takes_decoder:
-        return audit
-    reason = "not asked for" if card.decoder else "the file holds none"
-    return changed(audit, note=f"decoder not loaded: {reason}")
+    notes = []
+    if card.untrained:
+        notes.append(
+            f"not trained in the file: encoder.{', encoder.'.join(f'{name}*' for name in card.untrained)}"
+        )
+    if decoder is not None and not takes_decoder:
+        notes.append(f"decoder not loaded: {'not asked for' if card.decoder else 'the file holds none'}")
+    fresh = tuple(f"encoder.{name}" for name in card.untrained) + audit.missing + tuple(audit.mismatched)
+    return changed(audit, note="; ".join(notes), fresh=fresh)
 
 
 def _check_topology(card: Card, encoder: Encoder, path: Path) -> None:

@@ -19,7 +19,7 @@ class Hiding(Record):
     Attributes:
         strategy: ``blocks`` hides blocks at random; ``tubes`` hides the same blocks of every slice (axis D), so that a
             neighbouring slice tells nothing (arXiv 2203.12602); ``foreground`` draws among the blocks that hold body
-            only: air costs no hidden block and is never hidden.
+            only: air costs no hidden block, and a block of air alone is never hidden.
         block: hidden unit (D, H, W) in voxels.
         block_mm: hidden unit (D, H, W) in millimetres instead: whole voxels of each sample's own spacing, so that thick
             slices are not hidden ten at a time.
@@ -50,6 +50,10 @@ class Hiding(Record):
         """
         if self.block_mm is None and any(b > s for b, s in zip(self.block, size, strict=True)):
             raise ValueError(f"hiding.block {self.block} does not fit into size {size}")
+        if self.block_mm is None and all(b >= s for b, s in zip(self.block, size, strict=True)):
+            raise ValueError(
+                f"hiding.block {self.block} is the whole of size {size}: nothing would be left to see"
+            )
 
     def visible_blocks(self, size: Triple) -> int | None:
         """Blocks of a crop that stay visible; None where that number is each sample's own."""
@@ -57,7 +61,7 @@ class Hiding(Record):
             return None
         cells = _cells(size, self.block)
         drawn = cells[1] * cells[2] * (1 if self.strategy == "tubes" else cells[0])
-        return (drawn - round(self.ratio[0] * drawn)) * (cells[0] if self.strategy == "tubes" else 1)
+        return (drawn - hidden_number(self.ratio[0], drawn)) * (cells[0] if self.strategy == "tubes" else 1)
 
 
 def draw_hidden(
@@ -111,10 +115,15 @@ def _cells(size: Triple, block: Triple) -> Triple:
     return d, h, w
 
 
+def hidden_number(share: float, total: int) -> int:
+    """Blocks to hide of ``total``: at least one and never all, so that there is something to see and to restore."""
+    return min(max(1, round(share * total)), total - 1)
+
+
 def _some(cells: Triple, share: float, generator: torch.Generator) -> Tensor:
     total = cells[0] * cells[1] * cells[2]
     grid = torch.zeros(total, dtype=torch.bool)
-    grid[torch.randperm(total, generator=generator)[: round(share * total)]] = True
+    grid[torch.randperm(total, generator=generator)[: hidden_number(share, total)]] = True
     return grid.reshape(cells)
 
 
@@ -124,7 +133,8 @@ def _among_body(body_DHW: Tensor, block: Triple, share: float, generator: torch.
     order = torch.rand(pooled.numel(), generator=generator).to(body_DHW.device, non_blocking=True)
     order = order.masked_fill(~pooled.flatten(), 2.0)  # air comes last
     rank = order.argsort().argsort()
-    return (rank < (share * pooled.sum()).round()).reshape(pooled.shape)
+    number = pooled.sum()
+    return (rank < torch.minimum((share * number).round(), number - 1)).reshape(pooled.shape)
 
 
 def _voxels(grid_dhw: Tensor, block: Triple, size: Triple) -> Tensor:

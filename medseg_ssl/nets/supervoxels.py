@@ -185,6 +185,6 @@ def touching(label_DHW: Tensor, grid: Triple) -> Touching:
         slot = slot_X[(high - low).where((low >= 0) & (high > low), count)]
         seen[(low.clamp(min=0) * width + slot).flatten()] = True
     first_KS = torch.arange(count, device=device)[:, None].expand(-1, len(steps))
-    second_KS = first_KS + torch.tensor(steps, device=device, dtype=torch.long)
+    second_KS = first_KS + torch.tensor(steps, dtype=torch.long).to(device, non_blocking=True)
     there_KS = seen.reshape(count, width)[:, :-1] & (second_KS < count)
     return Touching(first_KS.flatten(), second_KS.clamp(max=count - 1).flatten(), there_KS.flatten())

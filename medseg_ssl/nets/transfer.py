@@ -31,7 +31,9 @@ class Audit:
         decoder_coverage: share of the decoder's, None where no decoder was loaded.
         compute: share of the encoder's multiply-adds that the taken weights do, at ``crop_size``; None uncounted.
         crop_size: voxels (D, H, W) at which they were counted.
-        note: why no decoder was loaded, where one was offered.
+        note: why no decoder was loaded, where one was offered, and what the file's objective left untrained.
+        fresh: beginnings of the names of parameters that nothing has trained: missing, of another shape, or said to be
+            untrained by the file.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class Audit:
     compute: float | None = None
     crop_size: Triple | None = None
     note: str = ""
+    fresh: tuple[str, ...] = ()
     parameters: dict[str, int] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:

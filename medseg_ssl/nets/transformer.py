@@ -157,5 +157,6 @@ def grid_positions(
     index_L3 = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
     if spacing_mm_B3 is None or reference_mm is None:
         return index_L3[None]
-    scale_B13 = (spacing_mm_B3.float() / spacing_mm_B3.new_tensor(reference_mm, dtype=torch.float32))[:, None]
-    return (index_L3 + 0.5) * scale_B13.to(index_L3.device) - 0.5
+    reference_3 = torch.tensor(reference_mm, dtype=torch.float32).to(spacing_mm_B3.device, non_blocking=True)
+    scale_B13 = (spacing_mm_B3.float() / reference_3)[:, None]
+    return (index_L3 + 0.5) * scale_B13.to(index_L3.device, non_blocking=True) - 0.5

@@ -64,7 +64,7 @@ def affine_matrix(
     shears = [one, slant[:, 0], slant[:, 1], slant[:, 2], one, slant[:, 3], slant[:, 4], slant[:, 5], one]
     linear_B33 = _times(_rows(shears), linear_B33)
     voxels_B33 = linear_B33 * fixed_mm_B3.float()[:, None, :] / moving_mm_B3.float()[:, :, None]
-    sides_3 = torch.tensor(size, dtype=torch.float32, device=raw_BN.device)
+    sides_3 = torch.tensor(size, dtype=torch.float32).to(raw_BN.device, non_blocking=True)
     middle_3 = (sides_3 - 1.0) / 2.0
     offset_B3 = middle_3 + bounds.shift * shift * sides_3 - (voxels_B33 * middle_3).sum(-1)
     return torch.cat([voxels_B33, offset_B3[:, :, None]], dim=2)
@@ -121,7 +121,9 @@ def warp_marked(marked_BDHW: Tensor, place_B3DHW: Tensor) -> Tensor:
 
 def _read(map_BCDHW: Tensor, place_B3DHW: Tensor, stride: Triple, beyond: str) -> Tensor:
     size, steps = (
-        torch.tensor(values, dtype=torch.float32, device=place_B3DHW.device)[:, None, None, None]
+        torch.tensor(values, dtype=torch.float32).to(place_B3DHW.device, non_blocking=True)[
+            :, None, None, None
+        ]
         for values in (map_BCDHW.shape[2:], stride)
     )
     # −1 and 1 are the outer faces of the map; grid_sample counts its last axis as (x, y, z) = (W, H, D)

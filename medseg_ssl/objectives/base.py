@@ -39,11 +39,13 @@ class Exported(NamedTuple):
         encoder: always.
         decoder: where the objective trained one.
         head: class heads (a ``ModuleList``, finest level first) of a supervised objective.
+        untrained: beginnings of the names of the encoder's parameters that this objective does not train.
     """
 
     encoder: Encoder
     decoder: Decoder | None
     head: nn.Module | None = None
+    untrained: tuple[str, ...] = ()
 
 
 class Objective(nn.Module, ABC):

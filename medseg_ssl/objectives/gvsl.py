@@ -20,6 +20,7 @@ from torch.nn import functional
 from medseg_ssl.config import Block
 from medseg_ssl.nets.blocks import NEGATIVE_SLOPE, ConvBlock, initialise, upsample_linear
 from medseg_ssl.nets.decoders.base import decoder_for
+from medseg_ssl.nets.distortions import partners
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import VoxelHead, pool
 from medseg_ssl.nets.hiding import Hiding, draw_hidden
@@ -111,7 +112,7 @@ class GVSL(Objective):
         share = len(fixed) / len(target)
         logs = {"restoration": error.detach(), "paired_share": torch.full_like(error, share).detach()}
         if fixed:
-            a, b = (torch.tensor(side, device=target.device) for side in (fixed, moving))
+            a, b = (torch.tensor(side).to(target.device, non_blocking=True) for side in (fixed, moving))
             place_B3DHW, flow_B3DHW = self._place(view, maps[-1], finest, a, b)
             unlike = self._unlikeness(view, counted, a, b, place_B3DHW).mean()
             rough = roughness(flow_B3DHW, view.spacing_mm_B3[a]).mean()
@@ -131,7 +132,7 @@ class GVSL(Objective):
         warped = torch.full_like(shown["target"], float(shown["target"].min()))
         fixed, moving = pairs(batch)
         if fixed:
-            a, b = (torch.tensor(side, device=warped.device) for side in (fixed, moving))
+            a, b = (torch.tensor(side).to(warped.device, non_blocking=True) for side in (fixed, moving))
             place_B3DHW, _ = self._place(view, maps[-1], finest, a, b)
             warped[a] = warp(view.target_BCDHW[b], place_B3DHW)[:, 0]
         return {**shown, "partner": warped}
@@ -163,7 +164,9 @@ class GVSL(Objective):
             moving_mm_B3=view.spacing_mm_B3[b],
         )
         own = own_places(size, finest.device)
-        steps = torch.tensor(stride, dtype=torch.float32, device=finest.device)[:, None, None, None]
+        steps = torch.tensor(stride, dtype=torch.float32).to(finest.device, non_blocking=True)[
+            :, None, None, None
+        ]
         cells: Triple = tuple(finest.shape[2:])  # pyright: ignore[reportAssignmentType]
         centres = (own_places(cells, finest.device) + 0.5) * steps - 0.5
         near = warp(finest[b], transform_places(affine_P34, centres), stride=stride)
@@ -173,26 +176,23 @@ class GVSL(Objective):
         return transform_places(affine_P34, own + flow), flow
 
     def _unlikeness(self, view: View, counted: Tensor, a: Tensor, b: Tensor, place_P3DHW: Tensor) -> Tensor:
-        """1 − squared local correlation (P,), mean over the fixed crops' body that has a counterpart."""
+        """1 − squared local correlation (P,), mean over the fixed crops' body; 1 where it has no counterpart.
+
+        Were body without a counterpart left out, to move everything out of the other crop would be the best answer.
+        """
         target = view.target_BCDHW.float().clamp(*self.config.restoration.target_range)
         usable = view.valid_BDHW[a] & warp_marked(view.valid_BDHW[b], place_P3DHW)
         alike = local_ncc(target[a], warp(target[b], place_P3DHW), usable, window=self.config.window)
-        weight = (counted[a] & usable).float()
-        return ((1.0 - alike) * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1.0)
+        body = counted[a].float()
+        alike = alike * usable
+        return ((1.0 - alike) * body).sum((1, 2, 3)) / body.sum((1, 2, 3)).clamp(min=1.0)
 
 
 def pairs(batch: Batch) -> tuple[list[int], list[int]]:
-    """Samples that have a partner, and their partners: neighbours 2i and 2i + 1 of one modality and two subjects.
-
-    Neighbours stay neighbours in every even share of a batch, so several processes make the same pairs as one.
-    """
-    modality, subject = batch.views["crop"][0].modality_B, batch.subject_B
-    fixed = [
-        i
-        for i in range(len(subject))
-        if i ^ 1 < len(subject) and modality[i] == modality[i ^ 1] and subject[i] != subject[i ^ 1]
-    ]
-    return fixed, [i ^ 1 for i in fixed]
+    """Samples that have a partner (``distortions.partners``), and their partners."""
+    chosen = partners(batch.views["crop"][0].modality_B, batch.subject_B)
+    fixed = [number for number, other in enumerate(chosen) if other != number]
+    return fixed, [chosen[number] for number in fixed]
 
 
 class _AffineHead(nn.Module):

@@ -21,7 +21,7 @@ from medseg_ssl.nets.encoders.base import TokenEncoder
 from medseg_ssl.nets.hiding import Hiding, draw_hidden
 from medseg_ssl.nets.teacher import Teacher
 from medseg_ssl.nets.tokens import first_indices, grid_of, take, tokens_marked, voxels_marked
-from medseg_ssl.nets.transformer import RotaryBlocks, grid_positions
+from medseg_ssl.nets.transformer import RotaryBlocks, check_heads, grid_positions
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, View, ViewPlan, ViewSpec
 
@@ -69,7 +69,7 @@ class JEPA(Objective):
         """
 
         size: Triple = (64, 64, 64)
-        hiding: Hiding = Hiding(strategy="foreground", block=(16, 16, 16), ratio=(0.6, 0.7))
+        hiding: Hiding = Hiding(strategy="foreground", ratio=(0.6, 0.7))
         augment: str = "weak"
         context: float = Field(0.25, gt=0.0, lt=1.0)
         targets: float = Field(0.5, gt=0.0, lt=1.0)
@@ -87,12 +87,7 @@ class JEPA(Objective):
                 )
             if not 0.0 <= self.momentum[0] <= self.momentum[1] <= 1.0:
                 raise ValueError(f"momentum must be 0 <= start <= end <= 1, got {self.momentum}")
-            per_head, rest = divmod(self.predictor_dim, self.predictor_heads)
-            if rest or per_head < 6 or per_head % 2:
-                raise ValueError(
-                    f"predictor_dim {self.predictor_dim} must be predictor_heads ({self.predictor_heads}) times an "
-                    "even number of at least 6"
-                )
+            check_heads(self.predictor_dim, self.predictor_heads)
             return self
 
     config: Config
@@ -150,7 +145,8 @@ class JEPA(Objective):
         """Predicted embeddings (B, N, E) of the targets, in their order, and the context tokens (B, K, E)."""
         spacing_mm_B3 = view.spacing_mm_B3
         seen_BKE = self.encoder.tokens(view.image_BCDHW, choice.context_BK, spacing_mm_B3)
-        patch_mm_B3 = spacing_mm_B3 * spacing_mm_B3.new_tensor(self.encoder.patch)
+        patch_3 = torch.tensor(self.encoder.patch).to(spacing_mm_B3.device, non_blocking=True)
+        patch_mm_B3 = spacing_mm_B3 * patch_3
         places_BL3 = grid_positions(
             self.grid, patch_mm_B3, (STEP_MM, STEP_MM, STEP_MM), device=seen_BKE.device
         )
@@ -186,7 +182,7 @@ class JEPA(Objective):
 
     def export(self) -> Exported:
         """The teacher's encoder; the predictor stays behind."""
-        return Exported(self.teacher.network, None)
+        return Exported(self.teacher.network, None, untrained=self.encoder.finer)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """The crop, what the student sees of it, and the error of each target that counts."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from medseg_ssl.config import ConfigError
 from medseg_ssl.nets.blocks import initialise
 from medseg_ssl.nets.encoders.base import Encoder, TokenEncoder
-from medseg_ssl.nets.hiding import Hiding, draw_hidden
+from medseg_ssl.nets.hiding import Hiding, draw_hidden, hidden_number
 from medseg_ssl.nets.restoration import Restoration, pictures
 from medseg_ssl.nets.tokens import first_indices, grid_of, patchify, take, tokens_marked, unpatchify
 from medseg_ssl.nets.transformer import RotaryBlocks, check_heads
@@ -134,7 +134,7 @@ class MAETokens(Objective):
 
     def export(self) -> Exported:
         """The encoder: a decoder of tokens is of no use to a pyramid."""
-        return Exported(self.encoder, None)
+        return Exported(self.encoder, None, untrained=self.encoder.finer)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Input, what was visible, the restoration, and the clean target."""
@@ -176,7 +176,7 @@ def hidden_count(hiding: Hiding, size: tuple[int, ...], patch: Triple) -> int:
     cells = [g // b for g, b in zip(grid, block, strict=True)]
     alike = cells[0] if hiding.strategy == "tubes" else 1
     drawn = math.prod(cells) // alike
-    hidden_cells = round(hiding.ratio[0] * drawn)
+    hidden_cells = hidden_number(hiding.ratio[0], drawn)
     if not 0 < hidden_cells < drawn:
         raise ConfigError(
             f"objective.hiding.ratio {hiding.ratio[0]} hides {hidden_cells} of {drawn} blocks; "

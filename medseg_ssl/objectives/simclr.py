@@ -104,7 +104,10 @@ class SimCLR(Objective):
         if self.config.global_weight > 0:
             vector_a, vector_b = self.project(pooled_BE).chunk(2)
             # Other crops of one subject are fair negatives (CT-FM): "which scanner was it" must not solve the task.
-            global_loss = self.nt_xent(vector_a.float(), vector_b.float())
+            with torch.autocast(
+                pooled_BE.device.type, enabled=False
+            ):  # its products would be cast back to bfloat16
+                global_loss = self.nt_xent(vector_a.float(), vector_b.float())
             logs["global_loss"] = global_loss.detach()
             loss = loss + self.config.global_weight * global_loss
         if self.decoder is not None:

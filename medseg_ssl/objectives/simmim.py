@@ -74,16 +74,13 @@ class SimMIM(Objective):
     def restore(self, view: View, hidden_BDHW: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction (B, C, D, H, W) of a view from its visible voxels, and the encoder's coarsest map."""
         encoder = self.encoder
-        # finer levels than the patch may read the image: it must not hold what is hidden
         visible = view.image_BCDHW.masked_fill(hidden_BDHW[:, None], 0.0)
         size = visible.shape[2:]
         tokens_BL = tokens_marked(hidden_BDHW, encoder.patch)
         hidden_B1dhw = tokens_BL.reshape(-1, 1, *grid_of(size, encoder.patch))
         embedded = encoder.embed(visible)
         vector = self.hidden_embedding.to(embedded.dtype)[None, :, None, None, None]
-        coarsest = encoder.pyramid(torch.where(hidden_B1dhw, vector, embedded), visible, view.spacing_mm_B3)[
-            -1
-        ]
+        coarsest = encoder.coarsest(torch.where(hidden_B1dhw, vector, embedded), visible, view.spacing_mm_B3)
         return unpatchify(as_tokens(self.head(coarsest)), size, encoder.strides[-1]), coarsest
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
@@ -98,7 +95,7 @@ class SimMIM(Objective):
 
     def export(self) -> Exported:
         """The encoder; one layer is no decoder."""
-        return Exported(self.encoder, None)
+        return Exported(self.encoder, None, untrained=self.encoder.finer)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Input, what was visible, the restoration, and the clean target."""

@@ -50,7 +50,7 @@ class Densify(nn.Module):
 
 
 class SparK(Objective):
-    """Sparse masked autoencoder; ships encoder and decoder, both plain dense networks."""
+    """Sparse masked autoencoder; ships the encoder, a plain dense network."""
 
     class Config(ObjectiveConfig):
         """Options.
@@ -85,10 +85,6 @@ class SparK(Objective):
         @model_validator(mode="after")
         def _sensible(self) -> SparK.Config:
             self.hiding.check_fits(self.size)
-            if self.hiding.visible_blocks(self.size) == 0:
-                raise ValueError(
-                    f"hiding.ratio {self.hiding.ratio} leaves no visible block of {self.hiding.block} in {self.size}"
-                )
             if self.compute == "packed" and not self.packable:
                 raise ValueError(
                     "compute: packed needs as many visible blocks in every sample: hiding.strategy blocks or tubes, "
@@ -149,8 +145,8 @@ class SparK(Objective):
         return StepOutput(loss, logs, pool(deepest, view.valid_BDHW & ~hidden_BDHW))
 
     def export(self) -> Exported:
-        """Encoder and decoder."""
-        return Exported(self.encoder, self.decoder)
+        """The encoder alone: the decoder has only seen densified maps, which the plain encoder does not make."""
+        return Exported(self.encoder, None)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Input, what was visible, the restoration, and the clean target."""

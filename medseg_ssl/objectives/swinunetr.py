@@ -147,7 +147,8 @@ class SwinUNETR(Objective):
         foreign_BDHW = inside_boxes(foreign, size, device)
         partner_B = torch.tensor(partners(view.modality_B, batch.subject_B)).to(device, non_blocking=True)
         # half a turn away from the view, so that what a sample without partner gets is not its own right content
-        content = turned(view.target_BCDHW.float()[partner_B], (turns_B + 2) % 4)
+        # as augmented as the rest: a box must not give itself away by its clean look
+        content = turned(view.image_BCDHW.float()[partner_B], (turns_B + 2) % 4)
         image = torch.where(noisy_BDHW[:, None], torch.stack(noise).clamp(low, high), image)
         image = torch.where(foreign_BDHW[:, None], content, image)
         valid_BDHW = turned(view.valid_BDHW, turns_B)
@@ -177,7 +178,10 @@ class SwinUNETR(Objective):
         scores_B4 = self.rotation_head(pooled_BE).float()
         rotation = functional.cross_entropy(scores_B4, turns)
         vector_a, vector_b = self.project(pooled_BE).float().chunk(VIEWS)
-        contrast = self.nt_xent(vector_a, vector_b)
+        with torch.autocast(
+            pooled_BE.device.type, enabled=False
+        ):  # its products would be cast back to bfloat16
+            contrast = self.nt_xent(vector_a, vector_b)
         loss = (
             self.config.restoration_weight * restoration
             + self.config.rotation_weight * rotation

@@ -41,17 +41,19 @@ class ScheduledOptimizer:
         return {f"lr_{g['role']}" if "role" in g else "lr": g["lr"] for g in self.optimizer.param_groups}
 
 
-def param_groups(objective: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+def param_groups(
+    objective: nn.Module, config: OptimConfig, *, fresh: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
     """Trainable parameters by role (encoder, decoder, rest), with and without weight decay.
 
-    Encoder and decoder are known by the name prefixes ``encoder.`` and ``decoder.``. Vectors (norms, biases) are never
-    decayed.
+    Encoder and decoder are known by the name prefixes ``encoder.`` and ``decoder.``; what begins with one of ``fresh``
+    belongs to the rest, since nothing has trained it yet. Vectors (norms, biases) are never decayed.
     """
     parts: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
             part = name.split(".", 1)[0]
-            role = part if part in ("encoder", "decoder") else "rest"
+            role = part if part in ("encoder", "decoder") and not name.startswith(fresh) else "rest"
             parts.setdefault((role, parameter.ndim > 1), []).append(parameter)
     groups = []
     for (role, decays), parameters in sorted(parts.items()):
@@ -81,14 +83,20 @@ def _rate(
 
 
 def build_optimizer(
-    objective: nn.Module, config: OptimConfig, *, total_steps: int, steps_per_epoch: int | None = None
+    objective: nn.Module,
+    config: OptimConfig,
+    *,
+    total_steps: int,
+    steps_per_epoch: int | None = None,
+    fresh: tuple[str, ...] = (),
 ) -> ScheduledOptimizer:
-    """The optimizer a config asks for; ``steps_per_epoch`` serves lengths given in epochs.
+    """The optimizer a config asks for; ``steps_per_epoch`` serves lengths given in epochs, ``fresh`` see
+    ``param_groups``.
 
     Raises:
         ConfigError: an optimizer that neither torch nor timm has, or nothing to train.
     """
-    groups = param_groups(objective, config)
+    groups = param_groups(objective, config, fresh=fresh)
     if not groups:
         raise ConfigError("nothing to train: no parameter of the objective requires a gradient")
     rates = tuple(

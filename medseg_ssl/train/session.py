@@ -200,6 +200,7 @@ class Session:
         evaluate: function of (objective, step) to scores by name, each ``train.evaluate_every`` and at the end.
         prepare_batch: finishes a batch on the device.
         tags: words to find the run by in the mirror.
+        fresh: beginnings of the names of parameters that a loaded file has not trained.
     """
 
     run: Path
@@ -216,6 +217,7 @@ class Session:
     evaluate: Callable[[Objective, int], Mapping[str, float]] | None = None
     prepare_batch: Callable[[Batch], Batch] | None = None
     tags: tuple[str, ...] = field(default=())
+    fresh: tuple[str, ...] = ()
 
     def fit(
         self, objective: Objective, *, batches: Callable[[int], Iterator[Batch]], runtime: Runtime
@@ -236,7 +238,11 @@ class Session:
             seed=self.seed,
         )
         optimizer = build_optimizer(
-            objective, self.optim, total_steps=self.steps, steps_per_epoch=self.steps_per_epoch
+            objective,
+            self.optim,
+            total_steps=self.steps,
+            steps_per_epoch=self.steps_per_epoch,
+            fresh=self.fresh,
         )
         with (
             Progress(self.description, quiet=self.quiet or not runtime.is_main) as progress,

@@ -104,3 +104,13 @@ def test_wrong_options():
         parse(Hiding, {"block_mm": [0, 4, 4]})
     with pytest.raises(ValueError, match="does not fit into size"):
         Hiding(block=(16, 4, 4)).check_fits((8, 8, 8))
+
+
+@pytest.mark.parametrize("options", [{"block": (16, 16, 16)}, {"block_mm": (8, 16, 16)}], ids=str)
+def test_something_is_always_left_to_see(options):
+    """Two blocks, of which three quarters are two."""
+    view = make_view((16, 16, 32), spacing=(0.5, 1.0, 1.0))
+    hidden = draw(view=view, ratio=(0.75, 0.75), **options)
+    assert (hidden.flatten(1).float().mean(1) == 0.5).all()
+    with pytest.raises(ValueError, match="nothing would be left to see"):
+        Hiding(block=(16, 16, 32)).check_fits((16, 16, 32))

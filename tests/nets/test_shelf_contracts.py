@@ -103,6 +103,19 @@ def test_patch_embedding_is_local_and_the_pyramid_begins_with_it(name):
     assert not changed[..., :-1].any()
 
 
+@pytest.mark.parametrize("name", PATCH_ENCODERS)
+def test_the_coarsest_map_is_the_pyramids_last_and_needs_nothing_finer(name):
+    encoder = build_encoder(name).eval()
+    shake(encoder)
+    image = torch.randn(2, 1, 16, 24, 40)
+    embedded = encoder.embed(image)
+    coarsest = encoder.coarsest(embedded, image, torch.ones(2, 3))
+    assert torch.equal(coarsest, encoder.pyramid(embedded, image, torch.ones(2, 3))[-1])
+    noisy_sum([coarsest], torch.Generator().manual_seed(0)).backward()
+    unused = {n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.any()}
+    assert unused == {n for n, _ in encoder.named_parameters() if n.startswith(encoder.finer)}
+
+
 @pytest.mark.parametrize("size", [(32, 32, 32), (16, 24, 40)], ids=str)
 @pytest.mark.parametrize("name", TOKEN_ENCODERS)
 def test_tokens_that_are_dropped_have_no_influence(name, size):

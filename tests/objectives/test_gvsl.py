@@ -162,3 +162,16 @@ def test_wrong_options():
         parse(GVSL.Config, {"window": 8})
     with pytest.raises(ConfigError, match="does not fit into size"):
         parse(GVSL.Config, {"size": [8, 8, 8], "hiding": {"block": [16, 4, 4]}})
+
+
+def test_to_move_everything_out_of_the_partner_is_the_worst_answer(encoder):
+    objective = build(encoder)
+    batch = one_batch(2)
+    view = batch.views["crop"][0]
+    counted = objective.config.restoration.counted(view)
+    a, b = torch.tensor([0, 1]), torch.tensor([1, 0])
+    own = own_places(view.image_BCDHW.shape[2:], view.image_BCDHW.device)
+    at_home = objective._unlikeness(view, counted, a, b, own.expand(2, -1, -1, -1, -1))
+    away = objective._unlikeness(view, counted, a, b, own.expand(2, -1, -1, -1, -1) + 1000.0)
+    assert (away == 1.0).all()
+    assert (at_home < 1.0).all()

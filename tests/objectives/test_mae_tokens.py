@@ -162,7 +162,7 @@ def test_preview_shows_the_restoration_in_hidden_voxels_only():
 
 def test_it_ships_the_encoder_alone():
     objective = build()
-    assert objective.export() == (objective.encoder, None, None)
+    assert objective.export() == (objective.encoder, None, None, ("levels.",))
 
 
 def test_wrong_options():
@@ -183,6 +183,6 @@ def test_wrong_options():
         ConfigError, match=r"\(1, 2, 1\) patches, which do not divide the \(4, 3, 5\) patches"
     ):
         build(hiding={"block": [4, 16, 8], "ratio": [0.75, 0.75]})
-    with pytest.raises(ConfigError, match=r"hides 1 of 1 blocks"):
+    with pytest.raises(ConfigError, match="nothing would be left to see"):
         build((4, 8, 8), hiding={"block": [4, 8, 8], "ratio": [0.75, 0.75]})
     assert grid_of(SIZE, PATCH) == (4, 3, 5)

@@ -122,9 +122,17 @@ def test_the_preview_shows_the_batch(trained):
         assert picture.float().isfinite().all(), name
 
 
-def test_what_ships_is_live(trained):
-    objective, _ = trained
+def test_what_ships_is_live_and_was_trained(trained):
+    """Every shipped parameter gets a gradient, or stands among those that are said to be untrained."""
+    objective, batch = trained
     exported = objective.export()
     parts = {id(part) for part in objective.modules()}
     assert id(exported.encoder) in parts
     assert exported.decoder is None or id(exported.decoder) in parts
+    for progress in (0.1, 0.9):
+        objective(batch, progress).loss.backward()
+    for name, parameter in objective.encoder.named_parameters():  # a teacher has the names of its student
+        assert (parameter.grad is None) == name.startswith(exported.untrained), name
+    if exported.decoder is not None:
+        coarse = {n for n, p in exported.decoder.named_parameters() if p.grad is None}
+        assert not coarse, coarse

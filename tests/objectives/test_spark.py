@@ -129,7 +129,7 @@ def test_wrong_options(encoder):
         build(encoder, hiding={"block": [4, 8, 8]})
     with pytest.raises(ConfigError, match="does not fit into size"):
         build(encoder, hiding={"block": [32, 8, 8]})
-    with pytest.raises(ConfigError, match="leaves no visible block"):
+    with pytest.raises(ConfigError, match="nothing would be left to see"):
         parse(SparK.Config, {"size": [16, 16, 16], "hiding": {"block": [16, 16, 16], "ratio": [0.7, 0.7]}})
     deep = ResEnc(ResEnc.Config(features=(4, 4, 4, 4, 4, 4), blocks=(1,) * 6))
     with pytest.raises(ConfigError, match=r"deepest stride \(32, 32, 32\); for example \(32, 32, 32\)$"):

@@ -84,6 +84,17 @@ class PatchEncoder(Encoder, ABC):
     ) -> list[Tensor]:
         """Maps from patch embeddings; levels finer than the patch may read the image too."""
 
+    @abstractmethod
+    def coarsest(
+        self, embedded_BEDHW: Tensor, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None
+    ) -> Tensor:
+        """The last map of ``pyramid`` alone, without the work for finer ones; only the image's size is read."""
+
+    @property
+    @abstractmethod
+    def finer(self) -> tuple[str, ...]:
+        """Beginnings of the names of parameters that the coarsest map does not depend on."""
+
     def forward(self, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None) -> list[Tensor]:
         """Maps of the pyramid, finest first; map i has ``channels[i]`` channels and ceil(size / strides[i]) voxels."""
         return self.pyramid(self.embed(image_BCDHW), image_BCDHW, spacing_mm_B3)

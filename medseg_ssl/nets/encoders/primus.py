@@ -159,8 +159,19 @@ class Primus(TokenEncoder):
         self, embedded_BEDHW: Tensor, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None
     ) -> list[Tensor]:
         """Maps from patch embeddings, finest first; the levels finer than the tokens read the image too."""
+        return self.levels(self.coarsest(embedded_BEDHW, image_BCDHW, spacing_mm_B3), image_BCDHW)
+
+    def coarsest(
+        self, embedded_BEDHW: Tensor, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None
+    ) -> Tensor:
+        """The final tokens as a map."""
         tokens_BLE = self._transform(as_tokens(embedded_BEDHW), image_BCDHW, None, spacing_mm_B3)
-        return self.levels(as_map(tokens_BLE, grid_of(image_BCDHW.shape[2:], self.patch)), image_BCDHW)
+        return as_map(tokens_BLE, grid_of(image_BCDHW.shape[2:], self.patch))
+
+    @property
+    def finer(self) -> tuple[str, ...]:
+        """The levels above the tokens."""
+        return ("levels.",)
 
     def positions(self, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None) -> Tensor:
         """Centres of a crop's patches (B or 1, L, 3), in patches of the reference spacing."""

@@ -165,13 +165,27 @@ class Swin(PatchEncoder):
         Raises:
             UserError: with ``v2``, a crop on which a stage would begin with one token.
         """
-        self._check_size(image_BCDHW.shape[2:])
-        maps = [self.full(image_BCDHW)]
-        state_BDHWE = embedded_BEDHW.permute(0, 2, 3, 4, 1)
+        states = self._states(embedded_BEDHW, image_BCDHW.shape[2:])
+        return [self.full(image_BCDHW), *(_normalised(state_BDHWE) for state_BDHWE in states)]
+
+    def coarsest(
+        self, embedded_BEDHW: Tensor, image_BCDHW: Tensor, spacing_mm_B3: Tensor | None = None
+    ) -> Tensor:
+        """The last stage's map."""
+        return _normalised(self._states(embedded_BEDHW, image_BCDHW.shape[2:])[-1])
+
+    @property
+    def finer(self) -> tuple[str, ...]:
+        """The level at full resolution, which is made of the image alone."""
+        return ("full.",)
+
+    def _states(self, embedded_BEDHW: Tensor, size: torch.Size) -> list[Tensor]:
+        """Hidden states (B, D, H, W, E): the embedding's, and after each stage."""
+        self._check_size(size)
+        states = [embedded_BEDHW.permute(0, 2, 3, 4, 1)]
         for stage in self.stages:
-            maps.append(_normalised(state_BDHWE))
-            state_BDHWE = stage(state_BDHWE)
-        return [*maps, _normalised(state_BDHWE)]
+            states.append(stage(states[-1]))
+        return states
 
     def _check_size(self, size: torch.Size) -> None:
         stride = self.strides[-2]  # the last stage's convolutions; its end has none
