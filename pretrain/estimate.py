@@ -144,6 +144,10 @@ def _in_a_process(job: Mapping[str, Any]) -> dict[str, Any]:
                 "the trial was ended from outside, most likely for want of memory; make the crop or data.batch_size"
                 " smaller"
             ) from None
+        except UserError:
+            raise
+        except (MemoryError, RuntimeError) as error:  # torch's out of memory, a compiler that fails
+            raise UserError(f"the trial failed: {' '.join(str(error).split())[:300]}") from error
 
 
 def _trial(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +164,7 @@ def _trial(job: Mapping[str, Any]) -> dict[str, Any]:
     objective, views, batches = _objective(config, job["kind"], job["archive"], prefer=machine.device.type)
     optimizer = build_optimizer(objective, config.optim, total_steps=10**6, steps_per_epoch=1000)
     accumulate = config.train.accumulate
-    before = runtime.peak_memory_bytes()
+    before, counted = runtime.peak_memory_bytes(), tuple(_footprint(objective, views))
     measured = measure(
         objective,
         batches=batches,
@@ -178,7 +182,7 @@ def _trial(job: Mapping[str, Any]) -> dict[str, Any]:
         **measured._asdict(),
         "before_bytes": before,
         "parameters": parameters,
-        "footprint": tuple(_footprint(objective.cpu(), views)),
+        "footprint": counted,
         "device": machine.device_name,
     }
 
@@ -322,21 +326,21 @@ def _size_that_fits(config: Any, kind: str, plan: Mapping[str, Any]) -> Triple |
         smaller = _halved(size or plan["size"], plan["strides"][-1], least=least)
         if smaller == (size or plan["size"]):
             break
-        size = smaller
-        objective, views, _ = _objective(_with_size(config, size), kind, None, prefer="cpu")
-        footprint = tuple(_footprint(objective, views))
+        try:
+            objective, views, _ = _objective(_with_size(config, smaller), kind, None, prefer="cpu")
+        except ConfigError:  # another option of the objective does not go with so small a crop
+            break
+        size, footprint = smaller, tuple(_footprint(objective, views))
     if memory > free:
         raise UserError(
-            f"this machine cannot try this config: even crops of {list(smaller)} need about {memory / GIB:.0f} GiB, and"
-            f" {_free_bytes() / GIB:.0f} GiB are free"
+            f"this machine cannot try this config: even crops of {list(size or plan['size'])} need about"
+            f" {memory / GIB:.0f} GiB, and {_free_bytes() / GIB:.0f} GiB are free"
         )
     return size
 
 
 def _halved(size: Triple, deepest: Triple, *, least: int) -> Triple:
-    d, h, w = (
-        n if n == 1 else max(least * s, round(n / 2 / s) * s) for n, s in zip(size, deepest, strict=True)
-    )
+    d, h, w = (min(n, max(least * s, round(n / 2 / s) * s)) for n, s in zip(size, deepest, strict=True))
     return d, h, w
 
 
@@ -441,7 +445,7 @@ def table(found: Estimate) -> list[tuple[str, str]]:
         ("parameters", f"{sum(found.parameters.values()) / 1e6:.2f} M ({parts})"),
         (
             "operations",
-            f"{found.operations_per_step / 1e9:,.0f} GFLOP a step (encoder and decoder, forward and backward)",
+            f"{found.operations_per_step / 1e9:,.0f} GFLOP a step (encoder and decoder, whole crops, both passes)",
         ),
         ("speed", f"{1 / found.step_s:.3g} steps/s, {found.step_s:.3g} s a step"),
     ]
@@ -457,7 +461,10 @@ def table(found: Estimate) -> list[tuple[str, str]]:
     if found.gpu_gib is not None:
         rows.append(("GPU memory", f"{found.gpu_gib:.2f} GiB"))
     rows += [
-        ("activations", f"{found.activations_gib:.2f} GiB kept for the backward pass, by count"),
+        (
+            "activations",
+            f"{found.activations_gib:.2f} GiB kept for the backward pass (counted without recompute)",
+        ),
         (
             "disk",
             f"{found.disk_gib:.3g} GiB (checkpoint {found.checkpoint_gib:.3g}, twice while it is written)",

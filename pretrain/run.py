@@ -282,6 +282,10 @@ def build(config: PretrainConfig, facts: Facts) -> tuple[Objective, Any]:
         raise ConfigError(
             f"objective '{config.objective.name}' needs a {needed}, '{config.encoder.name}' is none"
         )
+    if config.train.recompute and not list(encoder.recomputable()):
+        raise ConfigError(
+            f"encoder '{config.encoder.name}' has no part that train.recompute could compute again"
+        )
     return objective_class(options, encoder, facts), options
 
 

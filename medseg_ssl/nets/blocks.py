@@ -117,7 +117,7 @@ def upsample_linear(map_BCDHW: Tensor, factor: Triple, *, size: Sequence[int]) -
         size: (D, H, W) of the result.
     """
     depth, height, width = (
-        _interpolation(cells, times, voxels).to(map_BCDHW)
+        _interpolation(cells, times, voxels).to(map_BCDHW.device, map_BCDHW.dtype, non_blocking=True)
         for cells, times, voxels in zip(map_BCDHW.shape[2:], factor, size, strict=True)
     )
     batch, channels, cells_D, cells_H, cells_W = map_BCDHW.shape

@@ -293,6 +293,12 @@ def load_into(
         audit, unexpected=audit.unexpected + tuple(n for n in sorted(tensors) if n.startswith(parts))
     )
     notes = []
+    here = block_of(encoder)
+    different = [
+        f"{k} {card.encoder.get(k)} there, {v} here" for k, v in here.items() if card.encoder.get(k, v) != v
+    ]
+    if different:  # some options leave no trace in the shapes of weights
+        notes.append(f"the encoders' options differ: {'; '.join(different)}")
     if card.untrained:
         notes.append(
             f"not trained in the file: encoder.{', encoder.'.join(f'{name}*' for name in card.untrained)}"

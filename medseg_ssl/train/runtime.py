@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,9 +104,7 @@ class Runtime:
                 # in place of a wrapping module, which would change the names of the weights
                 part.forward = partial(checkpoint, part.forward, use_reentrant=False)
         if self.world > 1 and self.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(
-                objective
-            )  # in place: heads' statistics over all processes
+            share_statistics(objective)
         module, wrapped = self.fabric.setup(Step(objective), optimizer)
         if self.config.compile:
             for name, part in objective.named_children():
@@ -150,8 +149,27 @@ def keep_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
 
 
+def share_statistics(module: nn.Module) -> None:
+    """Give plain batch norms below a module the statistics of all processes, in place.
+
+    Subclasses stay as they are, with statistics of their own process: torch's conversion would drop what they do beside
+    the norm (timm's hold an activation).
+    """
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+
+
 def peak_memory_bytes() -> int:
     """The most main memory that this process ever held; 0 where the system does not say."""
+    try:
+        # getrusage would count what the process that started this one held
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     try:
         import resource  # not on Windows
     except ImportError:

@@ -175,8 +175,9 @@ def made_up_templates(keys: Mapping[str, Sequence[str]], *, extent_mm: float) ->
     """A template per modality in which every scan lies as it is, its side ``extent_mm`` long."""
     voxels = 32
     spacing_mm = extent_mm / voxels
-    to_lattice = torch.eye(4, dtype=torch.float64).flip(0).roll(1, 0) / spacing_mm  # (x, y, z) to (D, H, W)
-    to_lattice[3] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    to_lattice = torch.zeros(4, 4, dtype=torch.float64)  # (x, y, z) in mm to (D, H, W)
+    to_lattice[0, 2] = to_lattice[1, 1] = to_lattice[2, 0] = 1.0 / spacing_mm
+    to_lattice[3, 3] = 1.0
     place_3DHW = torch.stack(torch.meshgrid(*[torch.arange(float(voxels))] * 3, indexing="ij"))
     return {
         modality: Template(

@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
-from medseg_ssl.config import ConfigError
+from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.nets.encoders.resenc import ResEnc
 from medseg_ssl.nets.footprint import footprint
+from medseg_ssl.train.trial import made_up_templates
 from pretrain import bench, estimate
 from pretrain.run import main as pretrain
 from tests.train.archives import write_archive
@@ -170,3 +171,32 @@ def test_recomputing_changes_no_weight(archive, tmp_path):
     assert plain.keys() == again.keys()
     for key, value in plain.items():
         assert torch.equal(value, again[key]), key
+
+
+def test_a_smaller_crop_is_never_larger_along_an_axis():
+    assert estimate._halved((32, 64, 64), (32, 32, 32), least=2) == (32, 64, 64)
+    assert estimate._halved((32, 160, 160), (32, 32, 32), least=3) == (32, 96, 96)
+    assert estimate._halved((1, 160, 160), (32, 32, 32), least=2) == (1, 64, 64)
+
+
+def test_made_up_scans_lie_in_their_template_as_they_are():
+    """Millimetres (x, y, z) of a voxel to its index (D, H, W) in a template of 2 mm voxels."""
+    template = made_up_templates({"CT": ["a"]}, extent_mm=64.0)["CT"]
+    point = torch.tensor([2.0, 4.0, 8.0, 1.0], dtype=torch.float64)
+    assert (template.to_lattice_S44[0] @ point).tolist() == [4.0, 2.0, 1.0, 1.0]
+
+
+def test_what_fails_in_a_trial_is_one_line(monkeypatch):
+    class Pool:
+        def __init__(self, *args, **kwargs): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args): ...
+
+        def submit(self, *args):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(estimate, "ProcessPoolExecutor", Pool)
+    with pytest.raises(UserError, match=r"the trial failed: CUDA out of memory\. Tried to allocate"):
+        estimate._in_a_process({})

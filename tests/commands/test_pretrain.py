@@ -123,7 +123,10 @@ def test_all_wrong_keys_at_once(archive, tmp_path):
             ["objective.size=[12,16,16]"],
             r"crop size \[12, 16, 16\] of view 'crop'.*\[8, 16, 16\] or \[16, 16, 16\]",
         ),
-        (["objective.size=[8,8,8]"], r"nearest sizes that do: \[16, 16, 16\]"),
+        (
+            ["objective.size=[8,8,8]", "objective.hiding.block=[4,4,4]"],
+            r"nearest sizes that do: \[16, 16, 16\]",
+        ),
         (
             ["objective.size=[512,512,512]"],
             r"crop size \(512, 512, 512\) is more than 4 times the largest scan",

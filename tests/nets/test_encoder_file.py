@@ -273,6 +273,7 @@ def test_audit_names_every_tensor_and_the_share_of_compute(tmp_path):
         "  adapted: encoder.stem_block.conv.weight from 1 to 2 channels",
         "  not in the file: encoder.stages.2.1.* (8 tensors)",
         "  not used: decoder.* (12 tensors)",
+        "  the encoders' options differ: blocks [1, 1, 1] there, [1, 1, 2] here",
     ]
     fine, middle, coarse = 32**3, 16**3, 8**3
     stem, first = 27 * 2 * 4 * fine, 2 * 27 * 4 * 4 * fine
@@ -292,3 +293,20 @@ def test_the_audit_of_a_file_without_crop_counts_at_a_usual_one(tmp_path):
     flat = CARD.model_copy(update={"crop_size": (1, 32, 32)})
     audit = load_into(save(tmp_path / "f.safetensors", encoder=encoder, card=flat), encoder=nets(seed=2)[0])
     assert audit.crop_size == (8, 32, 32)
+
+
+def test_options_that_leave_no_trace_in_shapes_are_named(tmp_path):
+    from medseg_ssl.nets.encoders.swin import Swin
+
+    path = save(tmp_path / "e.safetensors", encoder=Swin(Swin.Config(merging="twice")), card=CARD)
+    audit = load_into(path, encoder=Swin(Swin.Config()))
+    assert audit.coverage == 1.0
+    assert audit.note == "the encoders' options differ: merging twice there, merging here"
+
+
+def test_what_a_file_has_not_trained_is_fresh(tmp_path):
+    card = CARD.model_copy(update={"untrained": ("stages.2.",)})
+    encoder, _ = nets(seed=1)
+    audit = load_into(save(tmp_path / "e.safetensors", encoder=encoder, card=card), encoder=nets(seed=2)[0])
+    assert audit.fresh == ("encoder.stages.2.",)
+    assert "not trained in the file: encoder.stages.2.*" in str(audit)

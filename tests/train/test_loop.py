@@ -323,3 +323,14 @@ def test_recomputing_keeps_less_for_the_backward_pass():
             objective.encoder(torch.randn(2, 1, 16, 16, 16))
         kept[flag] = sum(sizes)
     assert kept[True] < 0.5 * kept[False]
+
+
+def test_shared_statistics_leave_norms_alone_that_do_more():
+    class WithActivation(torch.nn.BatchNorm3d):
+        def forward(self, input):
+            return super().forward(input).relu()
+
+    network = torch.nn.Sequential(torch.nn.BatchNorm3d(2), WithActivation(2))
+    runtimes.share_statistics(network)
+    assert type(network[0]) is torch.nn.SyncBatchNorm
+    assert type(network[1]) is WithActivation

@@ -108,3 +108,14 @@ def test_a_pretrained_decoder_has_its_own_rate():
         if g["weight_decay"]
     }
     assert by_role["decoder"] == [(4, 4, 1, 1, 1)]
+
+
+def test_what_nothing_has_trained_learns_at_the_full_rate():
+    from medseg_ssl.train.optim import param_groups
+
+    objective = TinyObjective()
+    config = parse(OptimConfig, {"lr": 0.1, "encoder_lr_scale": 0.3})
+    plain = {g["role"]: len(g["params"]) for g in param_groups(objective, config) if g["weight_decay"]}
+    fresh = param_groups(objective, config, fresh=("encoder.first.",))
+    assert plain["encoder"] == 1
+    assert {g["role"] for g in fresh} == {"rest"}
