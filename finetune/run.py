@@ -27,9 +27,10 @@ from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.loader import Loader
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
-    from medseg_ssl.types import Facts
+    from medseg_ssl.types import Facts, ViewPlan
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +159,6 @@ def run_finetune(
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.augment import prepare_batch
     from medseg_ssl.data.budgets import unstated_classes
-    from medseg_ssl.data.loader import Loader
     from medseg_ssl.nets import encoder_file
     from medseg_ssl.nets.segmenter import silence
     from medseg_ssl.train import runtime
@@ -179,21 +179,14 @@ def run_finetune(
     audit = None
     if encoder is not None:
         audit = transfer(objective, encoder, config.transfer)
-    per_epoch = max(1, round(len(used) / config.data.batch_size))
+    per_epoch = steps_per_epoch(config, opened, used)
     steps = config.train.steps.steps(steps_per_epoch=per_epoch)
 
     load = partial(
-        Loader,
-        opened,
-        views,
-        batch_size=config.data.batch_size,
-        accumulate=config.train.accumulate,
-        seed=config.seed,
+        loader(config, opened, views, cases=used),
         rank=machine.rank,
         world=machine.world,
         pin_memory=machine.device.type == "cuda",
-        cases=used,
-        foreground_share=config.data.foreground_share,
     )
     load(
         steps=1
@@ -251,6 +244,36 @@ def run_finetune(
             )
         machine.barrier()
     return Path(run) / SHIPS
+
+
+def steps_per_epoch(config: FinetuneConfig, archive: Archive, cases: Sequence[str] | None = None) -> int:
+    """Optimizer steps in which each case is drawn once on average; None counts all that may be trained on."""
+    used = training_cases(archive, config.data.split, cases)
+    return max(1, round(len(used) / config.data.batch_size))
+
+
+def loader(
+    config: FinetuneConfig,
+    archive: Archive,
+    views: ViewPlan,
+    *,
+    cases: Sequence[str] | None = None,
+    relations: Sequence[str] = (),
+) -> partial[Loader]:
+    """The loader of a run, but for its steps and for who reads which share; ``cases`` None takes all of them."""
+    from medseg_ssl.data.loader import Loader
+
+    return partial(
+        Loader,
+        archive,
+        views,
+        batch_size=config.data.batch_size,
+        accumulate=config.train.accumulate,
+        seed=config.seed,
+        cases=training_cases(archive, config.data.split, cases),
+        relations=relations,
+        foreground_share=config.data.foreground_share,
+    )
 
 
 def training_cases(archive: Archive, split: str, cases: Sequence[str] | None) -> list[str]:

@@ -219,26 +219,11 @@ def _objective(
         relation = relations[0] if relations else ""
         return objective, views, made_up_batches(views, samples=samples, facts=facts, relation=relation)
 
-    from medseg_ssl.data.loader import Loader
-
-    if kind == "pretrain":
-        subjects = sorted(command.training_subjects(opened, config.data))
-        chosen = {"subjects": subjects, "modality_temperature": config.data.modality_temperature}
-    else:
-        cases = command.training_cases(opened, config.data.split, None)
-        chosen = {"cases": cases, "foreground_share": config.data.foreground_share}
     load = partial(
-        Loader,
-        opened,
-        views,
-        batch_size=config.data.batch_size,
-        accumulate=config.train.accumulate,
-        seed=config.seed,
+        command.loader(config, opened, views, relations=relations),
         steps=10**6,
         workers=config.data.workers,
         pin_memory=prefer == "cuda",
-        relations=relations,
-        **chosen,
     )
     return objective, views, lambda first: iter(load(start_step=first))
 
@@ -263,7 +248,10 @@ def _plan(config: Any, kind: str, archive: Path | None) -> dict[str, Any]:
     if length.unit == "steps":
         steps = length.steps()
     elif archive is not None:
-        steps = length.steps(steps_per_epoch=_steps_per_epoch(config, kind, archive))
+        from medseg_ssl.data.archive import Archive
+
+        command = import_module(locate(f"{kind}.run"))
+        steps = length.steps(steps_per_epoch=command.steps_per_epoch(config, Archive.open(archive)))
     return {
         "gpu": gpu,
         "steps": steps,
@@ -272,18 +260,6 @@ def _plan(config: Any, kind: str, archive: Path | None) -> dict[str, Any]:
         "strides": objective.encoder.strides,
         "size": next(iter(views.values())).size,
     }
-
-
-def _steps_per_epoch(config: Any, kind: str, archive: Path) -> int:
-    from medseg_ssl.data.archive import Archive
-
-    opened, command = Archive.open(archive), import_module(locate(f"{kind}.run"))
-    if kind == "finetune":
-        samples = len(command.training_cases(opened, config.data.split, None))
-    else:
-        subjects = command.training_subjects(opened, config.data)
-        samples = sum(row.subject in subjects for row in opened.scans.values())
-    return max(1, round(samples / config.data.batch_size))
 
 
 def _footprint(objective: Any, views: ViewPlan) -> Footprint:

@@ -28,10 +28,11 @@ from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.loader import Loader
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
     from medseg_ssl.train.runtime import Runtime
-    from medseg_ssl.types import Facts, Template
+    from medseg_ssl.types import Facts, Template, ViewPlan
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,6 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.augment import prepare_batch
     from medseg_ssl.data.leakage import guard
-    from medseg_ssl.data.loader import Loader
     from medseg_ssl.nets import encoder_file
     from medseg_ssl.train import runtime
     from medseg_ssl.train.run_folder import open_run
@@ -134,24 +134,14 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
     check_crop_sizes(views, objective.encoder.strides)
     if machine.device.type == "cpu" and config.train.precision == "bf16":
         check_bf16_depth(views, objective.encoder.strides)
-    scans = sum(row.subject in subjects for row in opened.scans.values())
-    per_epoch = max(1, round(scans / config.data.batch_size))
+    per_epoch = steps_per_epoch(config, opened)
     steps = config.train.steps.steps(steps_per_epoch=per_epoch)
 
     load = partial(
-        Loader,
-        opened,
-        views,
-        batch_size=config.data.batch_size,
-        accumulate=config.train.accumulate,
-        seed=config.seed,
+        loader(config, opened, views, relations=type(objective).relations(options)),
         rank=machine.rank,
         world=machine.world,
         pin_memory=machine.device.type == "cuda",
-        subjects=sorted(subjects),
-        relations=type(objective).relations(options),
-        modality_temperature=config.data.modality_temperature,
-        max_offset_mm=config.data.max_offset_mm,
     )
     load(
         steps=1
@@ -199,6 +189,33 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
             )
         machine.barrier()
     return Path(run) / SHIPS
+
+
+def steps_per_epoch(config: PretrainConfig, archive: Archive) -> int:
+    """Optimizer steps in which each scan of the training subjects is drawn once on average."""
+    subjects = training_subjects(archive, config.data)
+    scans = sum(row.subject in subjects for row in archive.scans.values())
+    return max(1, round(scans / config.data.batch_size))
+
+
+def loader(
+    config: PretrainConfig, archive: Archive, views: ViewPlan, *, relations: Sequence[str]
+) -> partial[Loader]:
+    """The loader of a run, but for its steps and for who reads which share."""
+    from medseg_ssl.data.loader import Loader
+
+    return partial(
+        Loader,
+        archive,
+        views,
+        batch_size=config.data.batch_size,
+        accumulate=config.train.accumulate,
+        seed=config.seed,
+        subjects=sorted(training_subjects(archive, config.data)),
+        relations=relations,
+        modality_temperature=config.data.modality_temperature,
+        max_offset_mm=config.data.max_offset_mm,
+    )
 
 
 def training_subjects(archive: Archive, data: PretrainData) -> frozenset[str]:
