@@ -22,6 +22,7 @@ ALLOWED = {
     "objectives": {"objectives", "nets", "ground"},
     "inference": {"inference", "nets", "data", "ground"},
     "train": {"train", "objectives", "ground"},
+    "baselines": {"baselines", "inference", "data", "ground"},
     "evaluations": {"evaluations", "inference", "objectives", "nets", "data", "ground"},
 }
 DOORS = {
@@ -29,6 +30,8 @@ DOORS = {
     "nibabel": {"medseg_ssl/data/nifti.py"},
     "pydicom": {f"medseg_ssl/data/dicom/{name}.py" for name in ("headers", "pixels", "regions", "suv")},
     "ray": {"medseg_ssl/fanout.py"},
+    "peft": {"medseg_ssl/nets/adapters.py"},
+    "skimage": {"medseg_ssl/baselines/_classical.py"},
     "SimpleITK": {"medseg_ssl/data/coregistration.py"},
     "onnx": {"medseg_ssl/nets/exports/onnx.py"},
     "onnxruntime": {"medseg_ssl/nets/exports/onnx.py"},
@@ -40,7 +43,15 @@ DOORS = {
 
 def room(module: str) -> str:
     parts = module.split(".")
-    if len(parts) > 1 and parts[1] in {"data", "nets", "objectives", "train", "evaluations", "inference"}:
+    if len(parts) > 1 and parts[1] in {
+        "data",
+        "nets",
+        "objectives",
+        "train",
+        "evaluations",
+        "inference",
+        "baselines",
+    }:
         return parts[1]
     return "ground"
 
