@@ -248,8 +248,8 @@ def comparisons(
     low = [b for b in shared if b in low_budgets]
     out = []
     for budget in shared:
-        pair = common([tables_[init, budget], tables_[baseline, budget]])
-        out.append(_comparison(*pair, init, baseline, f"budget {budget}", [budget]))
+        first_NDP, second_NDP = common([tables_[init, budget], tables_[baseline, budget]])
+        out.append(_comparison(first_NDP, second_NDP, init, baseline, f"budget {budget}", [budget]))
     if low:
         both = common([tables_[i, b] for i in (init, baseline) for b in low])
         first_NDP, second_NDP = np.mean(both[: len(low)], axis=0), np.mean(both[len(low) :], axis=0)

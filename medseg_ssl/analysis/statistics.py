@@ -257,7 +257,8 @@ def _whole_fits(table_NDP: np.ndarray) -> np.ndarray:
         worst = int(lacking[axis].argmax())
         fits_DP, table_NDP = np.delete(fits_DP, worst, axis), np.delete(table_NDP, worst, axis + 1)
     present_NDP = ~np.isnan(table_NDP)
-    return table_NDP[present_NDP.any(axis=1).all(axis=1) & present_NDP.any(axis=2).all(axis=1)]
+    scored_NP, scored_ND = present_NDP.any(axis=1), present_NDP.any(axis=2)
+    return table_NDP[np.hstack([scored_NP, scored_ND]).all(axis=-1)]
 
 
 def _paired(scores_NDP: np.ndarray, baseline_NDP: np.ndarray) -> np.ndarray:
