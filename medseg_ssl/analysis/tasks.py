@@ -89,7 +89,7 @@ def summarise_tasks(
     found = [t for name, rows in scored.items() if (t := _task(name, rows, inits, metric)) is not None]
     names = {t.name for t in found}
     left_out = [*(n for n in tasks if n not in names), *(i for i in everyone if i not in inits)]
-    if not found:
+    if not found or len(inits) < 2:  # a rank needs another
         return {"tasks": {}, "inits": {}, "left_out": left_out, "verdicts": []}
     ranks = [dict(zip(inits, map(crossed_interval, ranked(t.tables.values())), strict=True)) for t in found]
     blocks = _blocks(found)

@@ -94,6 +94,7 @@ def test_inits_and_tasks_that_not_all_share_are_left_out_and_named():
     assert summarise_tasks({}, baselines=["scratch"])["verdicts"] == []
     apart = {"a": rows_of({"x": SCRATCH}), "b": rows_of({"y": SCRATCH})}
     assert summarise_tasks(apart, baselines=[])["inits"] == {}
+    assert summarise_tasks({"a": rows_of({"x": SCRATCH})}, baselines=["x"])["verdicts"] == []
 
 
 def test_lower_is_better_for_distances():
