@@ -263,6 +263,10 @@ def loader(
     """The loader of a run, but for its steps and for who reads which share; ``cases`` None takes all of them."""
     from medseg_ssl.data.loader import Loader
 
+    used = training_cases(archive, config.data.split, cases)
+    # unlabeled views are cut from the scans of all subjects that may be trained on
+    subjects = {*archive.split(config.data.split).train, *(archive.cases[case].subject for case in used)}
+    subjects &= {row.subject for row in archive.scans.values()}
     return partial(
         Loader,
         archive,
@@ -270,7 +274,8 @@ def loader(
         batch_size=config.data.batch_size,
         accumulate=config.train.accumulate,
         seed=config.seed,
-        cases=training_cases(archive, config.data.split, cases),
+        subjects=sorted(subjects),
+        cases=used,
         relations=relations,
         foreground_share=config.data.foreground_share,
     )

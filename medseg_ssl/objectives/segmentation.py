@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from medseg_ssl.config import Block, ConfigError
+from medseg_ssl.config import Block, ConfigError, MirrorAxes
 from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.segmentation_loss import SegmentationLoss, check_weights
@@ -38,7 +38,7 @@ class Segmentation(Objective):
 
         size: Triple = (64, 64, 64)
         augment: str = "segmentation"
-        mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
+        mirror_axes: MirrorAxes = ()
         voxel_loss: Literal["cross_entropy", "focal"] = "cross_entropy"
         region_loss: Literal["dice", "jaccard"] = "dice"
         voxel_weight: float = Field(1.0, ge=0.0)
@@ -47,13 +47,6 @@ class Segmentation(Objective):
         batch_region: bool = True
         deep_supervision: bool = True
         decoder: Block = Field(default_factory=lambda: Block(name="unet"))
-
-        @field_validator("mirror_axes")
-        @classmethod
-        def _each_axis_once(cls, axes: tuple[int, ...]) -> tuple[int, ...]:
-            if len(set(axes)) < len(axes):
-                raise ValueError(f"an axis stands twice in {list(axes)}")
-            return axes
 
         @model_validator(mode="after")
         def _some_loss(self) -> Segmentation.Config:
