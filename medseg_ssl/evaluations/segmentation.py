@@ -10,7 +10,7 @@ from pydantic import Field
 from medseg_ssl.analysis.metrics import METRICS, case_means, case_metrics, summarize
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
-from medseg_ssl.inference.predictor import Predictor
+from medseg_ssl.inference.predictor import Alter, Predictor
 from medseg_ssl.types import Score
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def evaluate_cases(
     *,
     nsd_tolerance_mm: float,
     on_case: Callable[[str], object] | None = None,
+    alter: Alter | None = None,
 ) -> list[dict[str, object]]:
     """Predict the cases and measure them on their labels' own grids.
 
@@ -96,6 +97,7 @@ def evaluate_cases(
         cases: labeled cases.
         nsd_tolerance_mm: distance up to which a surface counts as right.
         on_case: called with each finished case (progress).
+        alter: changes the scans before the network sees them.
 
     Returns:
         Rows with ``case``, ``class`` and the metrics, ordered as ``cases``, a row per class but the
@@ -113,7 +115,7 @@ def evaluate_cases(
     if unlabeled:
         raise UserError(f"no label in the archive for {len(unlabeled)} case(s), the first is {unlabeled[0]}")
     rows: list[dict[str, object]] = []
-    for case, prediction_DHW in predictor.predict_cases(archive, cases):
+    for case, prediction_DHW in predictor.predict_cases(archive, cases, alter=alter):
         label_DHW, _ = archive.original_label(case)
         metrics = case_metrics(
             prediction_DHW,
