@@ -1,5 +1,6 @@
-"""The tables that ``evaluate`` writes beside ``cases.csv``: robustness, calibration, subgroups. Each is made once, and
-one that was interrupted goes on where it stopped.
+"""The tables that ``evaluate`` writes beside ``cases.csv``: robustness, calibration, subgroups, forgetting.
+
+Each is made once; one that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg_ssl.analysis import subgroups
+from medseg_ssl.analysis import change, subgroups
+from medseg_ssl.analysis.statistics import holm
 from medseg_ssl.analysis.tables import write_csv
 from medseg_ssl.config import ConfigError, UserError
 
@@ -17,11 +19,12 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.inference.predictor import Predictor
 
-ROBUSTNESS, CALIBRATION, SUBGROUPS = "robustness.csv", "calibration.csv", "subgroups.csv"
+ROBUSTNESS, CALIBRATION = "robustness.csv", "calibration.csv"
+SUBGROUPS, FORGETTING = "subgroups.csv", "forgetting.csv"
 NAMING = ("case", "subject", "key", "study", "scans", "frame", "content_hash", "appearance", "affine_44")
 """Columns that name a person or a scan; they make no group."""
 
-TEXTS = frozenset({"case", "class", "corruption", "unit", "by", "group", "metric", "small"})
+TEXTS = frozenset({"case", "class", "corruption", "unit", "by", "group", "metric", "small", "earlier"})
 """Columns of our tables that stay text when they are read: a key such as 31e4 is no number."""
 
 
@@ -80,6 +83,41 @@ def write_calibration(
     write_csv(out / "calibration_cases.csv", rows, columns=calibration.CASE_COLUMNS)
     write_csv(out / "reliability.csv", calibration.reliability_table(bins), columns=calibration.BIN_COLUMNS)
     write_csv(out / CALIBRATION, calibration.calibration_table(rows), columns=calibration.COLUMNS)
+
+
+def write_forgetting(
+    out: Path,
+    before: Predictor,
+    archive: Archive,
+    cases: Sequence[str],
+    *,
+    identity: str,
+    nsd_tolerance_mm: float,
+    progress: Callable[[str, int], Callable[[str], object]],
+) -> None:
+    """``forgetting.csv``: what the segmenter of an earlier time scored on these cases, and the one of now.
+
+    Raises:
+        ConfigError: the table is there, for another earlier segmenter.
+    """
+    from medseg_ssl.evaluations.segmentation import evaluate_cases
+
+    path = out / FORGETTING
+    if path.is_file():
+        if {str(row["earlier"]) for row in read_rows(path)} != {identity}:
+            raise ConfigError(f"{path} compares with another segmenter; choose another folder")
+        return
+    on_case = progress("earlier", len(cases))
+    rows = evaluate_cases(before, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
+    now = read_rows(out / "cases.csv")
+    found = []
+    for metric in ("dice", "nsd"):
+        names = (change.OVER_CLASSES, *archive.classes[1:])
+        block = [change.paired_change(rows, now, name=name, metric=metric) for name in names]
+        block = [row for row in block if row is not None]
+        adjusted = holm([float(str(row["p"])) for row in block])
+        found += [{"earlier": identity, **row, "p_holm": p} for row, p in zip(block, adjusted, strict=True)]
+    write_csv(path, found, columns=("earlier", *change.COLUMNS, "p_holm"))
 
 
 def write_subgroups(out: Path, archive: Archive, cases: Sequence[str], *, by: Sequence[str]) -> None:

@@ -3,7 +3,7 @@ and class.
 
 Every label is met in its own space. ``cases.csv`` holds a row per case and class, ``summary.json`` the means
 over the classes of a case, then over cases. Beside them, where asked for, also later: ``robustness.csv``,
-``calibration.csv`` and ``subgroups.csv``.
+``calibration.csv``, ``subgroups.csv`` and ``forgetting.csv``.
 """
 
 from __future__ import annotations
@@ -64,6 +64,12 @@ def parser() -> Parser:
         metavar="COLUMN",
         help="also compare subgroups by a column of the manifest, such as contrast; repeat for more",
     )
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="SEGMENTER",
+        help="also score the segmenter that this one continued from: forgetting.csv, paired by case",
+    )
     return parser
 
 
@@ -105,7 +111,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     }
     complete = claim(args.out, identity, complete="summary.json")
     wanted = {beside.ROBUSTNESS: args.robustness, beside.CALIBRATION: args.calibration}
-    if complete and not args.by and all((args.out / n).is_file() for n, asked in wanted.items() if asked):
+    if (
+        complete
+        and not args.by
+        and args.before is None
+        and all((args.out / n).is_file() for n, asked in wanted.items() if asked)
+    ):
         console.print(f"{args.out} already holds these results")
         return args.out
     if not complete:
@@ -121,6 +132,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
             beside.write_robustness(*shared, nsd_tolerance_mm=args.nsd_tolerance_mm, progress=began)
         if args.calibration:
             beside.write_calibration(*shared, progress=began)
+        if args.before is not None:
+            earlier = Predictor.load(args.before, device=args.device, precision=args.precision)
+            beside.write_forgetting(
+                args.out,
+                earlier,
+                archive,
+                cases,
+                identity=hash_file(args.before),
+                nsd_tolerance_mm=args.nsd_tolerance_mm,
+                progress=began,
+            )
     if args.by:
         beside.write_subgroups(args.out, archive, cases, by=args.by)
     return args.out
@@ -148,7 +170,7 @@ def _score(
         )
     origin = _origin(predictor.card, archive, cases) | {"task": identity["task"]}
     write_csv(args.out / "cases.csv", ({**origin, **row} for row in rows), columns=CASE_COLUMNS)
-    summary = _summary(rows, predictor.classes)
+    summary = _summary(rows, archive.classes)
     # last, since its presence says that all is there
     write_json(args.out / "summary.json", {**identity, **origin, "cases": len(cases), **summary})
     _show(console, summary, title=f"{len(cases)} cases, {args.subset} of {args.split!r}")

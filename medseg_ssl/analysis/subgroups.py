@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from medseg_ssl.analysis.change import OVER_CLASSES
 from medseg_ssl.analysis.statistics import crossed_interval, holm
 
 SMALL = 5
@@ -75,8 +76,8 @@ def subgroup_rows(
     classes = list(dict.fromkeys(str(row["class"]) for row in scores))
     table: list[dict[str, object]] = []
     for metric in metrics:
-        for name in ("mean over classes", *classes):
-            wanted = [row for row in scores if name == "mean over classes" or row["class"] == name]
+        for name in (OVER_CLASSES, *classes):
+            wanted = [row for row in scores if name in (OVER_CLASSES, row["class"])]
             table += _block(wanted, metric, by=by, name=name, groups=groups, subjects=subjects)
     return table
 

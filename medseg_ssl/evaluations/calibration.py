@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
+from medseg_ssl.analysis.change import OVER_CLASSES
 from medseg_ssl.analysis.statistics import crossed_interval
-from medseg_ssl.config import ConfigError
+from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
 from medseg_ssl.evaluations.segmentation import labeled_cases
 from medseg_ssl.inference.predictor import Predictor
@@ -69,7 +70,16 @@ class Calibration(Evaluation):
         *,
         on_case: Callable[[str], object] | None = None,
     ) -> list[Bins]:
-        """The bins of every class that is known in a case, but the background's."""
+        """The bins of every class that is known in a case, but the background's.
+
+        Raises:
+            UserError: the segmenter's classes are not the archive's.
+        """
+        if tuple(model.classes) != tuple(archive.classes):
+            raise UserError(
+                f"calibration compares equal classes: the segmenter knows {', '.join(model.classes)}, the archive has"
+                f" {', '.join(archive.classes)}"
+            )
         found: list[Bins] = []
         for case, probabilities_KDHW in model.case_probabilities(archive, cases):
             label_DHW, _ = archive.original_label(case)
@@ -103,9 +113,6 @@ class Calibration(Evaluation):
             name = str(row["measure"]) if row["class"] == OVER_CLASSES else f"{row['measure']}/{row['class']}"
             yield Score(name, float(str(row["mean"])), "share", table)
             table = None
-
-
-OVER_CLASSES = "mean over classes"
 
 
 def case_bins(

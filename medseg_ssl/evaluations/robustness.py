@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from medseg_ssl.analysis.metrics import METRICS, case_means, summarize
-from medseg_ssl.analysis.statistics import holm, paired_interval
+from medseg_ssl.analysis import change
+from medseg_ssl.analysis.change import OVER_CLASSES, paired_change
+from medseg_ssl.analysis.metrics import METRICS, summarize
+from medseg_ssl.analysis.statistics import holm
 from medseg_ssl.config import ConfigError
 from medseg_ssl.data import intensity
 from medseg_ssl.evaluations._corruptions import CORRUPTIONS, Volume, corrupt
@@ -32,10 +34,7 @@ if TYPE_CHECKING:
 
 UNDISTURBED = "undisturbed"
 CASE_COLUMNS = ("corruption", "severity", "amount", "unit", "case", "class", *METRICS)
-COLUMNS = (
-    "corruption", "severity", "amount", "unit", "class", "metric", "cases", "undisturbed", "mean", "difference",
-    "ci_low", "ci_high", "p", "p_holm",
-)  # fmt: skip
+COLUMNS = ("corruption", "severity", "amount", "unit", *change.COLUMNS, "p_holm")
 SHOWN = ("dice", "nsd")
 """Metrics of the table."""
 
@@ -168,38 +167,16 @@ def robustness_table(rows: Sequence[Mapping[str, object]]) -> list[dict[str, obj
     clean = settings[UNDISTURBED, 0]
     table: list[dict[str, object]] = []
     for metric in SHOWN:
-        for name in ("mean over classes", *classes):
-            wanted = [name] if name in classes else classes
-            before = _scores(clean, metric, wanted)
+        for name in (OVER_CLASSES, *classes):
             block = []
             for given in settings.values():
-                after = _scores(given, metric, wanted)
-                both = [case for case in before if case in after]
-                if not both:
-                    continue
-                was, now = (np.array([[scores[c]] for c in both]) for scores in (before, after))
-                found = paired_interval(now, was)
-                block.append(
-                    {
-                        **{key: given[0][key] for key in ("corruption", "severity", "amount", "unit")},
-                        "class": name,
-                        "metric": metric,
-                        "cases": len(both),
-                        "undisturbed": float(was.mean()),
-                        "mean": float(now.mean()),
-                        "difference": float((now - was).mean()),
-                        "ci_low": found.low,
-                        "ci_high": found.high,
-                        "p": found.p if given is not clean else float("nan"),
-                    }
-                )
+                found = paired_change(clean, given, name=name, metric=metric)
+                if found is not None:
+                    setting = {key: given[0][key] for key in ("corruption", "severity", "amount", "unit")}
+                    block.append({**setting, **found} | ({"p": float("nan")} if given is clean else {}))
             adjusted = holm([row["p"] for row in block])
             table += [{**row, "p_holm": p} for row, p in zip(block, adjusted, strict=True)]
     return table
-
-
-def _scores(rows: Sequence[Mapping[str, object]], metric: str, classes: Sequence[str]) -> dict[str, float]:
-    return case_means([row for row in rows if row["class"] in classes], metric)
 
 
 def _altered(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from pydantic import Field
 
 from medseg_ssl.analysis.metrics import METRICS, case_means, case_metrics, summarize
@@ -104,13 +105,9 @@ def evaluate_cases(
         background.
 
     Raises:
-        UserError: the segmenter's classes are not the archive's, or a case has no label.
+        UserError: the segmenter lacks a class of the archive, or a case has no label.
     """
-    if tuple(predictor.classes) != tuple(archive.classes):
-        raise UserError(
-            f"the segmenter knows the classes {', '.join(predictor.classes)},"
-            f" the archive has {', '.join(archive.classes)}"
-        )
+    places = class_places(predictor.classes, archive.classes)
     unlabeled = [c for c in cases if c not in archive.cases or not archive.cases[c].labeled]
     if unlabeled:
         raise UserError(f"no label in the archive for {len(unlabeled)} case(s), the first is {unlabeled[0]}")
@@ -118,7 +115,7 @@ def evaluate_cases(
     for case, prediction_DHW in predictor.predict_cases(archive, cases, alter=alter):
         label_DHW, _ = archive.original_label(case)
         metrics = case_metrics(
-            prediction_DHW,
+            places[prediction_DHW],
             label_DHW,
             spacing_mm=archive.original_spacing_mm(case),
             classes=archive.classes,
@@ -129,3 +126,18 @@ def evaluate_cases(
         if on_case is not None:
             on_case(case)
     return rows
+
+
+def class_places(segmenter: Sequence[str], archive: Sequence[str]) -> np.ndarray:
+    """The archive's value (uint8) of each of the segmenter's classes; 0 for those that the archive does not know.
+
+    A segmenter that learned more classes (``finetune --continue-from``) is scored on those that have a truth.
+
+    Raises:
+        UserError: the segmenter lacks a class of the archive, or has another background.
+    """
+    if segmenter[0] != archive[0] or set(archive) - set(segmenter):
+        raise UserError(
+            f"the segmenter knows the classes {', '.join(segmenter)}, the archive has {', '.join(archive)}"
+        )
+    return np.array([archive.index(n) if n in archive else 0 for n in segmenter], dtype=np.uint8)

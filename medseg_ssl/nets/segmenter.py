@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,30 @@ def silence(heads: Iterable[nn.Module], classes: Collection[int]) -> None:
         for index in classes:
             head.weight[index] = 0.0
             head.bias[index] = SILENT
+
+
+@torch.no_grad()
+def inherit_heads(heads: Iterable[nn.Module], previous: Iterable[nn.Module], *, fresh: Sequence[int]) -> None:
+    """Take over the heads of a segmenter whose classes come first here; new classes begin as shares of its background.
+
+    Background and new classes get the background's weight, and its bias less the logarithm of their number: together
+    they are as likely as the background was, and every other class keeps its probability (MiB, arXiv 2002.00718).
+
+    Args:
+        heads: finest level first; levels that the other one has no head for stay as they are.
+        previous: likewise.
+        fresh: classes that the other one does not know or never predicts.
+    """
+    for head, old in zip(heads, previous, strict=False):
+        assert isinstance(head, nn.Conv3d)
+        assert isinstance(old, nn.Conv3d)
+        assert head.bias is not None
+        assert old.bias is not None
+        head.weight[: len(old.weight)] = old.weight
+        head.bias[: len(old.bias)] = old.bias
+        sharing = [0, *fresh]
+        head.weight[sharing] = old.weight[:1]
+        head.bias[sharing] = old.bias[0] - math.log(len(sharing))
 
 
 def _at_size(logits_BKDHW: Tensor, image_BCDHW: Tensor) -> Tensor:

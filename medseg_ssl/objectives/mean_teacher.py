@@ -9,6 +9,7 @@ three quarters of the largest entropy to all of it).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -142,6 +143,10 @@ class MeanTeacher(Objective):
         risen = schedules.ramp(progress, self.config.ramp)
         most = schedules.linear(risen, _LEAST_CERTAIN, 1.0) * math.log(mean.shape[1])
         return mean, view.valid_BDHW & (entropy_BDHW < most)
+
+    def begin(self, kept: Sequence[int] = ()) -> None:
+        """Let the teacher begin as the student does."""
+        self.teacher = Teacher(self.student())
 
     def after_step(self, progress: float) -> None:
         """Let the teacher follow."""

@@ -7,6 +7,7 @@ labels come from the moving average of the network (a teacher, arXiv 1703.01780)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -118,6 +119,10 @@ class PseudoLabels(Objective):
             loss = share * self.config.loss.of_levels([logits], label_BDHW, known_BK).total
         logs |= {"pseudo_loss": loss.detach(), "confident_share": share}
         return StepOutput(total + weight * loss, logs)
+
+    def begin(self, kept: Sequence[int] = ()) -> None:
+        """Let the teacher begin as the student does, where there is one."""
+        self.teacher = None if self.teacher is None else Teacher(self.student())
 
     def after_step(self, progress: float) -> None:
         """Let the teacher follow, where there is one."""

@@ -190,7 +190,7 @@ def test_tables_beside_the_cases_come_later_once_and_go_on(world, monkeypatch):
     table = rows_of(out / "robustness.csv")
     dice = [r for r in table if (r["class"], r["metric"]) == ("bright", "dice")]
     found = {(r["corruption"], r["severity"]): r for r in dice}
-    assert found["undisturbed", "0"]["mean"] == "1"
+    assert found["undisturbed", "0"]["after"] == "1"
     assert found["missing_slices", "3"]["difference"].startswith("-0.")
     assert {r["measure"] for r in rows_of(out / "calibration.csv")} == {"ece", "brier", "overconfidence"}
     assert rows_of(out / "reliability.csv")
