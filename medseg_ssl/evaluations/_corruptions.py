@@ -99,8 +99,8 @@ def _bias_field(volume: Volume, amount: float, generator: np.random.Generator):
     drawn = generator.uniform(-1.0, 1.0, (degree + 1,) * 3)
     order = np.add.outer(np.add.outer(np.arange(degree + 1), np.arange(degree + 1)), np.arange(degree + 1))
     coefficients = amount * np.where((order > 0) & (order <= degree), drawn, 0.0)
-    axes = [np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1) for n in volume.array_DHW.shape]
-    gain_DHW = np.exp(np.polynomial.legendre.leggrid3d(*axes, coefficients)).astype(np.float32)
+    z_D, y_H, x_W = (np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1) for n in volume.array_DHW.shape)
+    gain_DHW = np.exp(np.polynomial.legendre.leggrid3d(z_D, y_H, x_W, coefficients)).astype(np.float32)
     return volume.array_DHW * gain_DHW, volume.valid
 
 

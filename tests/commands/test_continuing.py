@@ -20,6 +20,7 @@ COMMON = [
     "data.batch_size=2",
     "train.accelerator=cpu",
     "wandb.mode=disabled",
+    "train.preview_every=null",
     "--quiet",
 ]
 
@@ -30,7 +31,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("continuing")
     old = write_archive(folder / "old").path
     new = write_archive(folder / "new", classes=("background", "lesion")).path
-    words = ["segmentation", str(folder / "run"), "--archive", str(old), "train.steps=25", "optim.lr=0.01"]
+    words = ["segmentation", str(folder / "run"), "--archive", str(old), "train.steps=3", "optim.lr=0.01"]
     return old, new, main([*words, "train.ema=null", *COMMON])
 
 
@@ -71,6 +72,7 @@ def test_forgetting_is_counted_on_the_old_archive(world, tmp_path):
         evaluate([*words, "--before", str(shipped)])
 
 
+@pytest.mark.slow
 def test_a_broken_run_continues_exactly(world, tmp_path, monkeypatch):
     from medseg_ssl.train.runtime import Runtime
 

@@ -63,8 +63,8 @@ def test_the_copy_stays_and_holds_the_network_back(encoder):
             torch.nn.init.normal_(head.weight, std=0.5)
         objective.begin((0, 1))
         frozen = objective.previous.network.heads[0].weight.clone()
-        optimizer = torch.optim.SGD(objective.heads.parameters(), lr=0.01)
-        for _ in range(5):
+        optimizer = torch.optim.SGD(objective.heads.parameters(), lr=0.02)
+        for _ in range(3):
             optimizer.zero_grad()
             objective(given, 0.5).loss.backward()
             optimizer.step()
