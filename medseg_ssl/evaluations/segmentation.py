@@ -112,7 +112,9 @@ def evaluate_cases(
     if unlabeled:
         raise UserError(f"no label in the archive for {len(unlabeled)} case(s), the first is {unlabeled[0]}")
     rows: list[dict[str, object]] = []
-    for case, prediction_DHW in predictor.predict_cases(archive, cases, alter=alter):
+    # a baseline without a network predicts too, and has nothing that could be altered
+    changes = {} if alter is None else {"alter": alter}
+    for case, prediction_DHW in predictor.predict_cases(archive, cases, **changes):
         label_DHW, _ = archive.original_label(case)
         metrics = case_metrics(
             places[prediction_DHW],
