@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from medseg_ssl.data.loader import Loader
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
-    from medseg_ssl.types import Facts, ViewPlan
+    from medseg_ssl.types import Batch, Facts, ViewPlan
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ def run_finetune(
     archive: Path,
     encoder: Path | None = None,
     cases: Sequence[str] | None = None,
+    continue_from: Path | None = None,
     quiet: bool = False,
 ) -> Path:
     """Train a segmenter, or go on where an earlier call with the same config and inputs stopped.
@@ -147,6 +149,8 @@ def run_finetune(
         archive: a prepared archive with labels.
         encoder: an encoder file to start from; None starts from scratch.
         cases: labeled cases to use; None takes all of the split's train list.
+        continue_from: a segmenter to go on from, in place of ``encoder``: its networks, its classes, and those of the
+            archive that it lacks behind them.
         quiet: show no progress and no audit.
 
     Returns:
@@ -164,14 +168,27 @@ def run_finetune(
     from medseg_ssl.train import runtime
     from medseg_ssl.train.run_folder import hash_file, hash_names, open_run
 
+    from .continuing import previous
+
     opened = Archive.open(archive)
+    grown = None
+    if continue_from is not None:
+        if encoder is not None:
+            raise ConfigError(
+                "--encoder and --continue-from both name weights to start from; give one of them"
+            )
+        grown = previous(continue_from, opened)
+        config = grown.networks(config)
     config = with_spacing(complete_config(config, encoder), SHELVES, opened.recipe.spacing_mm)
     used = training_cases(opened, config.data.split, cases)
     unstated = unstated_classes((opened.cases[case] for case in used), opened.classes)
     machine = runtime.start(config.train)
-    objective, options = build(config, opened.facts())
-    # a class that is unknown in every case would be free to take over the background
-    silence(heads(objective.export().head), [opened.classes.index(name) for name in unstated])
+    classes = opened.classes if grown is None else grown.relabeling.classes
+    objective, options = build(config, replace(opened.facts(), classes=classes))
+    if objective.needs_previous and grown is None:
+        raise ConfigError(
+            f"objective '{config.objective.name}' goes on from a segmenter; name it by --continue-from"
+        )
     views = type(objective).views(options)
     check_crop_sizes(views, objective.encoder.strides)
     if machine.device.type == "cpu" and config.train.precision == "bf16":
@@ -179,6 +196,13 @@ def run_finetune(
     audit = None
     if encoder is not None:
         audit = transfer(objective, encoder, config.transfer)
+    if grown is None:
+        # a class that is unknown in every case would be free to take over the background
+        silence(heads(objective.export().head), [opened.classes.index(name) for name in unstated])
+    else:
+        audit = grown.load_into(objective, unstated)
+        unstated = grown.silent(unstated)
+    objective.begin(() if grown is None else grown.kept)
     per_epoch = steps_per_epoch(config, opened, used)
     steps = config.train.steps.steps(steps_per_epoch=per_epoch)
 
@@ -193,13 +217,21 @@ def run_finetune(
     )  # says now, before the run folder is touched, what in the config does not go with the archive
 
     def card() -> Card:
-        return make_card(config, opened, views, used, silent=unstated, steps=steps)
+        made = make_card(config, opened, views, used, silent=unstated, steps=steps)
+        return made.model_copy(update={"classes": classes})
 
     inputs = {
         "archive": opened.fingerprint[:16],
         "encoder": None if encoder is None else hash_file(encoder),
         "cases": hash_names(sorted(used)),
     }
+    if continue_from is not None:
+        inputs["continue_from"] = hash_file(continue_from)
+
+    def finished(batch: Batch) -> Batch:
+        batch = batch if grown is None else grown.relabeling.batch(batch)
+        return prepare_batch(batch, plan=views)
+
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
             return Path(run) / SHIPS
@@ -224,7 +256,7 @@ def run_finetune(
             quiet=quiet,
             tags=("finetune", "scratch" if encoder is None else "pretrained"),
             fresh=() if audit is None else audit.fresh,
-            prepare_batch=partial(prepare_batch, plan=views),
+            prepare_batch=finished,
             preview_batch=lambda: next(iter(load(steps=1))),
             evaluate=scoring(config.evaluations, partial(predictor, card=card, machine=machine), opened),
         )
@@ -263,6 +295,10 @@ def loader(
     """The loader of a run, but for its steps and for who reads which share; ``cases`` None takes all of them."""
     from medseg_ssl.data.loader import Loader
 
+    used = training_cases(archive, config.data.split, cases)
+    # unlabeled views are cut from the scans of all subjects that may be trained on
+    subjects = {*archive.split(config.data.split).train, *(archive.cases[case].subject for case in used)}
+    subjects &= {row.subject for row in archive.scans.values()}
     return partial(
         Loader,
         archive,
@@ -270,7 +306,8 @@ def loader(
         batch_size=config.data.batch_size,
         accumulate=config.train.accumulate,
         seed=config.seed,
-        cases=training_cases(archive, config.data.split, cases),
+        subjects=sorted(subjects),
+        cases=used,
         relations=relations,
         foreground_share=config.data.foreground_share,
     )
@@ -425,11 +462,24 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "--archive", type=Path, required=True, help="made by 'medseg-ssl prepare', with labels"
     )
     parser.add_argument("--encoder", type=Path, help="encoder file to start from; none starts from scratch")
+    parser.add_argument(
+        "--continue-from",
+        type=Path,
+        metavar="SEGMENTER",
+        help="segmenter to go on from: its networks whatever the config names, its classes and new ones behind them",
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     given = parser.parse_intermixed_args(argv)
     path = find_config(given.config, kind="finetune")
     config = read_config(FinetuneConfig, path, given.assignments, shelves=SHELVES)
-    shipped = run_finetune(config, given.run, archive=given.archive, encoder=given.encoder, quiet=given.quiet)
+    shipped = run_finetune(
+        config,
+        given.run,
+        archive=given.archive,
+        encoder=given.encoder,
+        continue_from=given.continue_from,
+        quiet=given.quiet,
+    )
     if not given.quiet:
         from rich.console import Console
 

@@ -41,6 +41,8 @@ class ViewSpec:
         overlap: smallest share of each axis two views of one scan (or of a ``same_box`` pair) have in common;
             None means independent places.
         labeled: True draws from labeled cases and fills ``View.label_BDHW``.
+        pool: ``drawn`` cuts the view from the sample's own scans; ``all`` from another case, one of all those of the
+            training subjects that look like the labeled ones (same modalities), whose label is never read.
         mirror_axes: axes (D 0, H 1, W 2) each mirrored with probability 0.5; the named augmentation mirrors none.
     """
 
@@ -51,6 +53,7 @@ class ViewSpec:
     pair: Literal["none", "same_box", "same_subject"] = "none"
     overlap: float | None = None
     labeled: bool = False
+    pool: Literal["drawn", "all"] = "drawn"
     mirror_axes: tuple[int, ...] = ()
 
 

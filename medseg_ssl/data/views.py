@@ -87,9 +87,9 @@ class ViewMaker:
         self._lines: dict[str, np.ndarray] = {}
 
     def fill(self, sample: SampleSpec, out: Mapping[str, list[ViewArrays]]) -> dict[str, list[Placed]]:
-        """Cut every view of a sample into its arrays and say where they lie."""
+        """Cut the views that ``out`` names into their arrays and say where they lie."""
         for attempt in range(_ATTEMPTS):
-            placed = {name: self._place(name, spec, sample, attempt) for name, spec in self.plan.items()}
+            placed = {name: self._place(name, self.plan[name], sample, attempt) for name in out}
             self._cut(sample, placed, out)
             if all(
                 self.plan[name].labeled or self._shows_body(crop, arrays)

@@ -44,12 +44,13 @@ def write_archive(
     broken: str = "",
     known: tuple[bool, ...] = (True, True),
     stating: tuple[str, ...] = (),
+    classes: tuple[str, str] = ("background", "organ"),
 ) -> Archive:
     """Eight subjects; the scan named ``broken`` (such as ``s1-MR``) holds no data anywhere.
 
     The annotator stated the classes ``known``, in the subjects ``stating`` all of them.
     """
-    writer = ArchiveWriter.open(path, RECIPE, ("background", "organ") if labels else ())
+    writer = ArchiveWriter.open(path, RECIPE, classes if labels else ())
     scans, cases, pairs = [], [], []
     for number, subject in enumerate((*TRAIN, *DEVELOPMENT, *TEST)):
         ct, mr, organ = volumes(number)
