@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from medseg_ssl import __version__
 from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import Block, ConfigError, Record, UserError
+from medseg_ssl.data.partial import Access
 from medseg_ssl.train.session import (
     Session,
     check_bf16_depth,
@@ -137,6 +138,7 @@ def run_finetune(
     archive: Path,
     encoder: Path | None = None,
     cases: Sequence[str] | None = None,
+    access: Access | None = None,
     quiet: bool = False,
 ) -> Path:
     """Train a segmenter, or go on where an earlier call with the same config and inputs stopped.
@@ -147,6 +149,7 @@ def run_finetune(
         archive: a prepared archive with labels.
         encoder: an encoder file to start from; None starts from scratch.
         cases: labeled cases to use; None takes all of the split's train list.
+        access: splits and known parts of labels that differ from what the archive says.
         quiet: show no progress and no audit.
 
     Returns:
@@ -164,7 +167,8 @@ def run_finetune(
     from medseg_ssl.train import runtime
     from medseg_ssl.train.run_folder import hash_file, hash_names, open_run
 
-    opened = Archive.open(archive)
+    access = access or Access()
+    opened = Archive.open(archive).limited(access)
     config = with_spacing(complete_config(config, encoder), SHELVES, opened.recipe.spacing_mm)
     used = training_cases(opened, config.data.split, cases)
     unstated = unstated_classes((opened.cases[case] for case in used), opened.classes)
@@ -199,6 +203,7 @@ def run_finetune(
         "archive": opened.fingerprint[:16],
         "encoder": None if encoder is None else hash_file(encoder),
         "cases": hash_names(sorted(used)),
+        **access.identity(),
     }
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
@@ -299,6 +304,27 @@ def training_cases(archive: Archive, split: str, cases: Sequence[str] | None) ->
     if not cases:
         raise UserError("no cases to train on")
     return sorted(cases)
+
+
+def subset(
+    config: FinetuneConfig, file: Path, archive: Path, *, budget: int | None, draw: int, fold: int
+) -> tuple[list[str], Access]:
+    """The cases that a file of budgets names, and what may be known of them.
+
+    Raises:
+        ConfigError: no budget is named, or the file does not go with config and archive.
+    """
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.budget_file import chosen_cases, read_budgets
+
+    if budget is None:
+        raise ConfigError("--cases needs --budget, the number of labeled cases")
+    budgets = read_budgets(file)
+    if budgets.split != config.data.split:
+        raise ConfigError(f"{file.name} is of split '{budgets.split}', data.split is '{config.data.split}'")
+    return chosen_cases(
+        budgets, Archive.open(archive), budget=budget, draw=draw, fold=fold, where=f"the budgets {file.name}"
+    )
 
 
 def build(config: FinetuneConfig, facts: Facts) -> tuple[Objective, Any]:
@@ -425,11 +451,29 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "--archive", type=Path, required=True, help="made by 'medseg-ssl prepare', with labels"
     )
     parser.add_argument("--encoder", type=Path, help="encoder file to start from; none starts from scratch")
+    parser.add_argument("--cases", type=Path, help="budgets.json of a comparison: train on a subset it drew")
+    parser.add_argument("--budget", type=int, help="with --cases: number of labeled cases")
+    parser.add_argument("--draw", type=int, default=0, help="with --cases (default: %(default)s)")
+    parser.add_argument("--fold", type=int, default=0, help="with --cases of folds (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     given = parser.parse_intermixed_args(argv)
     path = find_config(given.config, kind="finetune")
     config = read_config(FinetuneConfig, path, given.assignments, shelves=SHELVES)
-    shipped = run_finetune(config, given.run, archive=given.archive, encoder=given.encoder, quiet=given.quiet)
+    cases, access = None, None
+    if given.cases is None and given.budget is not None:
+        raise ConfigError("--budget needs --cases, the budgets.json that holds it")
+    if given.cases is not None:
+        which = {"budget": given.budget, "draw": given.draw, "fold": given.fold}
+        cases, access = subset(config, given.cases, given.archive, **which)
+    shipped = run_finetune(
+        config,
+        given.run,
+        archive=given.archive,
+        encoder=given.encoder,
+        cases=cases,
+        access=access,
+        quiet=given.quiet,
+    )
     if not given.quiet:
         from rich.console import Console
 

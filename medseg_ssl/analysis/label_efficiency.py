@@ -26,6 +26,7 @@ from medseg_ssl.analysis.statistics import Interval, crossed_interval, holm, pai
 CASE_COLUMNS = (
     "task", "source", "target", "init", "budget", "draw", "seed", "case", "class",
     "dice", "iou", "nsd", "nsd_tolerance_mm", "hd95_mm", "precision", "recall",
+    "pretraining",
 )  # fmt: skip
 CURVE_COLUMNS = (
     "task", "source", "target", "init", "budget", "metric", "mean", "ci_low", "ci_high", "draws", "cases",
@@ -70,6 +71,7 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
         for row in csv.DictReader(file):
             for column in ("budget", "draw", "seed"):
                 row[column] = int(row[column]) if row[column] else -1  # `evaluate` knows none of them
+            row["pretraining"] = int(row.get("pretraining") or 0)  # older tables have no such column
             for column in (*METRICS, "nsd_tolerance_mm"):
                 row[column] = float(row[column]) if row[column] not in ("", None) else math.nan
             rows.append(row)

@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from finetune import compare as command
-from finetune import comparison as plans
-from finetune import fits
+from finetune import fits, labeling, planning
 from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
 from medseg_ssl.config import UserError
 from medseg_ssl.data.archive import Archive
@@ -97,12 +96,11 @@ def test_a_fit_that_failed_leaves_its_traceback_until_it_succeeds(world, tmp_pat
     archive = Archive.open(folder / "archive")
     config = command.read_config(folder / "balls.yaml", [])
     config = config.model_copy(update={"inits": {"scratch": "scratch"}})
-    (task, _) = plans.fit_tasks(
+    (task, _) = planning.fit_tasks(
         config,
         tmp_path,
         archives=(archive.path, archive.path),
-        subsets=plans.training_subsets(config, archive),
-        test_cases=["case-s6"],
+        folds=labeling.folds_of(config, archive, archive),
         encoders={},
         sources={},
         target="CT",
