@@ -191,7 +191,7 @@ def _learn(task: FitTask) -> Baseline:
 
     block = Block.model_validate(task.baseline)
     kind, options = block.resolve("medseg_ssl.baselines", Baseline, prefix=f"inits.{task.init}.baseline")
-    learned = kind(options)
+    learned = kind(options)  # pyright: ignore[reportAbstractUsage]
     learned.fit(Archive.open(task.archive).limited(task.access), task.train_cases, seed=task.seed)
     return learned
 

@@ -116,7 +116,7 @@ def draw_classes(
     dealt: Counter[str] = Counter()
     for case, names in stated.items():
         generator = draws.numpy_generator(seed, draw, f"stated classes/{case}")
-        order = [names[i] for i in generator.permutation(len(names))]
+        order = [names[int(i)] for i in generator.permutation(len(names))]
         kept = sorted(order, key=lambda name: dealt[name])[:count]
         dealt.update(kept)
         chosen[case] = tuple(name for name in names if name in kept)
