@@ -83,6 +83,8 @@ def compare(
         raise ConfigError("folds score the cases of the archive itself; leave out --test-archive or folds")
     opened = Archive.open(archive)
     test = opened if test_archive is None else Archive.open(test_archive)
+    if config.folds is not None:
+        _check_folds({name: _card(path) for name, path in given.items()}, opened)
     reused = None if budgets is None else read_budgets(budgets)
     splits = labeling.splits_of(config, opened, given=reused)
     counted, shares = labeling.numbered(config, opened, splits)
@@ -106,7 +108,6 @@ def compare(
         files |= {EncoderKey(name, f): path for name, path in given.items() for f in range(len(folds))}
         cards = {name: _card(files[EncoderKey(name)]) for name in config.pretrained()}
         _check_networks(config, cards)
-        _check_folds(config, cards, opened)
         longest = max((card["steps"] for card in cards.values()), default=0)
         if longest == 0 and SCRATCH_LONG in config.inits.values():
             raise ConfigError(
@@ -196,17 +197,13 @@ def _check_networks(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]
         )
 
 
-def _check_folds(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], archive: Archive) -> None:
+def _check_folds(cards: Mapping[str, Mapping[str, Any]], archive: Archive) -> None:
     """Every subject is scored in some fold, so an encoder that was made before has seen subjects it is scored on."""
-    for name, kind in config.inits.items():
-        if (
-            config.folds is not None
-            and kind == FROM_FILE
-            and cards[name]["archive_fingerprint"] == archive.fingerprint
-        ):
+    for name, card in cards.items():
+        if card["archive_fingerprint"] == archive.fingerprint:
             raise ConfigError(
                 f"the encoder of {name!r} was pretrained on this archive, and folds score all of its subjects; make it "
-                f"{{pretrain: …}}, which pretrains once per fold, or leave out folds"
+                "{pretrain: …}, which pretrains once per fold, or leave out folds"
             )
 
 
