@@ -83,8 +83,7 @@ def compare(
         raise ConfigError("folds score the cases of the archive itself; leave out --test-archive or folds")
     opened = Archive.open(archive)
     test = opened if test_archive is None else Archive.open(test_archive)
-    if config.folds is not None:
-        _check_folds({name: _card(path) for name, path in given.items()}, opened)
+    _check_seen(config, {name: _card(path) for name, path in given.items()}, opened)
     reused = None if budgets is None else read_budgets(budgets)
     splits = labeling.splits_of(config, opened, given=reused)
     counted, shares = labeling.numbered(config, opened, splits)
@@ -197,13 +196,21 @@ def _check_networks(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]
         )
 
 
-def _check_folds(cards: Mapping[str, Mapping[str, Any]], archive: Archive) -> None:
-    """Every subject is scored in some fold, so an encoder that was made before has seen subjects it is scored on."""
+def _check_seen(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], archive: Archive) -> None:
+    """An encoder from outside must not have seen who is scored, as far as its card tells."""
     for name, card in cards.items():
-        if card["archive_fingerprint"] == archive.fingerprint:
+        if card["archive_fingerprint"] != archive.fingerprint:
+            continue
+        if config.folds is not None:
             raise ConfigError(
                 f"the encoder of {name!r} was pretrained on this archive, and folds score all of its subjects; make it "
                 "{pretrain: …}, which pretrains once per fold, or leave out folds"
+            )
+        kept = [e["split"] for e in card.get("checked_against", ()) if e["archive"] == archive.fingerprint]
+        if kept and config.split not in kept:
+            raise ConfigError(
+                f"the encoder of {name!r} was pretrained with the split '{kept[0]}' of this archive, so it may have "
+                f"seen subjects whom split '{config.split}' keeps for scoring"
             )
 
 

@@ -133,6 +133,10 @@ def run_pretrain(
     config = with_spacing(with_defaults(config, SHELVES), SHELVES, opened.recipe.spacing_mm)
     subjects = training_subjects(opened, config.data)
     checked = guard(opened, subjects, split=config.data.split, protect=config.data.protect)
+    lists = access.identity().get("splits")
+    if lists is not None:
+        # an encoder of a fold has seen subjects whom the archive's own split keeps back, and its card must not hide it
+        checked = ({**checked[0], "split": f"{config.data.split}, other lists {lists}"}, *checked[1:])
     machine = runtime.start(config.train)
     objective, options = build(config, opened.facts())
     views = type(objective).views(options)

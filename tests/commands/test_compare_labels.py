@@ -289,6 +289,22 @@ def test_folds_refuse_encoders_that_saw_their_subjects(tmp_path):
         run(tmp_path / "out", fakes.config(folds=2), test_archive=Path("other"))
 
 
+def test_an_encoder_of_another_split_of_this_archive_is_refused(tmp_path, monkeypatch):
+    """Such as one of a fold, which has seen subjects that the split itself keeps back."""
+    (tmp_path / "e").write_text("weights")
+    config = fakes.config(budgets=[1], draws=1, inits={"scratch": "scratch", "given": "encoder"})
+    for split, refused in (("default", False), ("default, other lists 0f1e", True)):
+        checked = [{"archive": "f" * 16, "split": split}]
+        monkeypatch.setattr(
+            command, "_card", lambda path, c=checked: {**fakes.card(path), "checked_against": c}
+        )
+        if refused:
+            with pytest.raises(ConfigError, match=f"with the split '{split}' of this archive, so it may"):
+                run(tmp_path / split[:9], config, encoders={"given": tmp_path / "e"})
+        else:
+            run(tmp_path / "fine", config, encoders={"given": tmp_path / "e"})
+
+
 def test_every_draw_is_fine_tuned_from_every_pretraining(tmp_path):
     config = fakes.config(pretrainings=3, budgets=[1, 2], draws=2)
     run(tmp_path / "out", config)

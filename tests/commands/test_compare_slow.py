@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from medseg_ssl.analysis.label_efficiency import read_cases
 from medseg_ssl.data.budgets import write_split
 from medseg_ssl.data.manifest import Split
+from medseg_ssl.nets.encoder_file import load_card
+from medseg_ssl.train.run_folder import hash_file
 from tests.train.archives import write_archive
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +119,21 @@ def test_killed_five_times_at_random_gives_the_tables_of_a_run_without_a_stop(wo
     assert start(killed).wait(timeout=600) == 0
     for name in TABLES:
         assert (killed / name).read_bytes() == (through / name).read_bytes(), name
+
+
+def test_each_fold_is_pretrained_on_its_own_training_subjects(world, start):
+    out = world / "folds"
+    assert start(out, "folds=2", "budgets=[2]", "draws=1", "pretrainings=2").wait(timeout=600) == 0
+    assert done(out) == 2 * (1 + 2)
+    files = sorted((out / "pretrain").glob("*/encoder.safetensors"))
+    assert [file.parent.name for file in files] == ["mae", "mae@f1", "mae@f1p1", "mae@p1"]
+    assert len({hash_file(file) for file in files}) == 4
+    splits = [load_card(file).model_dump()["checked_against"][0]["split"] for file in files]
+    assert splits[0] == splits[3] != splits[1] == splits[2]
+    assert all(split.startswith("wide, other lists ") for split in splits)
+    rows = read_cases(out / "cases.csv")
+    assert sorted({row["case"] for row in rows}) == [f"case-s{i}" for i in (0, 1, 2, 3, 4, 6, 7)]
+    assert {(row["init"], row["pretraining"]) for row in rows} == {("scratch", 0), ("mae", 0), ("mae", 1)}
 
 
 def test_a_cluster_gives_the_tables_of_one_machine(world, start):
