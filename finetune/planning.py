@@ -72,11 +72,9 @@ def pretrain_folder(out: Path, key: EncoderKey) -> Path:
     return out / "pretrain" / (f"{key.init}@{others}" if others else key.init)
 
 
-def fit_folder(out: Path, cell: Cell) -> Path:
-    """Run folder of a fit: ``fits/INIT/bB/dD``, with ``f2`` and ``p1`` for fold 2 and pretraining 1."""
-    return (
-        out / "fits" / cell.init / f"b{cell.budget}" / f"d{cell.draw}{_suffix(cell.fold, cell.pretraining)}"
-    )
+def fit_folder(out: Path, init: str, budget: int, draw: int, fold: int = 0, pretraining: int = 0) -> Path:
+    """Run folder of a fit: ``fits/INIT/bB/dD``, with ``f2`` and ``p1`` behind for fold 2 and pretraining 1."""
+    return out / "fits" / init / f"b{budget}" / f"d{draw}{_suffix(fold, pretraining)}"
 
 
 def _suffix(fold: int, pretraining: int) -> str:
@@ -140,7 +138,7 @@ def fit_tasks(
             tree = overlay(tree, {"seed": seed, "train": {"steps": f"{steps} steps"}})
         tasks.append(
             FitTask(
-                folder=fit_folder(out, cell),
+                folder=fit_folder(out, *cell),
                 config=tree,
                 archive=archives[0],
                 test_archive=archives[1],

@@ -217,6 +217,8 @@ class Archive:
         Raises:
             UserError: a part of a label that the archive does not have.
         """
+        if access == Access():
+            return self
         unknown = [case for case in access.labels if case not in self.cases or not self.cases[case].labeled]
         if unknown:
             raise UserError(f"{self.path} has no labeled case {unknown[0]!r}")
