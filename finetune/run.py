@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from medseg_ssl import __version__
 from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import Block, ConfigError, Record, UserError
+from medseg_ssl.data.partial import Access
 from medseg_ssl.train.session import (
     Session,
     check_bf16_depth,
@@ -139,6 +140,7 @@ def run_finetune(
     encoder: Path | None = None,
     cases: Sequence[str] | None = None,
     continue_from: Path | None = None,
+    access: Access | None = None,
     quiet: bool = False,
 ) -> Path:
     """Train a segmenter, or go on where an earlier call with the same config and inputs stopped.
@@ -151,6 +153,7 @@ def run_finetune(
         cases: labeled cases to use; None takes all of the split's train list.
         continue_from: a segmenter to go on from, in place of ``encoder``: its networks, its classes, and those of the
             archive that it lacks behind them.
+        access: splits and known parts of labels that differ from what the archive says.
         quiet: show no progress and no audit.
 
     Returns:
@@ -170,7 +173,8 @@ def run_finetune(
 
     from .continuing import previous
 
-    opened = Archive.open(archive)
+    access = access or Access()
+    opened = Archive.open(archive).limited(access)
     grown = None
     if continue_from is not None:
         if encoder is not None:
@@ -224,6 +228,7 @@ def run_finetune(
         "archive": opened.fingerprint[:16],
         "encoder": None if encoder is None else hash_file(encoder),
         "cases": hash_names(sorted(used)),
+        **access.identity(),
     }
     if continue_from is not None:
         inputs["continue_from"] = hash_file(continue_from)
@@ -336,6 +341,27 @@ def training_cases(archive: Archive, split: str, cases: Sequence[str] | None) ->
     if not cases:
         raise UserError("no cases to train on")
     return sorted(cases)
+
+
+def subset(
+    config: FinetuneConfig, file: Path, archive: Path, *, budget: int | None, draw: int, fold: int
+) -> tuple[list[str], Access]:
+    """The cases that a file of budgets names, and what may be known of them.
+
+    Raises:
+        ConfigError: no budget is named, or the file does not go with config and archive.
+    """
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.budget_file import chosen_cases, read_budgets
+
+    if budget is None:
+        raise ConfigError("--cases needs --budget, the number of labeled cases")
+    budgets = read_budgets(file)
+    if budgets.split != config.data.split:
+        raise ConfigError(f"{file.name} is of split '{budgets.split}', data.split is '{config.data.split}'")
+    return chosen_cases(
+        budgets, Archive.open(archive), budget=budget, draw=draw, fold=fold, where=f"the budgets {file.name}"
+    )
 
 
 def build(config: FinetuneConfig, facts: Facts) -> tuple[Objective, Any]:
@@ -468,16 +494,28 @@ def main(argv: Sequence[str] | None = None) -> Path:
         metavar="SEGMENTER",
         help="segmenter to go on from: its networks whatever the config names, its classes and new ones behind them",
     )
+    parser.add_argument("--cases", type=Path, help="budgets.json of a comparison: train on a subset it drew")
+    parser.add_argument("--budget", type=int, help="with --cases: number of labeled cases")
+    parser.add_argument("--draw", type=int, default=0, help="with --cases (default: %(default)s)")
+    parser.add_argument("--fold", type=int, default=0, help="with --cases of folds (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     given = parser.parse_intermixed_args(argv)
     path = find_config(given.config, kind="finetune")
     config = read_config(FinetuneConfig, path, given.assignments, shelves=SHELVES)
+    cases, access = None, None
+    if given.cases is None and given.budget is not None:
+        raise ConfigError("--budget needs --cases, the budgets.json that holds it")
+    if given.cases is not None:
+        which = {"budget": given.budget, "draw": given.draw, "fold": given.fold}
+        cases, access = subset(config, given.cases, given.archive, **which)
     shipped = run_finetune(
         config,
         given.run,
         archive=given.archive,
         encoder=given.encoder,
         continue_from=given.continue_from,
+        cases=cases,
+        access=access,
         quiet=given.quiet,
     )
     if not given.quiet:

@@ -14,6 +14,7 @@ from pydantic import Field
 from medseg_ssl import __version__
 from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import Block, ConfigError, Record, UserError
+from medseg_ssl.data.partial import Access
 from medseg_ssl.train.session import (
     Session,
     check_bf16_depth,
@@ -100,13 +101,16 @@ SHELVES = {
 }
 
 
-def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: bool = False) -> Path:
+def run_pretrain(
+    config: PretrainConfig, run: Path, *, archive: Path, access: Access | None = None, quiet: bool = False
+) -> Path:
     """Pretrain an encoder, or go on where an earlier call with the same config stopped.
 
     Args:
         config: checked by ``read_config`` or made in code.
         run: the run folder.
         archive: a prepared archive.
+        access: splits that differ from what the archive says.
         quiet: show no progress.
 
     Returns:
@@ -124,10 +128,15 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
     from medseg_ssl.train import runtime
     from medseg_ssl.train.run_folder import open_run
 
-    opened = Archive.open(archive)
+    access = access or Access()
+    opened = Archive.open(archive).limited(access)
     config = with_spacing(with_defaults(config, SHELVES), SHELVES, opened.recipe.spacing_mm)
     subjects = training_subjects(opened, config.data)
     checked = guard(opened, subjects, split=config.data.split, protect=config.data.protect)
+    lists = access.identity().get("splits")
+    if lists is not None:
+        # an encoder of a fold has seen subjects whom the archive's own split keeps back, and its card must not hide it
+        checked = ({**checked[0], "split": f"{config.data.split}, other lists {lists}"}, *checked[1:])
     machine = runtime.start(config.train)
     objective, options = build(config, opened.facts())
     views = type(objective).views(options)
@@ -151,7 +160,7 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
         made = make_card(config, opened, views, steps=steps, channels=objective.encoder.channels_in)
         return made.model_copy(update={"checked_against": checked})
 
-    inputs: dict[str, Any] = {"archive": opened.fingerprint[:16]}
+    inputs: dict[str, Any] = {"archive": opened.fingerprint[:16], **access.identity()}
     if config.data.protect:
         inputs["protect"] = [entry["archive"][:16] for entry in checked[1:]]
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:

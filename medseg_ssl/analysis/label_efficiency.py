@@ -35,6 +35,7 @@ from medseg_ssl.analysis.verdicts import verdicts
 CASE_COLUMNS = (
     "task", "source", "target", "init", "budget", "draw", "seed", "case", "class",
     "dice", "iou", "nsd", "nsd_tolerance_mm", "hd95_mm", "precision", "recall",
+    "pretraining",
 )  # fmt: skip
 CURVE_COLUMNS = (
     "task", "source", "target", "init", "budget", "metric", "mean", "ci_low", "ci_high", "draws", "cases",
