@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .run import FinetuneConfig
 
 SCRATCH, SCRATCH_LONG, FROM_FILE = "scratch", "scratch_long", "encoder"
-FIXED_KEYS = ("seed", "encoder", "decoder", "train.steps", "train.accumulate", "data.batch_size")
+FIXED_KEYS = ("seed", "encoder", "decoder", "train.steps", "train.accumulate", "data.batch_size", "best")
 """What no init may have for itself: with them a comparison compares something else than the init."""
 
 
@@ -190,6 +190,8 @@ def resolve(config: CompareConfig) -> CompareConfig:
     finetune = found[0]
     pretrains = dict(zip(trees, found[1 + len(config.init_overrides) :], strict=True))
     steps_of(finetune)
+    if finetune.best is not None:
+        raise ConfigError("finetune.best has no place in a comparison, where every fit takes the same steps")
     for name, pretraining in pretrains.items():
         if config.subset in pretraining.data.splits:
             raise ConfigError(
