@@ -56,7 +56,7 @@ class Placed:
 
 class _ClassVoxels(NamedTuple):
     # how many voxels of a case are of a class, and the flat indices of some of them
-    count: int
+    voxels: int
     some: np.ndarray
 
 
@@ -162,7 +162,7 @@ class ViewMaker:
             return anywhere
         number = int(which * len(positions))
         if not self.class_balance:
-            ends = np.cumsum([of_class.count for of_class in positions])
+            ends = np.cumsum([of_class.voxels for of_class in positions])
             number = int(np.searchsorted(ends, which * ends[-1], side="right"))
         chosen = positions[number].some
         centre = np.unravel_index(int(chosen[int(voxel * chosen.size)]), row.shape)
@@ -186,7 +186,7 @@ class ViewMaker:
                 if value == UNKNOWN_LABEL or (known and (value >= len(known) or not known[value])):
                     continue
                 picked = generator.choice(members, most, replace=False) if members.size > most else members
-                kept.append(_ClassVoxels(count=members.size, some=picked.astype(np.int32)))
+                kept.append(_ClassVoxels(voxels=members.size, some=picked.astype(np.int32)))
             self._positions[case] = kept
         return self._positions[case]
 

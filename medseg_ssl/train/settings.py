@@ -28,7 +28,8 @@ class OptimConfig(Record):
         warmup: length of the linear warm-up.
         final: factor on the learning rate reached at the end by ``cosine`` and ``linear``.
         clip_norm: largest norm of the whole gradient; null does not clip.
-        encoder_lr_scale: the encoder's learning rate as a fraction of ``lr``; 0 freezes it.
+        encoder_lr_scale: the encoder's learning rate as a fraction of ``lr``; 0 keeps its weights (``tune: frozen`` of
+            fine-tuning saves the work too).
         decoder_lr_scale: the decoder's likewise, for one that was pretrained too; heads always have ``lr``.
         layer_decay: factor on the encoder's learning rate from each of its layers to the one before it, towards the
             image (BEiT, arXiv 2106.08254): of n layers the last has ``layer_decay``, the first its n-th power; 1 treats
