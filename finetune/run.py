@@ -27,6 +27,8 @@ from medseg_ssl.train.session import (
 )
 from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
 
+from .tuning import BestConfig, TuneConfig, ship_plain, tune
+
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.loader import Loader
@@ -47,12 +49,15 @@ class FinetuneData(Record):
         workers: loader processes per process; 0 loads in the training process.
         split: name of the archive's split; the labeled cases of its train list are used.
         foreground_share: share of crops centred on a labeled voxel.
+        class_balance: the class of that voxel is drawn among those of the case, each as likely; without it every
+            labeled voxel is as likely, and small structures are seldom met.
     """
 
     batch_size: int = Field(ge=1)
     workers: int = Field(default=0, ge=0)
     split: str = "default"
     foreground_share: float = Field(default=0.33, ge=0, le=1)
+    class_balance: bool = True
 
 
 class TransferConfig(Record):
@@ -77,19 +82,29 @@ class FinetuneConfig(Record):
         encoder: block on the shelf of encoders; null takes the encoder file's.
         decoder: block on the shelf of decoders.
         objective: block on the shelf of objectives, one that takes a ``decoder`` (``segmentation``).
+        tune: which of the encoder's parameters are trained.
         evaluations: name on the shelf of evaluations to its options; run on development subjects.
+        best: ship the weights of the best evaluation, and stop when none was better for a while; null ships the last.
     """
 
     seed: int = Field(default=0, ge=0)
     encoder: Block | None = None
     decoder: Block = Block(name="unet")
     objective: Block = Block(name="segmentation")
+    tune: TuneConfig = TuneConfig()
     data: FinetuneData
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     transfer: TransferConfig = TransferConfig()
     wandb: WandbConfig = WandbConfig()
     evaluations: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    best: BestConfig | None = None
+
+    @model_validator(mode="after")
+    def _best_of_what(self) -> FinetuneConfig:
+        if self.best is not None:
+            self.best.check_fits(self.evaluations, self.train, split=self.data.split)
+        return self
 
     @model_validator(mode="after")
     def _one_place_for_the_decoder(self) -> FinetuneConfig:
@@ -206,6 +221,9 @@ def run_finetune(
     else:
         audit = grown.load_into(objective, unstated)
         unstated = grown.silent(unstated)
+    fresh = () if audit is None else audit.fresh
+    tuned = tune(objective, config.tune, seed=config.seed, fresh=fresh)
+    best = None if config.best is None else config.best.keeper(opened, config.data.split, used)
     objective.begin(() if grown is None else grown.kept)
     per_epoch = steps_per_epoch(config, opened, used)
     steps = config.train.steps.steps(steps_per_epoch=per_epoch)
@@ -220,7 +238,7 @@ def run_finetune(
         steps=1
     )  # says now, before the run folder is touched, what in the config does not go with the archive
 
-    def card() -> Card:
+    def card(steps: int = steps) -> Card:
         made = make_card(config, opened, views, used, silent=unstated, steps=steps)
         return made.model_copy(update={"classes": classes})
 
@@ -248,6 +266,11 @@ def run_finetune(
                 len(used),
                 ", ".join(unstated),
             )
+        if encoder is None and config.tune.name != "full" and machine.is_main and not quiet:
+            logger.warning(
+                "tune '%s' leaves most of a random encoder as it is: no encoder file is given",
+                config.tune.name,
+            )
         session = Session(
             run=Path(run),
             config=config.model_dump(mode="json"),
@@ -260,7 +283,10 @@ def run_finetune(
             description=f"finetune {len(used)} cases",
             quiet=quiet,
             tags=("finetune", "scratch" if encoder is None else "pretrained"),
-            fresh=() if audit is None else audit.fresh,
+            fresh=fresh,
+            undecayed=tuned.undecayed,
+            training=tuned.training,
+            best=best,
             prepare_batch=finished,
             preview_batch=lambda: next(iter(load(steps=1))),
             evaluate=scoring(config.evaluations, partial(predictor, card=card, machine=machine), opened),
@@ -271,13 +297,14 @@ def run_finetune(
             runtime=machine,
         )
         if machine.is_main:
+            ship_plain(objective, config.tune)
             parts = objective.export()
             encoder_file.save(
                 Path(run) / SHIPS,
                 encoder=parts.encoder,
                 decoder=parts.decoder,
                 head=heads(parts.head),
-                card=card(),
+                card=card() if best is None or best.step is None else card(steps=best.step),
             )
         machine.barrier()
     return Path(run) / SHIPS
@@ -315,6 +342,7 @@ def loader(
         cases=used,
         relations=relations,
         foreground_share=config.data.foreground_share,
+        class_balance=config.data.class_balance,
     )
 
 

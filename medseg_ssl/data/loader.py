@@ -57,6 +57,7 @@ class Loader:
         cases: Collection[str] | None = None,
         relations: Sequence[str] = (),
         foreground_share: float = 0.33,
+        class_balance: bool = True,
         minimum_foreground: float = 0.05,
         modality_temperature: float = 0.5,
         max_offset_mm: float | None = None,
@@ -81,6 +82,7 @@ class Loader:
                 ``subjects`` too: the scans of all of them are its pool.
             relations: of pairs the objective takes; empty for all.
             foreground_share: share of labeled crops centred on a voxel of a random known class.
+            class_balance: every class of a case is as likely; without it every one of their voxels.
             minimum_foreground: share of an unlabeled crop that should be body.
             modality_temperature: 1 keeps the archive's proportions of modalities, 0 evens them out.
             max_offset_mm: pairs that were measured to lie further apart are left out.
@@ -117,6 +119,7 @@ class Loader:
             plan,
             seed=seed,
             foreground_share=foreground_share,
+            class_balance=class_balance,
             minimum_foreground=minimum_foreground,
             spatial=spatial,
         )

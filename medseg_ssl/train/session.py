@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ from medseg_ssl.types import Batch, Triple, TripleMm, ViewPlan, ViewSpec
 
 if TYPE_CHECKING:
     from medseg_ssl.objectives.base import Objective
+    from medseg_ssl.train.best import Best
     from medseg_ssl.train.loop import Action, FitResult
     from medseg_ssl.train.runtime import Runtime
 
@@ -201,6 +203,9 @@ class Session:
         prepare_batch: finishes a batch on the device.
         tags: words to find the run by in the mirror.
         fresh: beginnings of the names of parameters that a loaded file has not trained.
+        undecayed: names of parameters that weight decay would harm.
+        training: puts the objective into training mode; all of it, unless parts are frozen.
+        best: which evaluation's weights ship, and when to stop; None ships the last.
     """
 
     run: Path
@@ -218,6 +223,9 @@ class Session:
     prepare_batch: Callable[[Batch], Batch] | None = None
     tags: tuple[str, ...] = field(default=())
     fresh: tuple[str, ...] = ()
+    undecayed: tuple[str, ...] = ()
+    training: Callable[[Objective], object] = methodcaller("train")
+    best: Best | None = None
 
     def fit(
         self, objective: Objective, *, batches: Callable[[int], Iterator[Batch]], runtime: Runtime
@@ -243,6 +251,7 @@ class Session:
             total_steps=self.steps,
             steps_per_epoch=self.steps_per_epoch,
             fresh=self.fresh,
+            undecayed=self.undecayed,
         )
         with (
             Progress(self.description, quiet=self.quiet or not runtime.is_main) as progress,
@@ -266,6 +275,8 @@ class Session:
                 checkpoint=Checkpoint(self.run / "last.ckpt", writes=runtime.is_main),
                 actions=self._actions(objective, runtime, recorder),
                 prepare_batch=self.prepare_batch,
+                training=self.training,
+                best=self.best,
             )
 
     def _every(self, length: Any) -> int:
@@ -290,7 +301,11 @@ class Session:
 
             def evaluate(step: int) -> None:
                 if runtime.is_main:
-                    recorder.log(step, measure(objective, step))
+                    scores = dict(measure(objective, step))
+                    if self.best is not None:
+                        self.best.see(step, scores, objective)
+                        scores |= {} if self.best.step is None else {"eval/best_step": float(self.best.step)}
+                    recorder.log(step, scores)
                 runtime.barrier()
 
             every = (
