@@ -114,10 +114,11 @@ class Geometry(Evaluation):
             for i in range(config.crops):
                 rng = numpy_generator(config.seed, i, f"geometry:{row.content_hash}")
                 start = body_start(row, model, size, rng)
-                shift = rng.uniform(-1, 1, 3) * config.jitter * np.array(size) * factor
+                shifted = start + rng.uniform(-1, 1, 3) * config.jitter * np.array(size) * factor
+                last = np.maximum(np.array(row.shape) - np.array(size) * factor, 0)
                 crops += [
                     network_crop(archive, key, model.card, start=at, size=size)
-                    for at in (start, start + shift)
+                    for at in (start, np.clip(shifted, 0, last))
                 ]
             unit_NE = _unit(config.pooled(model, crops, row))
             firsts.append(unit_NE[::2])
@@ -135,6 +136,10 @@ class Geometry(Evaluation):
             a, b = archive.scans[pair.scan_a], archive.scans[pair.scan_b]
             placed = b if pair.transform_44 is None else b.moved(np.array(pair.transform_44))
             low, high = seen_from(a, placed)
+            # whole crops lie in what both scans show, where that is large enough
+            half = np.array(size) * np.array(network_spacing(model.card, a)) / np.array(a.spacing_mm) / 2
+            middle = (low + high) / 2
+            low, high = np.minimum(low + half, middle), np.maximum(high - half, middle)
             crops_a, crops_b = [], []
             for i in range(config.crops):
                 rng = numpy_generator(config.seed, i, f"geometry:{a.content_hash}:{b.content_hash}")

@@ -18,6 +18,7 @@ from medseg_ssl.train.runtime import Held, peak_memory_bytes
 from medseg_ssl.types import Batch
 
 if TYPE_CHECKING:
+    from medseg_ssl.train.best import Best
     from medseg_ssl.train.checkpoint import Checkpoint
     from medseg_ssl.train.optim import ScheduledOptimizer
     from medseg_ssl.train.recorder import Recorder
@@ -59,6 +60,7 @@ def fit(
     checkpoint: Checkpoint,
     actions: Sequence[Action] = (),
     prepare_batch: Callable[[Batch], Batch] | None = None,
+    best: Best | None = None,
 ) -> FitResult:
     """Train an objective; on return it holds the weights that ship (the average, where one is kept), in eval mode.
 
@@ -72,6 +74,7 @@ def fit(
         checkpoint: continued where it exists, written every ``plan.save_every`` steps and at the end.
         actions: run with the averaged weights, in eval mode and without gradients.
         prepare_batch: finishes a batch on the device (intensity augmentation).
+        best: what an action keeps of the best evaluated step; saved and put back with the rest.
 
     Raises:
         UserError: a loss or gradient is not finite (the message names the step and the scans), or the disk is full.
@@ -88,6 +91,8 @@ def fit(
     def save(*, due: bool = False) -> None:
         guard.check()
         state = {"step": step, "objective": objective.state_dict(), "average": average.state_dict()}
+        if best is not None:
+            state["best"] = best.state_dict()
         checkpoint.save(
             {**state, "optimizer": stepper.optimizer.state_dict(), "due": due, **recorder.state_dict()}
         )
@@ -102,7 +107,7 @@ def fit(
                 function(step)
         objective.train()
 
-    step, due = _resume(checkpoint.load(), objective, stepper.optimizer, average, recorder)
+    step, due = _resume(checkpoint.load(), objective, stepper.optimizer, average, recorder, best)
     stream = iter(batches(step)) if step < plan.steps else iter(())
     objective.train()
     with StopRequest() as stop:
@@ -188,7 +193,12 @@ def _next(stream: Iterator[Batch], step: int) -> Batch:
 
 
 def _resume(
-    state: Any, objective: Objective, optimizer: Any, average: Average, recorder: Recorder
+    state: Any,
+    objective: Objective,
+    optimizer: Any,
+    average: Average,
+    recorder: Recorder,
+    best: Best | None,
 ) -> tuple[int, bool]:
     """Put a saved state back; returns the step to go on from and whether actions of that step are still due."""
     recorder.load_state_dict(state or {})
@@ -197,6 +207,8 @@ def _resume(
     objective.load_state_dict(state["objective"])
     optimizer.load_state_dict(state["optimizer"])
     average.load_state_dict(state["average"])
+    if best is not None:
+        best.load_state_dict(state["best"])
     return state["step"], state["due"]
 
 

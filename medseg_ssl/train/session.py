@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -14,6 +15,7 @@ from medseg_ssl.types import Batch, Triple, TripleMm, ViewPlan, ViewSpec
 
 if TYPE_CHECKING:
     from medseg_ssl.objectives.base import Objective
+    from medseg_ssl.train.best import Best
     from medseg_ssl.train.loop import Action, FitResult
     from medseg_ssl.train.runtime import Runtime
 
@@ -91,7 +93,7 @@ def resolve_block(block: Block, key: str, shelves: Shelves) -> tuple[type, Any]:
 
 
 def build_evaluations(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The evaluations a config names, on development subjects unless it says otherwise.
+    """The evaluations a config names, on development subjects and with few crops unless it says otherwise.
 
     Raises:
         ConfigError: unknown names or options, all at once.
@@ -102,16 +104,22 @@ def build_evaluations(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str,
         contract = import_module("medseg_ssl.evaluations.base").Evaluation
         block = Block.model_validate({**evaluations[name], "name": name})
         cls, options = block.resolve("medseg_ssl.evaluations", contract, prefix=f"evaluations.{name}")
-        if "subset" in type(options).model_fields and "subset" not in evaluations[name]:
-            options = options.model_copy(update={"subset": "development"})
-        return cls(options)
+        given = evaluations[name]
+        changes = {key: value for key, value in cls.sparing.items() if key not in given}
+        if "subset" in type(options).model_fields and "subset" not in given:
+            changes["subset"] = "development"
+        return cls(options.model_copy(update=changes))
 
     built = resolved(*(lambda name=name: one(name) for name in evaluations))
     return dict(zip(evaluations, built, strict=True))
 
 
 def scoring(
-    evaluations: Mapping[str, Mapping[str, Any]], model: Callable[[Objective], Any], archive: Any
+    evaluations: Mapping[str, Mapping[str, Any]],
+    model: Callable[[Objective], Any],
+    archive: Any,
+    *,
+    pictures: Callable[[str, bytes, int], Any] | None = None,
 ) -> Callable[[Objective, int], dict[str, float]] | None:
     """What ``Session.evaluate`` takes: scores as ``eval/<evaluation>/<score>``; None without evaluations.
 
@@ -119,6 +127,7 @@ def scoring(
         evaluations: name on the shelf to options.
         model: objective to what the evaluations look at.
         archive: an opened archive.
+        pictures: takes (name, PNG, step) of evaluations that draw.
     """
     if not evaluations:
         return None
@@ -126,9 +135,14 @@ def scoring(
 
     def measure(objective: Objective, step: int) -> dict[str, float]:
         looked_at = model(objective)
-        return {
-            f"eval/{n}/{s.name}": s.value for n, one in built.items() for s in one.run(looked_at, archive)
-        }
+        found = {}
+        for name, one in built.items():
+            for score in one.run(looked_at, archive):
+                found[f"eval/{name}/{score.name}"] = score.value
+                if pictures is not None:
+                    for picture, png in (score.pictures or {}).items():
+                        pictures(f"{name}-{picture}", png, step)
+        return found
 
     return measure
 
@@ -201,6 +215,7 @@ class Session:
         prepare_batch: finishes a batch on the device.
         tags: words to find the run by in the mirror.
         fresh: beginnings of the names of parameters that a loaded file has not trained.
+        best: keeps the weights of the evaluated step with the best score.
     """
 
     run: Path
@@ -218,6 +233,7 @@ class Session:
     prepare_batch: Callable[[Batch], Batch] | None = None
     tags: tuple[str, ...] = field(default=())
     fresh: tuple[str, ...] = ()
+    best: Best | None = None
 
     def fit(
         self, objective: Objective, *, batches: Callable[[int], Iterator[Batch]], runtime: Runtime
@@ -266,12 +282,15 @@ class Session:
                 checkpoint=Checkpoint(self.run / "last.ckpt", writes=runtime.is_main),
                 actions=self._actions(objective, runtime, recorder),
                 prepare_batch=self.prepare_batch,
+                best=self.best,
             )
 
     def _every(self, length: Any) -> int:
         return max(1, length.steps(steps_per_epoch=self.steps_per_epoch, total_steps=self.steps))
 
     def _actions(self, objective: Objective, runtime: Runtime, recorder: Any) -> list[Action]:
+        from medseg_ssl.train.health import alarms
+
         actions: list[Action] = []
         if self.preview_batch is not None and self.train.preview_every is not None:
             make = self.preview_batch
@@ -287,10 +306,20 @@ class Session:
             actions.append((self._every(self.train.preview_every), preview))
         if self.evaluate is not None:
             measure = self.evaluate
+            began, spent = time.perf_counter(), 0.0
 
             def evaluate(step: int) -> None:
+                nonlocal spent
                 if runtime.is_main:
-                    recorder.log(step, measure(objective, step))
+                    asked = time.perf_counter()
+                    scores = measure(objective, step)
+                    now = time.perf_counter()
+                    spent += now - asked
+                    recorder.log(step, {**scores, "system/evaluate_share": spent / (now - began)})
+                    for alarm in alarms(scores):
+                        recorder.warn(alarm)
+                    if self.best is not None:
+                        self.best.offer(step, scores, objective.export())
                 runtime.barrier()
 
             every = (

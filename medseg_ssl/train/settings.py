@@ -60,7 +60,8 @@ class TrainConfig(Record):
         log_every: between two lines of ``metrics.jsonl``.
         save_every: between two writes of ``last.ckpt``.
         preview_every: between two sets of pictures; null makes none.
-        evaluate_every: between two runs of ``evaluations``; null evaluates at the end only.
+        evaluate_every: between two runs of ``evaluations``; null evaluates at the end only, in pretraining also every
+            10 % of the run where that is 1000 samples or more, else every 1000 samples.
         accelerator: ``auto`` takes a GPU where there is one; several by ``torchrun``.
         threads: CPU threads of torch; null leaves torch's own choice.
         channels_last: channels-last memory format of 5D weights.
@@ -90,6 +91,25 @@ class TrainConfig(Record):
     def _some(cls, value: Duration) -> Duration:
         if value.value <= 0:
             raise ValueError("a run needs at least 1 step")
+        return value
+
+
+class KeepBest(Record):
+    """Ship the weights of the evaluated step with the best score in place of the last ones.
+
+    Attributes:
+        score: ``<evaluation>/<score>`` as ``metrics.jsonl`` names it after ``eval/``, such as ``knn/dice``.
+        mode: whether larger or smaller is better.
+    """
+
+    score: str
+    mode: Literal["max", "min"] = "max"
+
+    @field_validator("score")
+    @classmethod
+    def _of_an_evaluation(cls, value: str) -> str:
+        if not all(value.partition("/")):
+            raise ValueError(f"{value!r} is no '<evaluation>/<score>' such as 'knn/dice'")
         return value
 
 
