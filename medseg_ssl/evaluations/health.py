@@ -41,7 +41,7 @@ class Health(Evaluation):
         crops: int = Field(default=128, ge=FEWEST_CROPS)
 
     config: Config
-    sparing = MappingProxyType({"crops": 32})
+    sparing = MappingProxyType({"crops": 24})
 
     def run(self, model: FrozenEncoder, archive: Archive) -> Iterator[Score]:
         """Yield the numbers for each modality and, where there are several, for all crops together.

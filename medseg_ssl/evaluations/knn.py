@@ -32,7 +32,7 @@ class KNN(VoxelProbe):
 
         neighbours: int = Field(default=20, ge=1)
 
-    config: Config
+    config: Config  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def teach(
         self, taught: Tensor, label_N: np.ndarray, weight_K: np.ndarray, blocks: Sequence[int]

@@ -28,7 +28,7 @@ class Linear(VoxelProbe):
 
         penalty: float = Field(default=1e-3, gt=0)
 
-    config: Config
+    config: Config  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def teach(
         self, taught: Tensor, label_N: np.ndarray, weight_K: np.ndarray, blocks: Sequence[int]

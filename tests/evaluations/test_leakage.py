@@ -78,7 +78,7 @@ def test_columns_of_the_manifest_within_a_modality():
 
 def test_overlapping_crops_are_no_answers():
     archive = archive_of(lambda i, modality: 30.0 * i - 110, modalities=(("CT", "HU"),))
-    with pytest.raises(UserError, match="nothing to tell apart .* take a smaller crop_size"):
+    with pytest.raises(UserError, match=r"nothing to tell apart .* take a smaller crop_size"):
         scores(PooledEncoder(), archive, crop_size=(16, 18, 24))
 
 

@@ -84,7 +84,9 @@ def test_scores_are_finite_deterministic_and_not_of_test_subjects(name, opened):
     found = list(evaluation.run(model, archive))
     assert found
     assert all(isinstance(score, Score) for score in found)
-    assert all(math.isfinite(score.value) for score in found), [s for s in found if not math.isfinite(s.value)]
+    assert all(math.isfinite(score.value) for score in found), [
+        s for s in found if not math.isfinite(s.value)
+    ]
     assert len({score.name for score in found}) == len(found)
     assert read
     assert not read & set(TEST)

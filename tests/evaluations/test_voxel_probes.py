@@ -1,5 +1,7 @@
 """Voxel kNN and linear probe: features that name the class give Dice 1, features that say nothing give chance."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -116,7 +118,7 @@ def test_teaching_cases_are_nested_and_of_other_subjects():
         teaching, scored = probe._cases(archive)
         assert scored == ["case4"]
         chosen.append(teaching)
-    for small, large in zip(chosen, chosen[1:], strict=False):
+    for small, large in pairwise(chosen):
         assert all(a == b[: len(a)] for a, b in zip(small, large, strict=True))
     assert len(chosen[-1][0]) == 4, "all where there are fewer"
 

@@ -73,7 +73,9 @@ def test_nothing_finite_keeps_nothing():
 
 def test_refusals():
     best = Best(KeepBest(score="knn/dize"))
-    with pytest.raises(ConfigError, match=r"no score 'knn/dize'; there are cases, dice|there are knn/cases, knn/dice$"):
+    with pytest.raises(
+        ConfigError, match=r"no score 'knn/dize'; there are cases, dice|there are knn/cases, knn/dice$"
+    ):
         best.check({"eval/knn/dice": 0.1, "eval/knn/cases": 4, "eval/health/rank": 3})
     with pytest.raises(ConfigError, match="'dice' is no '<evaluation>/<score>'"):
         parse(KeepBest, {"score": "dice"})
