@@ -107,7 +107,9 @@ def compare(
         files |= {EncoderKey(name, f): path for name, path in given.items() for f in range(len(folds))}
         cards = {name: _card(files[EncoderKey(name)]) for name in config.pretrained()}
         _check_networks(config, cards)
-        longest = max((card["steps"] for card in cards.values()), default=0)
+        # an encoder that was chosen on the way has cost all the steps of its pretraining
+        spent = [(card.get("chosen_by") or {}).get("of_steps", card["steps"]) for card in cards.values()]
+        longest = max(spent, default=0)
         if longest == 0 and SCRATCH_LONG in config.inits.values():
             raise ConfigError(
                 "scratch_long needs the steps of pretraining, but no encoder file's card states them"

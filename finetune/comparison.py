@@ -285,8 +285,10 @@ def resolve(config: CompareConfig) -> CompareConfig:
     found = dict(zip(checks, resolved(*checks.values()), strict=True))
     finetune = found["finetune", ""]
     steps_of(finetune)
-    if finetune.best is not None:
-        raise ConfigError("finetune.best has no place in a comparison, where every fit takes the same steps")
+    if finetune.keep_best is not None:
+        raise ConfigError(
+            "finetune.keep_best has no place in a comparison, where every fit takes the same steps"
+        )
     inits = dict(config.inits)
     for name in pretrains:
         pretraining = found["pretrain", name]

@@ -25,9 +25,9 @@ from medseg_ssl.train.session import (
     with_defaults,
     with_spacing,
 )
-from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
+from medseg_ssl.train.settings import KeepBest, OptimConfig, TrainConfig, WandbConfig
 
-from .tuning import BestConfig, TuneConfig, ship_plain, tune
+from .tuning import TuneConfig, check_choice, keeper, ship_plain, tune
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -84,7 +84,7 @@ class FinetuneConfig(Record):
         objective: block on the shelf of objectives, one that takes a ``decoder`` (``segmentation``).
         tune: which of the encoder's parameters are trained.
         evaluations: name on the shelf of evaluations to its options; run on development subjects.
-        best: ship the weights of the best evaluation, and stop when none was better for a while; null ships the last.
+        keep_best: ship the weights of the best evaluation on development subjects; null ships the last.
     """
 
     seed: int = Field(default=0, ge=0)
@@ -98,12 +98,12 @@ class FinetuneConfig(Record):
     transfer: TransferConfig = TransferConfig()
     wandb: WandbConfig = WandbConfig()
     evaluations: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    best: BestConfig | None = None
+    keep_best: KeepBest | None = None
 
     @model_validator(mode="after")
     def _best_of_what(self) -> FinetuneConfig:
-        if self.best is not None:
-            self.best.check_fits(self.evaluations, self.train, split=self.data.split)
+        if self.keep_best is not None:
+            check_choice(self.keep_best, self.evaluations, self.train, split=self.data.split)
         return self
 
     @model_validator(mode="after")
@@ -223,7 +223,7 @@ def run_finetune(
         unstated = grown.silent(unstated)
     fresh = () if audit is None else audit.fresh
     tuned = tune(objective, config.tune, seed=config.seed, fresh=fresh)
-    best = None if config.best is None else config.best.keeper(opened, config.data.split, used)
+    best = None if config.keep_best is None else keeper(config.keep_best, opened, config.data.split, used)
     objective.begin(() if grown is None else grown.kept)
     per_epoch = steps_per_epoch(config, opened, used)
     steps = config.train.steps.steps(steps_per_epoch=per_epoch)
@@ -297,6 +297,8 @@ def run_finetune(
             runtime=machine,
         )
         if machine.is_main:
+            if best is not None:
+                best.settle(objective)
             ship_plain(objective, config.tune)
             parts = objective.export()
             encoder_file.save(

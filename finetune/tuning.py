@@ -1,4 +1,4 @@
-"""How an encoder is tuned and which weights ship: two blocks of a fine-tuning config, and what they do."""
+"""How an encoder is tuned and which weights ship: two parts of a fine-tuning config, and what they do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from medseg_ssl.config import ConfigError, Record
-from medseg_ssl.train.settings import TrainConfig
+from medseg_ssl.train.settings import KeepBest, TrainConfig
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -48,66 +48,52 @@ class TuneConfig(Record):
         return self
 
 
-class BestConfig(Record):
-    """Ship the weights of the best evaluation on development subjects.
+def check_choice(
+    keep: KeepBest, evaluations: Mapping[str, Mapping[str, Any]], train: TrainConfig, *, split: str
+) -> None:
+    """Refuse what could not choose, or would choose by other subjects than the development ones of the split.
 
-    Attributes:
-        score: evaluation and score, as ``segmentation/dice``.
-        larger_is_better: false for a distance such as ``segmentation/hd95_mm``.
-        patience: evaluations without a better one after which the run ends; null runs all steps.
+    Raises:
+        ValueError: names the key and what to write.
     """
+    name = keep.score.split("/", 1)[0]
+    if name not in evaluations:
+        raise ValueError(
+            f"keep_best.score {keep.score!r} needs its evaluation, such as evaluations={{{name}: {{}}}}"
+        )
+    if train.evaluate_every is None:
+        raise ValueError(
+            "keep_best needs train.evaluate_every, such as '10%'; null evaluates at the end alone"
+        )
+    options = evaluations[name]
+    subset, scored = options.get("subset", "development"), options.get("split", "default")
+    if subset != "development":
+        raise ValueError(
+            f"keep_best chooses by development subjects, but evaluations.{name}.subset is {subset!r}"
+        )
+    if scored != split:
+        raise ValueError(f"evaluations.{name}.split is {scored!r}, but data.split is {split!r}")
 
-    score: str = Field(pattern=r"^[a-z0-9_]+/.+$")
-    larger_is_better: bool = True
-    patience: int | None = Field(default=None, ge=1)
 
-    def check_fits(
-        self, evaluations: Mapping[str, Mapping[str, Any]], train: TrainConfig, *, split: str
-    ) -> None:
-        """Refuse what could not choose, or would choose by other subjects than the development ones of the split.
+def keeper(keep: KeepBest, archive: Archive, split: str, cases: Sequence[str]) -> Best:
+    """What keeps the best weights of a run on these cases.
 
-        Raises:
-            ValueError: names the key and what to write.
-        """
-        name = self.score.split("/", 1)[0]
-        if name not in evaluations:
-            raise ValueError(
-                f"best.score {self.score!r} needs its evaluation, such as evaluations={{{name}: {{}}}}"
-            )
-        if train.evaluate_every is None:
-            raise ValueError(
-                "best needs train.evaluate_every, such as '10%'; null evaluates at the end alone"
-            )
-        options = evaluations[name]
-        subset, scored = options.get("subset", "development"), options.get("split", "default")
-        if subset != "development":
-            raise ValueError(
-                f"best chooses by development subjects, but evaluations.{name}.subset is {subset!r}"
-            )
-        if scored != split:
-            raise ValueError(f"evaluations.{name}.split is {scored!r}, but data.split is {split!r}")
+    Raises:
+        ConfigError: the split has no labeled development subject, or one of them is trained on.
+    """
+    from medseg_ssl.train.best import Best
 
-    def keeper(self, archive: Archive, split: str, cases: Sequence[str]) -> Best:
-        """What keeps the best weights of a run on these cases.
-
-        Raises:
-            ConfigError: the split has no labeled development subject, or one of them is trained on.
-        """
-        from medseg_ssl.train.best import Best, BestRule
-
-        held_out = set(archive.split(split).development)
-        labeled = [c for c, row in archive.cases.items() if row.labeled and row.subject in held_out]
-        if not labeled:
-            raise ConfigError(
-                f"best needs labeled development subjects to choose by; split '{split}' has none: leave best out"
-            )
-        shared = [case for case in cases if archive.cases[case].subject in held_out]
-        if shared:
-            raise ConfigError(
-                f"best chooses by development subjects, but case {shared[0]!r} of one is trained on"
-            )
-        rule = BestRule(f"eval/{self.score}", self.larger_is_better, self.patience)
-        return Best(rule)
+    held_out = set(archive.split(split).development)
+    if not any(row.labeled and row.subject in held_out for row in archive.cases.values()):
+        raise ConfigError(
+            f"keep_best needs labeled development subjects to choose by; split '{split}' has none: leave it out"
+        )
+    shared = [case for case in cases if archive.cases[case].subject in held_out]
+    if shared:
+        raise ConfigError(
+            f"keep_best chooses by development subjects, but case {shared[0]!r} of one is trained on"
+        )
+    return Best(keep)
 
 
 class Tuned(NamedTuple):

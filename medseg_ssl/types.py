@@ -172,10 +172,12 @@ class Template:
 class Score(NamedTuple):
     """One number of an evaluation.
 
-    ``per_case`` rows hold the columns of the evaluation's table (case, class, …), where it has one.
+    ``per_case`` rows hold the columns of the evaluation's table (case, class, …), where it has one; ``pictures`` are
+    PNG files by name, of real subjects perhaps, so that they are kept beside the scores and sent nowhere.
     """
 
     name: str
     value: float
     unit: str
     per_case: list[dict[str, object]] | None = None
+    pictures: Mapping[str, bytes] | None = None

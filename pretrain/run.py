@@ -25,7 +25,9 @@ from medseg_ssl.train.session import (
     with_defaults,
     with_spacing,
 )
-from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
+from medseg_ssl.train.settings import KeepBest, OptimConfig, TrainConfig, WandbConfig
+
+from .probing import frozen, keep_picture, with_interval, with_judge
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHIPS = "encoder.safetensors"
+LAST = "encoder_last.safetensors"
+"""The last weights, beside the best ones that ship where ``keep_best`` chose others."""
 
 
 class PretrainData(Record):
@@ -71,6 +75,7 @@ class PretrainConfig(Record):
         encoder: block on the shelf of encoders.
         objective: block on the shelf of objectives.
         evaluations: name on the shelf of evaluations to its options; run on development subjects.
+        keep_best: ship the weights of the evaluated step with the best score; never judged by test subjects.
     """
 
     seed: int = Field(default=0, ge=0)
@@ -81,6 +86,7 @@ class PretrainConfig(Record):
     train: TrainConfig
     wandb: WandbConfig = WandbConfig()
     evaluations: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    keep_best: KeepBest | None = None
 
 
 def _encoder_contract() -> type:
@@ -117,8 +123,8 @@ def run_pretrain(
         ``RUN/encoder.safetensors``.
 
     Raises:
-        ConfigError: config and archive do not go together, a training scan repeats a protected one, or the folder
-            holds another run.
+        ConfigError: config and archive do not go together, a training scan repeats a protected one, an evaluation
+            cannot judge an encoder or would choose it by test subjects, or the folder holds another run.
         UserError: a broken archive, a loss that is not finite, a full disk.
     """
     from medseg_ssl.data.archive import Archive
@@ -126,11 +132,13 @@ def run_pretrain(
     from medseg_ssl.data.leakage import guard
     from medseg_ssl.nets import encoder_file
     from medseg_ssl.train import runtime
+    from medseg_ssl.train.best import Best
     from medseg_ssl.train.run_folder import open_run
 
     access = access or Access()
     opened = Archive.open(archive).limited(access)
     config = with_spacing(with_defaults(config, SHELVES), SHELVES, opened.recipe.spacing_mm)
+    config, judged_on = with_judge(config)
     subjects = training_subjects(opened, config.data)
     checked = guard(opened, subjects, split=config.data.split, protect=config.data.protect)
     lists = access.identity().get("splits")
@@ -169,11 +177,19 @@ def run_pretrain(
         if objective.takes_templates:
             found = templates(opened, subjects, Path(run), machine=machine, quiet=quiet)
             objective.use_templates(found, seed=config.seed)
+        best = Best(config.keep_best) if config.keep_best is not None else None
+        look_at = partial(frozen, card=card, device=machine.device, precision=config.train.precision)
+        judged = partial(scoring, config.evaluations, look_at, opened)
+        if machine.is_main and not (Path(run) / "last.ckpt").exists() and (look := judged()) is not None:
+            scores = look(objective, 0)  # says before hours of training what an evaluation lacks
+            if best is not None:
+                best.check(scores)
+        machine.barrier()
         session = Session(
             run=Path(run),
             config=config.model_dump(mode="json"),
             seed=config.seed,
-            train=config.train,
+            train=with_interval(config, steps),
             optim=config.optim,
             wandb=config.wandb,
             steps=steps,
@@ -183,7 +199,8 @@ def run_pretrain(
             tags=("pretrain", config.objective.name),
             prepare_batch=partial(prepare_batch, plan=views),
             preview_batch=lambda: next(iter(load(steps=1))),
-            evaluate=scoring(config.evaluations, partial(frozen, card=card, machine=machine), opened),
+            evaluate=judged(pictures=partial(keep_picture, Path(run))),
+            best=best,
         )
         session.fit(
             objective,
@@ -193,9 +210,15 @@ def run_pretrain(
         if machine.is_main:
             exported = objective.export()
             described = card().model_copy(update={"untrained": exported.untrained})
-            encoder_file.save(
-                Path(run) / SHIPS, encoder=exported.encoder, decoder=exported.decoder, card=described
-            )
+            parts = {"encoder": exported.encoder, "decoder": exported.decoder}
+            if best is not None and best.step is not None:
+                encoder_file.save(Path(run) / LAST, **parts, card=described)
+                best.settle(objective)
+                chosen = best.record(subset=judged_on, steps=steps)
+                described = described.model_copy(update={"steps": best.step, "chosen_by": chosen})
+            elif best is not None:
+                logger.warning("%s was never a number; the last weights ship", best.keep.score)
+            encoder_file.save(Path(run) / SHIPS, **parts, card=described)
         machine.barrier()
     return Path(run) / SHIPS
 
@@ -335,13 +358,6 @@ def make_card(
         objective=config.objective.name,
         steps=steps,
     )
-
-
-def frozen(objective: Objective, *, card: Any, machine: Any) -> Any:
-    """The objective's encoder as an evaluation wants it."""
-    from medseg_ssl.inference.frozen import FrozenEncoder
-
-    return FrozenEncoder(objective.export().encoder, card(), device=str(machine.device))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -26,6 +26,8 @@ SUBSETS = ("train", "development", "test")
 class Segmentation(Evaluation):
     """Mean metrics of a segmenter's predictor over the labeled cases of a split's subset."""
 
+    of = "segmenter"
+
     class Config(EvaluationConfig):
         """What is scored.
 

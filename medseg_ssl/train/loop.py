@@ -64,8 +64,7 @@ def fit(
     training: Callable[[Objective], object] = methodcaller("train"),
     best: Best | None = None,
 ) -> FitResult:
-    """Train an objective; on return it holds the weights that ship (the average, where one is kept; the best), in eval
-    mode.
+    """Train an objective; on return it holds the last weights (their average, where one is kept), in eval mode.
 
     Args:
         objective: the method; moved to the runtime's device.
@@ -78,7 +77,7 @@ def fit(
         actions: run with the averaged weights, in eval mode and without gradients.
         prepare_batch: finishes a batch on the device (intensity augmentation).
         training: puts the objective into training mode; frozen parts may stay in eval mode.
-        best: fed by one of the actions; its weights ship, and the run ends when it is finished.
+        best: fed by one of the actions and saved with the rest; the run ends when it is finished.
 
     Raises:
         UserError: a loss or gradient is not finite (the message names the step and the scans), or the disk is full.
@@ -189,8 +188,6 @@ def fit(
             save(due=due)
             raise interrupted.after(step, of=plan.steps, checkpoint=checkpoint.path) from None
     average.settle()
-    if best is not None:
-        best.settle(objective)
     objective.eval()
     return FitResult(step=step, loss=loss, wall_s=time.perf_counter() - began, waited_s=waited)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -93,7 +94,7 @@ def resolve_block(block: Block, key: str, shelves: Shelves) -> tuple[type, Any]:
 
 
 def build_evaluations(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The evaluations a config names, on development subjects unless it says otherwise.
+    """The evaluations a config names, on development subjects and with few crops unless it says otherwise.
 
     Raises:
         ConfigError: unknown names or options, all at once.
@@ -104,16 +105,22 @@ def build_evaluations(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str,
         contract = import_module("medseg_ssl.evaluations.base").Evaluation
         block = Block.model_validate({**evaluations[name], "name": name})
         cls, options = block.resolve("medseg_ssl.evaluations", contract, prefix=f"evaluations.{name}")
-        if "subset" in type(options).model_fields and "subset" not in evaluations[name]:
-            options = options.model_copy(update={"subset": "development"})
-        return cls(options)
+        given = evaluations[name]
+        changes = {key: value for key, value in cls.sparing.items() if key not in given}
+        if "subset" in type(options).model_fields and "subset" not in given:
+            changes["subset"] = "development"
+        return cls(options.model_copy(update=changes))
 
     built = resolved(*(lambda name=name: one(name) for name in evaluations))
     return dict(zip(evaluations, built, strict=True))
 
 
 def scoring(
-    evaluations: Mapping[str, Mapping[str, Any]], model: Callable[[Objective], Any], archive: Any
+    evaluations: Mapping[str, Mapping[str, Any]],
+    model: Callable[[Objective], Any],
+    archive: Any,
+    *,
+    pictures: Callable[[str, bytes, int], Any] | None = None,
 ) -> Callable[[Objective, int], dict[str, float]] | None:
     """What ``Session.evaluate`` takes: scores as ``eval/<evaluation>/<score>``; None without evaluations.
 
@@ -121,6 +128,7 @@ def scoring(
         evaluations: name on the shelf to options.
         model: objective to what the evaluations look at.
         archive: an opened archive.
+        pictures: takes (name, PNG, step) of evaluations that draw.
     """
     if not evaluations:
         return None
@@ -128,9 +136,14 @@ def scoring(
 
     def measure(objective: Objective, step: int) -> dict[str, float]:
         looked_at = model(objective)
-        return {
-            f"eval/{n}/{s.name}": s.value for n, one in built.items() for s in one.run(looked_at, archive)
-        }
+        found = {}
+        for name, one in built.items():
+            for score in one.run(looked_at, archive):
+                found[f"eval/{name}/{score.name}"] = score.value
+                if pictures is not None:
+                    for picture, png in (score.pictures or {}).items():
+                        pictures(f"{name}-{picture}", png, step)
+        return found
 
     return measure
 
@@ -205,7 +218,7 @@ class Session:
         fresh: beginnings of the names of parameters that a loaded file has not trained.
         undecayed: names of parameters that weight decay would harm.
         training: puts the objective into training mode; all of it, unless parts are frozen.
-        best: which evaluation's weights ship, and when to stop; None ships the last.
+        best: keeps the weights of the best evaluation, and says when to stop; None runs all steps.
     """
 
     run: Path
@@ -283,6 +296,8 @@ class Session:
         return max(1, length.steps(steps_per_epoch=self.steps_per_epoch, total_steps=self.steps))
 
     def _actions(self, objective: Objective, runtime: Runtime, recorder: Any) -> list[Action]:
+        from medseg_ssl.train.health import alarms
+
         actions: list[Action] = []
         if self.preview_batch is not None and self.train.preview_every is not None:
             make = self.preview_batch
@@ -298,14 +313,21 @@ class Session:
             actions.append((self._every(self.train.preview_every), preview))
         if self.evaluate is not None:
             measure = self.evaluate
+            began, spent = time.perf_counter(), 0.0
 
             def evaluate(step: int) -> None:
+                nonlocal spent
                 if runtime.is_main:
-                    scores = dict(measure(objective, step))
+                    asked = time.perf_counter()
+                    scores = measure(objective, step)
+                    now = time.perf_counter()
+                    spent += now - asked
                     if self.best is not None:
                         self.best.see(step, scores, objective)
                         scores |= {} if self.best.step is None else {"eval/best_step": float(self.best.step)}
-                    recorder.log(step, scores)
+                    recorder.log(step, {**scores, "system/evaluate_share": spent / (now - began)})
+                    for alarm in alarms(scores):
+                        recorder.warn(alarm)
                 runtime.barrier()
 
             every = (

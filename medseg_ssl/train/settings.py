@@ -75,7 +75,8 @@ class TrainConfig(Record):
         log_every: between two lines of ``metrics.jsonl``.
         save_every: between two writes of ``last.ckpt``.
         preview_every: between two sets of pictures; null makes none.
-        evaluate_every: between two runs of ``evaluations``; null evaluates at the end only.
+        evaluate_every: between two runs of ``evaluations``; null evaluates at the end only, in pretraining also every
+            10 % of the run where that is 1000 samples or more, else every 1000 samples.
         accelerator: ``auto`` takes a GPU where there is one; several by ``torchrun``.
         threads: CPU threads of torch; null leaves torch's own choice.
         channels_last: channels-last memory format of 5D weights.
@@ -105,6 +106,27 @@ class TrainConfig(Record):
     def _some(cls, value: Duration) -> Duration:
         if value.value <= 0:
             raise ValueError("a run needs at least 1 step")
+        return value
+
+
+class KeepBest(Record):
+    """Ship the weights of the evaluated step with the best score in place of the last ones.
+
+    Attributes:
+        score: ``<evaluation>/<score>`` as ``metrics.jsonl`` names it after ``eval/``, such as ``knn/dice``.
+        mode: whether larger or smaller is better (``min`` for a distance such as ``segmentation/hd95_mm``).
+        patience: evaluations without a better score after which the run ends; null runs all steps.
+    """
+
+    score: str
+    mode: Literal["max", "min"] = "max"
+    patience: int | None = Field(default=None, ge=1)
+
+    @field_validator("score")
+    @classmethod
+    def _of_an_evaluation(cls, value: str) -> str:
+        if not all(value.partition("/")):
+            raise ValueError(f"{value!r} is no '<evaluation>/<score>' such as 'knn/dice'")
         return value
 
 

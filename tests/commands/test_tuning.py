@@ -7,7 +7,7 @@ import torch
 
 from finetune.compare import main as compare
 from finetune.run import FinetuneConfig, build, complete_config, main
-from finetune.tuning import TuneConfig, ship_plain, tune
+from finetune.tuning import TuneConfig, keeper, ship_plain, tune
 from medseg_ssl.config import ConfigError, parse
 from medseg_ssl.nets import encoder_file
 from medseg_ssl.nets.tuning import norm_parameters, stem_parameters
@@ -176,7 +176,7 @@ def test_the_best_weights_ship_and_the_run_ends_early(world, tmp_path, monkeypat
         world,
         tmp_path,
         *BEST,
-        "best={score: segmentation/dice, patience: 2}",
+        "keep_best={score: segmentation/dice, patience: 2}",
         "train.steps=9",
         "optim.lr=0.05",
     )
@@ -192,14 +192,17 @@ def test_the_best_weights_ship_and_the_run_ends_early(world, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["best={score: segmentation/dice}"], "best.score 'segmentation/dice' needs its evaluation"),
-        (["best={score: segmentation/dice}", BEST[0]], "best needs train.evaluate_every"),
         (
-            ["best={score: segmentation/dice}", BEST[1], "evaluations={segmentation: {subset: test}}"],
-            "best chooses by development subjects, but evaluations.segmentation.subset is 'test'",
+            ["keep_best={score: segmentation/dice}"],
+            "keep_best.score 'segmentation/dice' needs its evaluation",
+        ),
+        (["keep_best={score: segmentation/dice}", BEST[0]], "keep_best needs train.evaluate_every"),
+        (
+            ["keep_best={score: segmentation/dice}", BEST[1], "evaluations={segmentation: {subset: test}}"],
+            "keep_best chooses by development subjects, but evaluations.segmentation.subset is 'test'",
         ),
         (
-            ["best={score: segmentation/dice}", *BEST, "data.split=fold1"],
+            ["keep_best={score: segmentation/dice}", *BEST, "data.split=fold1"],
             "evaluations.segmentation.split is 'default', but data.split is 'fold1'",
         ),
         (["tune={name: frozen, rank: 4}"], "rank belongs to tune 'lora', not to 'frozen'"),
@@ -215,23 +218,23 @@ def test_what_cannot_be_is_said_before_anything_is_made(words, told, world, tmp_
 def test_the_best_needs_development_subjects_that_are_not_trained_on(world, tmp_path, monkeypatch):
     from medseg_ssl.data.archive import Archive
 
-    keeper = parse(
+    keep = parse(
         FinetuneConfig,
         {
             "data": {"batch_size": 1},
             "train": {"steps": 1, "evaluate_every": 1},
             "evaluations": {"segmentation": {}},
-            "best": {"score": "segmentation/dice"},
+            "keep_best": {"score": "segmentation/dice"},
         },
-    ).best.keeper
+    ).keep_best
     archive = Archive.open(world[0])
-    assert keeper(archive, "default", ["case-s0"]).step is None
+    assert keeper(keep, archive, "default", ["case-s0"]).step is None
     with pytest.raises(ConfigError, match="case 'case-s4' of one is trained on"):
-        keeper(archive, "default", ["case-s0", "case-s4"])
+        keeper(keep, archive, "default", ["case-s0", "case-s4"])
     none = archive.split("default").model_copy(update={"development": ()})
     monkeypatch.setattr(Archive, "split", lambda self, name: none)
-    with pytest.raises(ConfigError, match="split 'default' has none: leave best out"):
-        finetune(world, tmp_path / "run", *BEST, "best={score: segmentation/dice}")
+    with pytest.raises(ConfigError, match="split 'default' has none: leave it out"):
+        finetune(world, tmp_path / "run", *BEST, "keep_best={score: segmentation/dice}")
     assert not (tmp_path / "run").exists()
 
 
@@ -241,13 +244,13 @@ def test_a_comparison_takes_fixed_steps(world, tmp_path):
         str(tmp_path / "out"),
         "--archive",
         str(world[0]),
-        "finetune.best.score=segmentation/dice",
+        "finetune.keep_best.score=segmentation/dice",
     ]
     more = ["finetune.train.evaluate_every=5%", "finetune.evaluations={segmentation: {}}"]
-    with pytest.raises(ConfigError, match="best has no place in a comparison"):
+    with pytest.raises(ConfigError, match="keep_best has no place in a comparison"):
         compare([*words, *more])
 
 
 def test_defaults_are_todays():
     assert TuneConfig().name == "full"
-    assert parse(FinetuneConfig, {"data": {"batch_size": 1}, "train": {"steps": 1}}).best is None
+    assert parse(FinetuneConfig, {"data": {"batch_size": 1}, "train": {"steps": 1}}).keep_best is None
