@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
+from scipy.ndimage import distance_transform_edt
 
 from medseg_ssl.config import UserError
 from medseg_ssl.data.resample import resample_label, resample_valid, same_grid, spacing_of
@@ -90,6 +91,21 @@ def label_of(archive: Archive, case: str) -> np.ndarray:
     """The whole label of a training case on the grid of its first scan, uint8."""
     row = archive.cases[case]
     return archive.read_label(case, (0, 0, 0), archive.scans[row.scans[0]].shape)
+
+
+def filled_label(archive: Archive, case: str) -> np.ndarray:
+    """As ``label_of``, unknown voxels taking the class of the nearest known one, as between annotated slices."""
+    label_DHW = label_of(archive, case)
+    unknown_DHW = label_DHW == UNKNOWN_LABEL
+    if not unknown_DHW.any():
+        return label_DHW
+    if unknown_DHW.all():
+        return np.zeros_like(label_DHW)
+    spacing_mm = archive.scans[archive.cases[case].scans[0]].spacing_mm
+    nearest_3DHW = distance_transform_edt(
+        unknown_DHW, sampling=spacing_mm, return_distances=False, return_indices=True
+    )
+    return label_DHW[tuple(nearest_3DHW)]  # pyright: ignore[reportArgumentType] -- indices alone are an array
 
 
 def known_of(archive: Archive, case: str) -> tuple[bool, ...]:

@@ -63,8 +63,11 @@ def largest_piece(region_DHW: np.ndarray) -> np.ndarray:
 
 def opened(region_DHW: np.ndarray, radius_mm: float, *, spacing_mm: Sequence[float]) -> np.ndarray:
     """What a ball of a radius in mm can reach inside a bool volume; the volume itself at radius 0."""
-    from skimage.morphology import isotropic_opening
+    from skimage.morphology import isotropic_dilation, isotropic_erosion
 
-    if radius_mm <= 0:
+    if radius_mm <= 0 or region_DHW.all():
         return region_DHW
-    return np.asarray(isotropic_opening(region_DHW, radius_mm, spacing=tuple(spacing_mm)))
+    kept_DHW = np.asarray(isotropic_erosion(region_DHW, radius_mm, spacing=tuple(spacing_mm)))
+    if not kept_DHW.any():  # distances to nothing are no distances
+        return kept_DHW
+    return np.asarray(isotropic_dilation(kept_DHW, radius_mm, spacing=tuple(spacing_mm)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from medseg_ssl.baselines._cases import known_of, label_of
+from medseg_ssl.baselines._cases import filled_label, known_of
 from medseg_ssl.data.resample import resample
 from medseg_ssl.types import Triple
 
@@ -72,7 +72,7 @@ class MeanLabel:
         shares_NKDHW = np.zeros((len(cases), len(archive.classes), *size), np.float32)
         known = [known_of(archive, case) for case in cases]
         for shares_KDHW, case, stated in zip(shares_NKDHW, cases, known, strict=True):
-            label_DHW = label_of(archive, case)
+            label_DHW = filled_label(archive, case)
             lattice_44 = box_of(archive, case, frame).lattice_44(size)
             for value in range(1, len(archive.classes)):
                 if stated[value] and (label_DHW == value).any():

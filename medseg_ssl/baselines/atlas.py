@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from medseg_ssl.baselines._cases import Channels, check_training, known_of, label_of, to_label_grid
+from medseg_ssl.baselines._cases import Channels, check_training, filled_label, known_of, to_label_grid
 from medseg_ssl.baselines.base import Baseline, BaselineConfig
 from medseg_ssl.config import UserError
 from medseg_ssl.data.groupwise import centred_grid, normalised_on, working_grid
@@ -137,7 +137,7 @@ class Atlas(Baseline):
     def _atlas(self, archive: Archive, case: str) -> _Atlas:
         grid = self._grid(archive, case)
         first = archive.scans[archive.cases[case].scans[0]]
-        label_DHW = label_of(archive, case)
+        label_DHW = filled_label(archive, case)
         size = (grid.image.shape[2], grid.image.shape[3], grid.image.shape[4])
         shares = [
             resample(

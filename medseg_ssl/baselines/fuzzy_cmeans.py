@@ -24,6 +24,8 @@ _POINTS = 20_000
 _STILL = 1e-4
 """Centres that move less, in units of the intensity policy, have arrived."""
 _NEAR = 1e-12
+_ENDS = (0.005, 0.995)
+"""Quantiles between which the first centres are spread."""
 
 
 class FuzzyCMeans(Baseline):
@@ -86,8 +88,9 @@ class FuzzyCMeans(Baseline):
         pooled_NC = np.concatenate([_points(e.seen, some) for e in examples])
         found = {}
         for count in self.config.clusters:
-            # even shares of each channel's values; a fixed start makes the clusters a function of the cases
-            start_KC = np.quantile(pooled_NC, (np.arange(count) + 0.5) / count, axis=0)
+            # even steps through each channel's range, so that a large tissue does not get every centre
+            low, high = np.quantile(pooled_NC, _ENDS, axis=0)
+            start_KC = low + ((np.arange(count) + 0.5) / count)[:, None] * (high - low)
             found[count] = centres(
                 pooled_NC, start_KC, fuzziness=self.config.fuzziness, iterations=self.config.iterations
             )

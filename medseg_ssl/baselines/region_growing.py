@@ -75,7 +75,7 @@ class RegionGrowing(Baseline):
         smoothing_mm: NonNegativeFloat = 1.0
         search_mm: NonNegativeFloat = 5.0
         intervals: tuple[tuple[float, float], ...] = ((1, 99), (5, 95), (10, 90), (20, 80))
-        reaches: tuple[PositiveFloat, ...] = Field(default=(0.5, 0.75, 1.0), min_length=1)
+        reaches: tuple[PositiveFloat, ...] = Field(default=(0.5, 0.75, 1.0, 1.5), min_length=1)
 
         @field_validator("intervals")
         @classmethod

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, PositiveFloat
 
-from medseg_ssl.baselines._cases import check_training, dice, known_of, label_of, to_label_grid
+from medseg_ssl.baselines._cases import check_training, dice, filled_label, known_of, label_of, to_label_grid
 from medseg_ssl.baselines._places import Box, box_of
 from medseg_ssl.baselines.base import Baseline, BaselineConfig
 
@@ -62,12 +62,13 @@ class SizeOnly(Baseline):
         """Average bounding boxes and choose the forms; ``seed`` decides nothing."""
         check_training(archive, cases)
         labels = {case: label_of(archive, case) for case in cases}
+        filled = {case: filled_label(archive, case) for case in cases}
         self._shapes: dict[int, _Shape] = {}
         for value in range(1, len(archive.classes)):
             showing = [c for c in cases if known_of(archive, c)[value] and (labels[c] == value).any()]
             if showing:
                 boxes = {case: box_of(archive, case, "crop") for case in showing}
-                self._shapes[value] = self._learn(value, boxes, labels)
+                self._shapes[value] = self._learn(value, boxes, labels, filled)
 
     def predict_cases(self, archive: Archive, cases: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Yield each case with its label map; where shapes overlap, the better one in training is seen."""
@@ -78,17 +79,24 @@ class SizeOnly(Baseline):
                 label_DHW[_drawn(shape, box)] = value
             yield case, to_label_grid(archive, case, label_DHW, np.array(scan.affine_44))
 
-    def _learn(self, value: int, boxes: dict[str, Box], labels: dict[str, np.ndarray]) -> _Shape:
+    def _learn(
+        self,
+        value: int,
+        boxes: dict[str, Box],
+        labels: dict[str, np.ndarray],
+        filled: dict[str, np.ndarray],
+    ) -> _Shape:
         corners = []
         for case, box in boxes.items():
-            index_N3 = np.argwhere(labels[case] == value)
+            index_N3 = np.argwhere(filled[case] == value)
             # from the first voxel's face to the last one's
             corners.append(box.relative(np.stack([index_N3.min(axis=0) - 0.5, index_N3.max(axis=0) + 0.5])))
         low, high = np.mean(corners, axis=0)
         centre = np.zeros(3) if self.config.place == "centre" else (low + high) / 2
         tried = []
         for form in self.config.forms:
-            for factor in self.config.factors:
+            # of equally good factors the one nearest to the mean extents
+            for factor in sorted(self.config.factors, key=lambda factor: abs(factor - 1)):
                 shape = _Shape(centre, (high - low) / 2, form, factor, 0.0)
                 scores = [dice(_drawn(shape, box), labels[case], value) for case, box in boxes.items()]
                 tried.append(shape._replace(dice=float(np.mean(scores))))
