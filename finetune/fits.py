@@ -44,7 +44,7 @@ class FitTask:
         target: modalities of a case.
         nsd_tolerance_mm: of the metric.
         steps: optimizer steps, for the time left.
-        pictures: keep a slice of every test case for the report.
+        pictures: keep a slice, a small volume and the prediction of every test case for the report.
         keep: keep the bulky files.
     """
 
@@ -169,6 +169,8 @@ def _score(task: FitTask, segmenter: Path) -> list[dict[str, object]]:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.inference.predictor import Predictor
 
+    from .volumes import Keeper
+
     wants_gpu = task.config["train"].get("accelerator", "auto") != "cpu"
     device = "cuda" if wants_gpu and torch.cuda.is_available() else "cpu"
     # the precision of prediction is the same for every init, and fp32 on a CPU, where it costs little
@@ -181,6 +183,7 @@ def _score(task: FitTask, segmenter: Path) -> list[dict[str, object]]:
         )
     rows: list[dict[str, object]] = []
     slices = []
+    keeper = Keeper(task.folder, archive, test_cases=task.test_cases)
     for case, prediction_DHW in predictor.predict_cases(archive, task.test_cases):
         label_DHW, affine_44 = archive.original_label(case)
         found = case_metrics(
@@ -194,8 +197,10 @@ def _score(task: FitTask, segmenter: Path) -> list[dict[str, object]]:
         rows += [{"case": case, **row} for row in found]
         if task.pictures:
             slices.append(slice_of(archive, case, label_DHW, prediction_DHW, affine_44))
+            keeper.add(case, prediction_DHW)
     if slices:
-        task.folder.mkdir(parents=True, exist_ok=True)
+        keeper.explain(predictor)
+        keeper.write()
         write_slices(task.folder / SLICES, slices)
     return rows
 

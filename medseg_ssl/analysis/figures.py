@@ -122,6 +122,82 @@ def loss_figure(losses: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, 
     return {"data": traces, "layout": _layout(x_axis, {"title": {"text": "loss"}, "gridcolor": GRID})}
 
 
+def heat_map(rows: Sequence[Row], *, metric: str = "dice", budget: int | None = None) -> dict[str, Any]:
+    """Gain over scratch of every source (across a row) on every target, from rows of ``matrix.csv``.
+
+    Colour is the gain, blue above 0; cells whose interval includes 0 stand in brackets. Hovering shows score and gain
+    with their intervals.
+
+    Args:
+        rows: with ``task``, ``source``, ``target``, ``budget``, ``metric``, ``mean``, ``gain`` and their intervals.
+        metric: which rows.
+        budget: which rows; None takes the smallest there is.
+
+    Raises:
+        ValueError: no row of this metric and budget.
+    """
+    of_metric = [r for r in rows if r["metric"] == metric]
+    shown = min((r["budget"] for r in of_metric), default=None) if budget is None else budget
+    chosen = [r for r in of_metric if r["budget"] == shown]
+    if not chosen:
+        raise ValueError(f"no row of {metric!r} with {shown} labels")
+    tasks = {r["target"]: set() for r in chosen}
+    for r in chosen:
+        tasks[r["target"]].add(r["task"])
+    # the task is part of a column's name only where one modality has several
+    name = {
+        (r["target"], r["task"]): r["target"]
+        if len(tasks[r["target"]]) == 1
+        else f"{r['target']} · {r['task']}"
+        for r in chosen
+    }
+    columns = list(dict.fromkeys(name[r["target"], r["task"]] for r in chosen))
+    lines = list(dict.fromkeys(r["source"] or "scratch" for r in chosen))
+    cell = {(r["source"] or "scratch", name[r["target"], r["task"]]): r for r in chosen}
+    table = [[cell.get((line, column)) for column in columns] for line in lines]
+    gains = [abs(r["gain"]) for r in chosen if not math.isnan(r["gain"])]
+    limit = max(gains, default=0.0) or 1.0
+    text = [[_gain_text(r) for r in row] for row in table]
+    trace = {
+        "type": "heatmap",
+        "x": columns,
+        "y": lines,
+        "z": [[None if r is None or math.isnan(r["gain"]) else r["gain"] for r in row] for row in table],
+        "zmin": -limit,
+        "zmax": limit,
+        "colorscale": [[0, "#d55e00"], [0.5, "#f7f7f7"], [1, "#0072b2"]],
+        "colorbar": {"title": {"text": "gain"}, "thickness": 14, "outlinewidth": 0},
+        "xgap": 3,
+        "ygap": 3,
+        "text": text,
+        "texttemplate": "%{text}",
+        "customdata": [[_gain_hover(r) for r in row] for row in table],
+        "hovertemplate": "<b>%{y} → %{x}</b><br>%{customdata}<extra></extra>",
+        "hoverongaps": False,
+    }
+    layout = _layout(
+        {"title": {"text": "fine-tuned on"}, "side": "bottom", "type": "category"},
+        {"title": {"text": "pretrained on"}, "autorange": "reversed", "type": "category", "automargin": True},
+    )
+    return {"data": [trace], "layout": layout | {"showlegend": False}}
+
+
+def _gain_text(row: Row | None) -> str:
+    if row is None or math.isnan(row["gain"]):
+        return ""
+    clear = row["gain_ci_low"] > 0 or row["gain_ci_high"] < 0
+    return f"<b>{row['gain']:+.3f}</b>" if clear else f"({row['gain']:+.3f})"
+
+
+def _gain_hover(row: Row | None) -> str:
+    if row is None:
+        return ""
+    parts = [f"score {row['mean']:.3f}, {row['ci_low']:.3f} to {row['ci_high']:.3f}"]
+    if not math.isnan(row["gain"]):
+        parts.append(f"gain {row['gain']:+.3f}, {row['gain_ci_low']:+.3f} to {row['gain_ci_high']:+.3f}")
+    return "<br>".join(parts)
+
+
 def _layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
     return {
         "xaxis": x_axis | {"zeroline": False, "linecolor": GRID},

@@ -157,7 +157,7 @@ class Predictor:
         """
         for start in range(0, len(cases), self.window_batch):
             group = cases[start : start + self.window_batch]
-            inputs = [self._case_input(archive, case) for case in group]
+            inputs = [self.case_input(archive, case) for case in group]
             for case, given, probabilities in zip(
                 group, inputs, self._probabilities(inputs, group), strict=True
             ):
@@ -173,7 +173,12 @@ class Predictor:
                     self._to_grid(probabilities, given.affine_44, shape, np.asarray(affine_44)).label_DHW,
                 )
 
-    def _case_input(self, archive: Archive, case: str) -> NetworkInput:
+    def case_input(self, archive: Archive, case: str) -> NetworkInput:
+        """A case as the network sees it.
+
+        Raises:
+            UserError: more or fewer scans than the segmenter has channels.
+        """
         row = archive.cases[case]
         self._check_channels(len(row.scans), f"case {case}")
         return self._input([archive_channel(archive, key, self.card.intensity) for key in row.scans])
