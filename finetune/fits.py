@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from medseg_ssl.cli import locate
 from medseg_ssl.config import UserError, parse
 
+from .mirror import group_in
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -105,7 +107,8 @@ def pretrain_init(task: PretrainTask) -> Path:
     config = parse(command.PretrainConfig, task.config, prefix=f"inits.{task.init}.pretrain")
     data = config.data.model_copy(update={"protect": task.protect})
     config = config.model_copy(update={"data": data})
-    return command.run_pretrain(config, task.folder, archive=task.archive, quiet=True)
+    group = group_in(task.folder.parents[1])
+    return command.run_pretrain(config, task.folder, archive=task.archive, quiet=True, group=group)
 
 
 def fit_and_score(task: FitTask) -> Path:

@@ -100,7 +100,9 @@ SHELVES = {
 }
 
 
-def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: bool = False) -> Path:
+def run_pretrain(
+    config: PretrainConfig, run: Path, *, archive: Path, quiet: bool = False, group: str | None = None
+) -> Path:
     """Pretrain an encoder, or go on where an earlier call with the same config stopped.
 
     Args:
@@ -108,6 +110,7 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
         run: the run folder.
         archive: a prepared archive.
         quiet: show no progress.
+        group: of runs in the mirror: a comparison's, where the pretraining is part of one.
 
     Returns:
         ``RUN/encoder.safetensors``.
@@ -172,6 +175,7 @@ def run_pretrain(config: PretrainConfig, run: Path, *, archive: Path, quiet: boo
             description=f"pretrain {config.objective.name}",
             quiet=quiet,
             tags=("pretrain", config.objective.name),
+            group=group,
             prepare_batch=partial(prepare_batch, plan=views),
             preview_batch=lambda: next(iter(load(steps=1))),
             evaluate=scoring(config.evaluations, partial(frozen, card=card, machine=machine), opened),

@@ -13,6 +13,8 @@ from typing import Any
 
 BASELINE_COLOURS = ("#8a8f98", "#3f444d", "#b9bdc4")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b4bb7")  # Okabe and Ito
+MARKS = {"circle": "o", "diamond": "D", "square": "s", "triangle-up": "^"}
+"""Plotly's names to matplotlib's."""
 GRID, INK, FONT = (
     "#e8eaee",
     "#22262d",
@@ -32,6 +34,14 @@ def colours(inits: Sequence[str], baselines: Sequence[str]) -> dict[str, str]:
     return out | {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(others)}
 
 
+def marks(inits: Sequence[str], baselines: Sequence[str]) -> dict[str, str]:
+    """A marker per init, as plotly names it: another one where the colours begin again."""
+    others = [i for i in inits if i not in baselines]
+    return dict.fromkeys(inits, "circle") | {
+        n: tuple(MARKS)[k // len(COLOURS) % len(MARKS)] for k, n in enumerate(others)
+    }
+
+
 def series(curve: Iterable[Row], metric: str) -> dict[str, list[Row]]:
     """Init to its rows of one metric, ascending budgets, in order of appearance."""
     out: dict[str, list[Row]] = {}
@@ -46,7 +56,7 @@ def curve_figure(
 ) -> dict[str, Any]:
     """The curve of one metric with its intervals; hovering shows the numbers."""
     found = series(curve, metric)
-    palette = colours(list(found), baselines)
+    palette, symbols = colours(list(found), baselines), marks(list(found), baselines)
     traces = []
     for place, (init, rows) in enumerate(found.items()):
         shift = 2.0 ** (DODGE * (place - (len(found) - 1) / 2))
@@ -73,7 +83,7 @@ def curve_figure(
                     "width": 2.4,
                     "dash": "dot" if init in baselines else "solid",
                 },
-                "marker": {"size": 8},
+                "marker": {"size": 8, "symbol": symbols[init]},
                 "customdata": [_hover_cells(r, k) for r, k in zip(rows, known, strict=True)],
                 "hovertemplate": "<b>%{fullData.name}</b>, %{customdata[0]}<br>"
                 + f"{label} %{{y:.3f}}, %{{customdata[1]}}<br>%{{customdata[2]}}<extra></extra>",
@@ -219,7 +229,7 @@ def curve_png(curve: Sequence[Row], *, baselines: Sequence[str], title: str, met
     from matplotlib.ticker import NullLocator
 
     found = series(curve, metric)
-    palette = colours(list(found), baselines)
+    palette, symbols = colours(list(found), baselines), marks(list(found), baselines)
     figure = Figure(figsize=(10, 6.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -228,7 +238,13 @@ def curve_png(curve: Sequence[Row], *, baselines: Sequence[str], title: str, met
         x = [r["budget"] * shift for r in rows]
         down = [0.0 if math.isnan(r["ci_low"]) else r["mean"] - r["ci_low"] for r in rows]
         up = [0.0 if math.isnan(r["ci_high"]) else r["ci_high"] - r["mean"] for r in rows]
-        style = {"marker": "o", "markersize": 6, "linewidth": 2, "capsize": 3.5, "elinewidth": 1.3}
+        style = {
+            "marker": MARKS[symbols[init]],
+            "markersize": 6,
+            "linewidth": 2,
+            "capsize": 3.5,
+            "elinewidth": 1.3,
+        }
         line = ":" if init in baselines else "-"
         y = [r["mean"] for r in rows]
         axes.errorbar(x, y, yerr=[down, up], label=init, color=palette[init], linestyle=line, **style)

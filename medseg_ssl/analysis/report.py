@@ -22,6 +22,8 @@ METRIC_LABELS = {
     "recall": "recall",
 }
 
+MANY = 4
+"""More verdicts than this are set closely."""
 MAP = '<nav class="map" aria-label="sections"></nav>'
 SALIENCY_NOTE = (
     '<p class="caption">Length of the gradient of the foreground\'s log-odds by the image, averaged over noisy copies '
@@ -124,9 +126,11 @@ def comparison_sections(comparison: Comparison, *, prefix: str = "curve") -> lis
         count = f"{c.finished} of {c.planned} fits are done"
         partial = f'<p class="warning">Unfinished: {count}. Every number below may move.</p>'
     losses = {stage: loss_figure(of_stage) for stage, of_stage in c.losses.items()}
-    lines = "".join(f"<li>{text(v)}</li>" for v in c.summary.get("verdicts", ()))
+    verdicts = c.summary.get("verdicts", ())
+    lines = "".join(f"<li>{text(v)}</li>" for v in verdicts)
+    many = " many" if len(verdicts) > MANY else ""
     return [
-        partial + (f'<ul class="verdicts">{lines}</ul>' if lines else "<p>No verdict yet.</p>"),
+        partial + (f'<ul class="verdicts{many}">{lines}</ul>' if lines else "<p>No verdict yet.</p>"),
         section("Label-efficiency curve", _curves(c, prefix)),
         section("Mean Dice by labels", means_table(c.curve, c.summary)),
         section("Paired differences in Dice", differences_table(c.summary)),

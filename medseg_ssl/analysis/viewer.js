@@ -40,8 +40,8 @@ function raster(plane, shape, at, shade) {
   return sheet;
 }
 
-// Edges of voxels between a class and anything else, drawn just inside the class so that neighbours both show.
-function outlines(plane, shape, at, label, shown, frame, inset) {
+// Edges of voxels between a class and anything else, a path per class.
+function outlines(plane, shape, at, label, shown, frame) {
   const rows = shape[plane.rows], columns = shape[plane.columns], grid = plane.grid(shape, at);
   const paths = new Map(), sx = frame.width / columns, sy = frame.height / rows;
   const value = (r, c) => r < 0 || c < 0 || r >= rows || c >= columns ? 0 : label[grid.first + r * grid.down + c * grid.right];
@@ -52,10 +52,10 @@ function outlines(plane, shape, at, label, shown, frame, inset) {
       let path = paths.get(own);
       if (!path) paths.set(own, path = new Path2D());
       const left = frame.x + c * sx, top = frame.y + r * sy, right = left + sx, bottom = top + sy;
-      if (value(r, c - 1) !== own) { path.moveTo(left + inset, top); path.lineTo(left + inset, bottom); }
-      if (value(r, c + 1) !== own) { path.moveTo(right - inset, top); path.lineTo(right - inset, bottom); }
-      if (value(r - 1, c) !== own) { path.moveTo(left, top + inset); path.lineTo(right, top + inset); }
-      if (value(r + 1, c) !== own) { path.moveTo(left, bottom - inset); path.lineTo(right, bottom - inset); }
+      if (value(r, c - 1) !== own) { path.moveTo(left, top); path.lineTo(left, bottom); }
+      if (value(r, c + 1) !== own) { path.moveTo(right, top); path.lineTo(right, bottom); }
+      if (value(r - 1, c) !== own) { path.moveTo(left, top); path.lineTo(right, top); }
+      if (value(r + 1, c) !== own) { path.moveTo(left, bottom); path.lineTo(right, bottom); }
     }
   }
   return paths;
@@ -251,16 +251,18 @@ class Viewer {
         return [...(is === said ? BOTH : claimed ? EXTRA : MISSED), opacity * (is === said ? 0.7 : 1.5)];
       }));
     } else {
-      const line = Math.max(1.25, (cross ? 1.6 : 1.1) * ratio);
-      const stroke = (paths, colour) => {
-        context.lineWidth = line;
-        for (const [value, path] of paths) { context.strokeStyle = colour(value); context.stroke(path); }
+      const line = Math.max(1.25, (cross ? 1.8 : 1.2) * ratio);
+      const stroke = (labels, width, colour) => {
+        context.lineWidth = width;
+        context.lineCap = "square";
+        for (const [value, path] of outlines(plane, shape, k, labels, shown, frame)) {
+          context.strokeStyle = colour(value);
+          context.stroke(path);
+        }
       };
-      if (wantsTruth) stroke(outlines(plane, shape, k, truth, shown, frame, line * 0.5), () => TRUTH);
-      if (wantsLabel && style === "contours") {
-        const own = outlines(plane, shape, k, label, shown, frame, line * (wantsTruth ? 1.5 : 0.5));
-        stroke(own, (v) => this.colours[(v - 1) % this.colours.length]);
-      }
+      // truth is broader and below, so that it shows on both sides of a prediction that lies on it
+      if (wantsTruth) stroke(truth, line * 1.9, () => TRUTH);
+      if (wantsLabel && style === "contours") stroke(label, line, (v) => this.colours[(v - 1) % this.colours.length]);
     }
     if (cross) this.marks(context, plane, frame, scale, side, ratio);
     canvas.frame = frame;

@@ -200,6 +200,7 @@ class Session:
         evaluate: function of (objective, step) to scores by name, each ``train.evaluate_every`` and at the end.
         prepare_batch: finishes a batch on the device.
         tags: words to find the run by in the mirror.
+        group: of runs in the mirror, None without one.
         fresh: beginnings of the names of parameters that a loaded file has not trained.
     """
 
@@ -217,6 +218,7 @@ class Session:
     evaluate: Callable[[Objective, int], Mapping[str, float]] | None = None
     prepare_batch: Callable[[Batch], Batch] | None = None
     tags: tuple[str, ...] = field(default=())
+    group: str | None = None
     fresh: tuple[str, ...] = ()
 
     def fit(
@@ -254,6 +256,7 @@ class Session:
                 progress=progress,
                 total_steps=self.steps,
                 tags=self.tags,
+                group=self.group,
             ) as recorder,
         ):
             return fit(
