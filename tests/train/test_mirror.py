@@ -3,8 +3,6 @@
 import getpass
 import json
 import socket
-import struct
-from pathlib import Path
 
 import pytest
 
@@ -13,34 +11,7 @@ from finetune.report import read_comparison
 from medseg_ssl.train.settings import WandbConfig
 from tests.commands.fake_folder import write_folder
 
-
-BLOCK, HEADER = 32768, 7
-
-
-def records(run: Path) -> list:
-    """Every record of the offline runs below a folder, in order.
-
-    The file is LevelDB's log: blocks with chunks of (checksum, length, kind), where a record may take several chunks.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    found = []
-    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        content, place, whole = file.read_bytes(), HEADER, b""
-        assert content.startswith(b":W&B")
-        while place + HEADER <= len(content):
-            if BLOCK - place % BLOCK < HEADER:  # too little room for a chunk: filled up
-                place += BLOCK - place % BLOCK
-                continue
-            _, length, kind = struct.unpack("<IHB", content[place : place + HEADER])
-            whole += content[place + HEADER : place + HEADER + length]
-            place += HEADER + length
-            if kind in (1, 4):  # whole, or the last of several
-                record = Record()
-                record.ParseFromString(whole)
-                found.append(record)
-                whole = b""
-    return found
+from .offline import records
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +66,9 @@ def test_the_curve_stands_in_the_offline_run(sent):
     points = json.loads((files / line["path"]).read_text())
     assert len(points["data"]) == 3 * 2
     # a chart of the mirror's own needs its definition beside the table
-    assert any("label_efficiency" in str(r.config) for r in recorded if r.WhichOneof("record_type") == "config")
+    assert any(
+        "label_efficiency" in str(r.config) for r in recorded if r.WhichOneof("record_type") == "config"
+    )
 
 
 @pytest.mark.slow
