@@ -261,12 +261,10 @@ def _read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _comparisons_of(run: Path) -> list[Path]:
-    """The folder itself where it is a comparison; of a transfer, the comparison of each target."""
-    if (run / PLAN).is_file() or not (run / MATRIX).is_file():
-        return [run] if (run / PLAN).is_file() else []
-    return sorted(plan.parent for plan in run.glob(f"*/{PLAN}")) or sorted(
-        p.parent for p in run.glob(f"*/*/{PLAN}")
-    )
+    """The folder itself where it is a comparison; of a transfer, the comparison on each target."""
+    if (run / MATRIX).is_file():
+        return sorted(plan.parent for plan in run.glob(f"targets/*/{PLAN}"))
+    return [run] if (run / PLAN).is_file() else []
 
 
 # -- command -------------------------------------------------------------------------------------------------

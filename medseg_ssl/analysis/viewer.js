@@ -261,7 +261,7 @@ class Viewer {
         }
       };
       // truth is broader and below, so that it shows on both sides of a prediction that lies on it
-      if (wantsTruth) stroke(truth, line * 1.9, () => TRUTH);
+      if (wantsTruth) stroke(truth, line * 1.6, () => TRUTH);
       if (wantsLabel && style === "contours") stroke(label, line, (v) => this.colours[(v - 1) % this.colours.length]);
     }
     if (cross) this.marks(context, plane, frame, scale, side, ratio);

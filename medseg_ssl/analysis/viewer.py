@@ -13,7 +13,7 @@ import numpy as np
 
 from medseg_ssl.analysis.page import text
 from medseg_ssl.analysis.pictures import CLASS_COLOURS
-from medseg_ssl.analysis.volumes import CasePrediction, CaseVolume, GreyChannel
+from medseg_ssl.analysis.volumes import MARGIN_MM, CasePrediction, CaseVolume, GreyChannel
 from medseg_ssl.types import UNKNOWN_LABEL
 
 CT_WINDOWS = {
@@ -159,8 +159,8 @@ def _caption(viewer: Viewer) -> str:
         "Wheel, slider or arrow keys scroll (Page Up and Down by five, [ and ] change the init, T and P hide truth and "
         "prediction); a click moves the other planes there. Radiological display: the patient's right (R) is on the "
         "left of axial and coronal slices, sagittal ones face left; superior and anterior are up. Voxels have their "
-        "true size in millimetres. Scans are cropped to the label with a margin of 25 mm and stored in 256 greys. "
-        "Not for diagnosis."
+        "true size in millimetres. Scans are cropped to the label with a margin of "
+        f"{MARGIN_MM:.0f} mm and stored in 256 greys. Not for diagnosis."
     )
     if viewer.left_out:
         room = f"the page holds {viewer.limit_mb:.0f} MB of volumes at most"
