@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg_ssl.analysis.label_efficiency import CURVE_COLUMNS
 from medseg_ssl.analysis.tables import write_json
 from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import ConfigError, UserError, override, parse, read_yaml
@@ -24,6 +23,7 @@ from .comparison import CompareConfig, expand, resolve
 from .crew import Crew, failure_of, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
 from .inits import FROM_FILE, SCRATCH_LONG
+from .mirror import send_comparison
 from .notes import notes_of
 from .planning import EncoderKey
 from .report import PLAN, write_comparison
@@ -132,7 +132,7 @@ def compare(
         _write_plan(out, counted, tasks, notes=notes, command=command, folds=folds)
         pending = [task for task in tasks if not task.finished]
         failures = crew.fit(fit, pending, done=len(tasks) - len(pending))
-        report = _conclude(out, config, failures, mirror=bool(pending))
+        report = _conclude(out, config, failures, mirror=bool(pending), encoders=given)
     return report
 
 
@@ -142,7 +142,12 @@ def _today(written: Mapping[str, Any]) -> CompareConfig:
 
 
 def _conclude(
-    out: Path, config: CompareConfig, failures: Sequence[tuple[FitTask, BaseException]], *, mirror: bool
+    out: Path,
+    config: CompareConfig,
+    failures: Sequence[tuple[FitTask, BaseException]],
+    *,
+    mirror: bool,
+    encoders: Mapping[str, Path],
 ) -> Path:
     try:
         found = write_comparison(out)
@@ -151,24 +156,11 @@ def _conclude(
             raise failure_of(failures) from None
         raise
     if mirror and not failures:
-        _mirror(out, config, found.curve)
+        tree = config.model_dump(mode="json")
+        send_comparison(out, found, wandb=config.wandb, config=tree, encoders=encoders)
     if failures:
         raise failure_of(failures)
     return out / REPORT
-
-
-def _mirror(out: Path, config: CompareConfig, curve: Sequence[Mapping[str, Any]]) -> None:
-    """Table and line chart of the curve in the mirror."""
-    from medseg_ssl.train.recorder import Recorder
-
-    tree = config.model_dump(mode="json")
-    with Recorder(out, wandb=config.wandb, config=tree, tags=("compare", config.task)) as recorder:
-        recorder.table("curve", CURVE_COLUMNS, [[row[c] for c in CURVE_COLUMNS] for row in curve])
-        dice = [row for row in curve if row["metric"] == "dice"]
-        lines = {init: [(r["budget"], r["mean"]) for r in dice if r["init"] == init] for init in config.inits}
-        recorder.curve(
-            "label_efficiency", lines, x="labels", y="dice", title=f"Label efficiency: {config.task}"
-        )
 
 
 # -- what goes in and what a reader must know ----------------------------------------------------------------

@@ -17,6 +17,8 @@ from medseg_ssl.cli import locate
 from medseg_ssl.config import Block, UserError, parse
 from medseg_ssl.data.partial import Access
 
+from .mirror import group_in
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -50,7 +52,7 @@ class FitTask:
         target: modalities of a case.
         nsd_tolerance_mm: of the metric.
         steps: optimizer steps, for the time left.
-        pictures: keep a slice of every test case for the report.
+        pictures: keep a slice, a small volume and the prediction of every test case for the report.
         keep: keep the bulky files.
         pretraining: which of the init's pretrainings it starts from; 0 for inits without.
         fold: which fold is scored.
@@ -128,7 +130,10 @@ def pretrain_init(task: PretrainTask) -> Path:
     config = parse(command.PretrainConfig, task.config, prefix=f"inits.{task.init}.pretrain")
     data = config.data.model_copy(update={"protect": task.protect})
     config = config.model_copy(update={"data": data})
-    return command.run_pretrain(config, task.folder, archive=task.archive, access=task.access, quiet=True)
+    group = group_in(task.folder.parents[1])
+    return command.run_pretrain(
+        config, task.folder, archive=task.archive, access=task.access, quiet=True, group=group
+    )
 
 
 def fit_and_score(task: FitTask) -> Path:
@@ -146,7 +151,11 @@ def fit_and_score(task: FitTask) -> Path:
     if task.finished:
         return task.folder / DONE
     try:
-        rows = _score(task, _learn(task) if task.baseline is not None else _load(task, _fit(task)))
+        if task.baseline is not None:
+            rows = _score(task, _learn(task))
+        else:
+            predictor = _load(task, _fit(task))
+            rows = _score(task, predictor, explained=predictor)
     except UserError:
         raise
     except Exception as error:
@@ -209,15 +218,20 @@ def _load(task: FitTask, segmenter: Path) -> Predictor:
     return Predictor.load(segmenter, device=device, precision=precision, flips=task.flips)
 
 
-def _score(task: FitTask, predictor: Predictor | Baseline) -> list[dict[str, object]]:
-    """Rows of ``cases.csv`` of all test cases, and their slices."""
+def _score(
+    task: FitTask, predictor: Predictor | Baseline, *, explained: Predictor | None = None
+) -> list[dict[str, object]]:
+    """Rows of ``cases.csv`` of all test cases, and what the report shows; ``explained`` is asked what it looked at."""
     from medseg_ssl.analysis.metrics import case_metrics
     from medseg_ssl.analysis.pictures import write_slices
     from medseg_ssl.data.archive import Archive
 
+    from .volumes import Keeper
+
     archive = Archive.open(task.test_archive)
     rows: list[dict[str, object]] = []
     slices = []
+    keeper = Keeper(task.folder, archive, test_cases=task.test_cases)
     for case, prediction_DHW in predictor.predict_cases(archive, task.test_cases):
         label_DHW, affine_44 = archive.original_label(case)
         found = case_metrics(
@@ -231,8 +245,11 @@ def _score(task: FitTask, predictor: Predictor | Baseline) -> list[dict[str, obj
         rows += [{"case": case, **row} for row in found]
         if task.pictures:
             slices.append(slice_of(archive, case, label_DHW, prediction_DHW, affine_44))
+            keeper.add(case, prediction_DHW)
     if slices:
-        task.folder.mkdir(parents=True, exist_ok=True)
+        if explained is not None:
+            keeper.explain(explained)
+        keeper.write()
         write_slices(task.folder / SLICES, slices)
     return rows
 

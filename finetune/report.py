@@ -1,10 +1,11 @@
 """``medseg-ssl report RUN… --out HTML``: pictures and tables of any runs, in one file that opens offline.
 
-RUN is the folder of a comparison (finished or not), of a pretraining or of a fine-tuning.
+RUN is the folder of a comparison (finished or not), of a transfer matrix, of a pretraining or of a fine-tuning.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,25 +14,28 @@ from typing import Any
 
 import yaml
 
+from medseg_ssl.analysis.cases import case_scores
 from medseg_ssl.analysis.label_efficiency import (
     CASE_COLUMNS,
     CURVE_COLUMNS,
     curve_rows,
     read_cases,
     summarise,
-    tables,
 )
 from medseg_ssl.analysis.page import Picture
-from medseg_ssl.analysis.report import Comparison, Run, comparison_page, runs_page
+from medseg_ssl.analysis.report import Comparison, Run, Transfer, comparison_page, runs_page
 from medseg_ssl.analysis.tables import write_bytes, write_csv, write_json, write_text
 from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError, UserError
 
-from .fits import DONE, SLICES
+from .fits import DONE
+from .gallery import Gallery
 
 PLAN = "plan.json"
+MATRIX = "matrix.csv"
 PICTURES_PER_RUN = 6
-EXAMPLES = {"worst": 0.0, "median": 0.5, "best": 1.0}
+VOLUMES_BYTES = 16_000_000
+"""Room for the viewer on a page, of all its comparisons together: with plotly and pictures a page stays below 25 MB."""
 
 
 # -- comparisons ---------------------------------------------------------------------------------------------
@@ -57,8 +61,14 @@ def write_comparison(out: Path) -> Comparison:
     return comparison
 
 
-def read_comparison(out: Path) -> tuple[Comparison, list[dict[str, Any]]]:
+def read_comparison(
+    out: Path, *, volumes_bytes: int = VOLUMES_BYTES
+) -> tuple[Comparison, list[dict[str, Any]]]:
     """What the finished fits of a comparison say so far, and their rows.
+
+    Args:
+        out: its folder.
+        volumes_bytes: room for the viewer on the page.
 
     Raises:
         UserError: the folder holds no comparison, or none of its fits has finished.
@@ -78,16 +88,23 @@ def read_comparison(out: Path) -> tuple[Comparison, list[dict[str, Any]]]:
     summary = summarise(rows, baselines=plan["baselines"], low_budgets=plan["low_budgets"])
     configs = {"comparison": (out / "config.yaml").read_text(encoding="utf-8")}
     title = f"Label efficiency: {plan['task']}"
+    scores = case_scores(rows)
+    gallery = Gallery(out, rows, inits=plan["inits"], scores=scores)
     comparison = Comparison(
         title=title,
         picture=curve_png(curve, baselines=summary["baselines"], title=title),
         curve=curve,
         summary=summary,
         notes=plan["notes"],
-        pictures=example_pictures(out, rows, plan),
+        cases=scores,
+        viewer=gallery.viewer(limit_bytes=volumes_bytes),
+        pictures=gallery.examples(),
+        failures=gallery.failures(),
+        saliency=gallery.saliency(),
         losses=_comparison_losses(out, plan, finished),
         configs=configs,
         command=plan["command"],
+        made=_made(out, rows),
         finished=len(finished),
         planned=len(plan["fits"]),
     )
@@ -115,40 +132,31 @@ def _read_plan(out: Path) -> dict[str, Any]:
         raise UserError(f"{out} holds no comparison ({PLAN} is missing or broken)") from error
 
 
-def example_pictures(
-    out: Path, rows: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]
-) -> dict[str, list[Picture]]:
-    """Worst, median and best case by mean Dice over inits: fewest labels, draw 0, every init."""
-    from medseg_ssl.analysis.pictures import contour_png, read_slices
+def _made(out: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What else decides the numbers: seeds, fingerprints of what went in, versions, machine."""
+    seeds = {(row["draw"], row["budget"]): row["seed"] for row in rows}
+    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")) or {}
+    found: dict[str, Any] = {"seed of the comparison": config.get("seed", 0)}
+    found["seeds of fits"] = "; ".join(
+        f"draw {draw}, {budget} label{'s' if budget > 1 else ''}: {seed}"
+        for (draw, budget), seed in sorted(seeds.items())
+    )
+    for name in ("inputs.json", "environment.json"):
+        if (out / name).is_file():
+            found |= _flat(json.loads((out / name).read_text(encoding="utf-8")))
+    return {key: value for key, value in found.items() if value not in (None, "", {})}
 
-    budget = min(row["budget"] for row in rows)
-    found = {}
-    for init in plan["inits"]:
-        path = out / "fits" / init / f"b{budget}" / "d0" / SLICES
-        if path.is_file():
-            found[init] = read_slices(path)
-    first = tables([row for row in rows if row["draw"] == 0 and row["budget"] == budget])
-    dice = {
-        init: dict(zip(t.cases, t.scores_ND[:, 0].tolist(), strict=True)) for (init, _), t in first.items()
-    }
-    shown = [init for init in found if init in dice]
-    if not shown:
-        return {}
-    means = {c: sum(dice[i].get(c, math.nan) for i in shown) / len(shown) for c in found[shown[0]]}
-    ranked = sorted((c for c, mean in means.items() if not math.isnan(mean)), key=lambda c: (means[c], c))
-    out_rows: dict[str, list[Picture]] = {}
-    labels = "1 label" if budget == 1 else f"{budget} labels"
-    for word, place in EXAMPLES.items() if ranked else ():
-        case = ranked[round(place * (len(ranked) - 1))]
-        heading = (
-            f"{word.capitalize()} case with {labels}, draw 0: {case[:8]} (truth white, prediction in colour)"
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = (
+            {f"{key}: {k}" if key != "packages" else k: v for k, v in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
         )
-        out_rows[heading] = [
-            Picture(contour_png(found[init][case]), f"{init}: Dice {dice[init][case]:.3f}")
-            for init in shown
-            if case in found[init] and case in dice[init]
-        ]
-    return out_rows
+        flat |= nested
+    return flat
 
 
 def _comparison_losses(
@@ -174,6 +182,27 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# -- transfer matrices -----------------------------------------------------------------------------------------------
+
+
+def read_transfer(out: Path) -> Transfer:
+    """The matrix of a transfer folder.
+
+    Raises:
+        UserError: its ``matrix.csv`` cannot be read.
+    """
+    numbers = ("mean", "ci_low", "ci_high", "gain", "gain_ci_low", "gain_ci_high")
+    rows: list[dict[str, Any]] = []
+    try:
+        with (out / MATRIX).open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                cells = {name: float(row[name]) if row[name] else math.nan for name in numbers}
+                rows.append({**row, "budget": int(row["budget"]), **cells})
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"cannot read {out / MATRIX}: {error}") from error
+    return Transfer(f"Transfer: {', '.join(dict.fromkeys(row['task'] for row in rows))}", rows)
 
 
 # -- single runs ---------------------------------------------------------------------------------------------
@@ -236,6 +265,13 @@ def _read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _comparisons_of(run: Path) -> list[Path]:
+    """The folder itself where it is a comparison; of a transfer, the comparison on each target."""
+    if (run / MATRIX).is_file():
+        return sorted(plan.parent for plan in run.glob(f"targets/*/{PLAN}"))
+    return [run] if (run / PLAN).is_file() else []
+
+
 # -- command -------------------------------------------------------------------------------------------------
 
 
@@ -260,13 +296,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise ConfigError(f"{args.out} is a folder; --out names a file")
     if args.out.exists() and not args.overwrite:
         raise ConfigError(f"{args.out} exists; choose another --out, or --overwrite to replace a report")
-    comparisons = [read_comparison(run)[0] for run in args.runs if (run / PLAN).is_file()]
-    runs = [read_run(run) for run in args.runs if not (run / PLAN).is_file()]
-    title = comparisons[0].title if len(comparisons) == 1 and not runs else "Runs"
-    if len(comparisons) == 1 and not runs:
+    transfers = [read_transfer(run) for run in args.runs if (run / MATRIX).is_file()]
+    folders = [folder for run in args.runs for folder in _comparisons_of(run)]
+    comparisons = [read_comparison(f, volumes_bytes=VOLUMES_BYTES // len(folders))[0] for f in folders]
+    known = {run for run in args.runs if (run / MATRIX).is_file() or run in folders}
+    runs = [read_run(run) for run in args.runs if run not in known]
+    if len(comparisons) == 1 and not runs and not transfers:
         write_text(args.out, comparison_page(comparisons[0]))
     else:
-        write_text(args.out, runs_page(title, runs=runs, comparisons=comparisons))
+        write_text(args.out, runs_page("Runs", runs=runs, comparisons=comparisons, transfers=transfers))
     Console(stderr=True).print(f"report: {args.out}", markup=False, highlight=False)
     return args.out
 

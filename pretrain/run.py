@@ -108,7 +108,13 @@ SHELVES = {
 
 
 def run_pretrain(
-    config: PretrainConfig, run: Path, *, archive: Path, access: Access | None = None, quiet: bool = False
+    config: PretrainConfig,
+    run: Path,
+    *,
+    archive: Path,
+    access: Access | None = None,
+    quiet: bool = False,
+    group: str | None = None,
 ) -> Path:
     """Pretrain an encoder, or go on where an earlier call with the same config stopped.
 
@@ -118,6 +124,7 @@ def run_pretrain(
         archive: a prepared archive.
         access: splits that differ from what the archive says.
         quiet: show no progress.
+        group: of runs in the mirror: a comparison's, where the pretraining is part of one.
 
     Returns:
         ``RUN/encoder.safetensors``.
@@ -197,6 +204,7 @@ def run_pretrain(
             description=f"pretrain {config.objective.name}",
             quiet=quiet,
             tags=("pretrain", config.objective.name),
+            group=group,
             prepare_batch=partial(prepare_batch, plan=views),
             preview_batch=lambda: next(iter(load(steps=1))),
             evaluate=judged(pictures=partial(keep_picture, Path(run))),

@@ -13,6 +13,8 @@ from typing import Any
 
 BASELINE_COLOURS = ("#8a8f98", "#3f444d", "#b9bdc4")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b4bb7")  # Okabe and Ito
+MARKS = {"circle": "o", "diamond": "D", "square": "s", "triangle-up": "^"}
+"""Plotly's names to matplotlib's."""
 GRID, INK, FONT = (
     "#e8eaee",
     "#22262d",
@@ -32,6 +34,14 @@ def colours(inits: Sequence[str], baselines: Sequence[str]) -> dict[str, str]:
     return out | {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(others)}
 
 
+def marks(inits: Sequence[str], baselines: Sequence[str]) -> dict[str, str]:
+    """A marker per init, as plotly names it: another one where the colours begin again."""
+    others = [i for i in inits if i not in baselines]
+    return dict.fromkeys(inits, "circle") | {
+        n: tuple(MARKS)[k // len(COLOURS) % len(MARKS)] for k, n in enumerate(others)
+    }
+
+
 def series(curve: Iterable[Row], metric: str) -> dict[str, list[Row]]:
     """Init to its rows of one metric, ascending budgets, in order of appearance."""
     out: dict[str, list[Row]] = {}
@@ -46,7 +56,7 @@ def curve_figure(
 ) -> dict[str, Any]:
     """The curve of one metric with its intervals; hovering shows the numbers."""
     found = series(curve, metric)
-    palette = colours(list(found), baselines)
+    palette, symbols = colours(list(found), baselines), marks(list(found), baselines)
     traces = []
     for place, (init, rows) in enumerate(found.items()):
         shift = 2.0 ** (DODGE * (place - (len(found) - 1) / 2))
@@ -73,7 +83,7 @@ def curve_figure(
                     "width": 2.4,
                     "dash": "dot" if init in baselines else "solid",
                 },
-                "marker": {"size": 8},
+                "marker": {"size": 8, "symbol": symbols[init]},
                 "customdata": [_hover_cells(r, k) for r, k in zip(rows, known, strict=True)],
                 "hovertemplate": "<b>%{fullData.name}</b>, %{customdata[0]}<br>"
                 + f"{label} %{{y:.3f}}, %{{customdata[1]}}<br>%{{customdata[2]}}<extra></extra>",
@@ -122,6 +132,82 @@ def loss_figure(losses: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, 
     return {"data": traces, "layout": _layout(x_axis, {"title": {"text": "loss"}, "gridcolor": GRID})}
 
 
+def heat_map(rows: Sequence[Row], *, metric: str = "dice", budget: int | None = None) -> dict[str, Any]:
+    """Gain over scratch of every source (across a row) on every target, from rows of ``matrix.csv``.
+
+    Colour is the gain, blue above 0; cells whose interval includes 0 stand in brackets. Hovering shows score and gain
+    with their intervals.
+
+    Args:
+        rows: with ``task``, ``source``, ``target``, ``budget``, ``metric``, ``mean``, ``gain`` and their intervals.
+        metric: which rows.
+        budget: which rows; None takes the smallest there is.
+
+    Raises:
+        ValueError: no row of this metric and budget.
+    """
+    of_metric = [r for r in rows if r["metric"] == metric]
+    shown = min((r["budget"] for r in of_metric), default=None) if budget is None else budget
+    chosen = [r for r in of_metric if r["budget"] == shown]
+    if not chosen:
+        raise ValueError(f"no row of {metric!r} with {shown} labels")
+    tasks = {r["target"]: set() for r in chosen}
+    for r in chosen:
+        tasks[r["target"]].add(r["task"])
+    # the task is part of a column's name only where one modality has several
+    name = {
+        (r["target"], r["task"]): r["target"]
+        if len(tasks[r["target"]]) == 1
+        else f"{r['target']} · {r['task']}"
+        for r in chosen
+    }
+    columns = list(dict.fromkeys(name[r["target"], r["task"]] for r in chosen))
+    lines = list(dict.fromkeys(r["source"] or "scratch" for r in chosen))
+    cell = {(r["source"] or "scratch", name[r["target"], r["task"]]): r for r in chosen}
+    table = [[cell.get((line, column)) for column in columns] for line in lines]
+    gains = [abs(r["gain"]) for r in chosen if not math.isnan(r["gain"])]
+    limit = max(gains, default=0.0) or 1.0
+    text = [[_gain_text(r) for r in row] for row in table]
+    trace = {
+        "type": "heatmap",
+        "x": columns,
+        "y": lines,
+        "z": [[None if r is None or math.isnan(r["gain"]) else r["gain"] for r in row] for row in table],
+        "zmin": -limit,
+        "zmax": limit,
+        "colorscale": [[0, "#d55e00"], [0.5, "#f7f7f7"], [1, "#0072b2"]],
+        "colorbar": {"title": {"text": "gain"}, "thickness": 14, "outlinewidth": 0},
+        "xgap": 3,
+        "ygap": 3,
+        "text": text,
+        "texttemplate": "%{text}",
+        "customdata": [[_gain_hover(r) for r in row] for row in table],
+        "hovertemplate": "<b>%{y} → %{x}</b><br>%{customdata}<extra></extra>",
+        "hoverongaps": False,
+    }
+    layout = _layout(
+        {"title": {"text": "fine-tuned on"}, "side": "bottom", "type": "category"},
+        {"title": {"text": "pretrained on"}, "autorange": "reversed", "type": "category", "automargin": True},
+    )
+    return {"data": [trace], "layout": layout | {"showlegend": False}}
+
+
+def _gain_text(row: Row | None) -> str:
+    if row is None or math.isnan(row["gain"]):
+        return ""
+    clear = row["gain_ci_low"] > 0 or row["gain_ci_high"] < 0
+    return f"<b>{row['gain']:+.3f}</b>" if clear else f"({row['gain']:+.3f})"
+
+
+def _gain_hover(row: Row | None) -> str:
+    if row is None:
+        return ""
+    parts = [f"score {row['mean']:.3f}, {row['ci_low']:.3f} to {row['ci_high']:.3f}"]
+    if not math.isnan(row["gain"]):
+        parts.append(f"gain {row['gain']:+.3f}, {row['gain_ci_low']:+.3f} to {row['gain_ci_high']:+.3f}")
+    return "<br>".join(parts)
+
+
 def _layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
     return {
         "xaxis": x_axis | {"zeroline": False, "linecolor": GRID},
@@ -143,7 +229,7 @@ def curve_png(curve: Sequence[Row], *, baselines: Sequence[str], title: str, met
     from matplotlib.ticker import NullLocator
 
     found = series(curve, metric)
-    palette = colours(list(found), baselines)
+    palette, symbols = colours(list(found), baselines), marks(list(found), baselines)
     figure = Figure(figsize=(10, 6.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -152,7 +238,13 @@ def curve_png(curve: Sequence[Row], *, baselines: Sequence[str], title: str, met
         x = [r["budget"] * shift for r in rows]
         down = [0.0 if math.isnan(r["ci_low"]) else r["mean"] - r["ci_low"] for r in rows]
         up = [0.0 if math.isnan(r["ci_high"]) else r["ci_high"] - r["mean"] for r in rows]
-        style = {"marker": "o", "markersize": 6, "linewidth": 2, "capsize": 3.5, "elinewidth": 1.3}
+        style = {
+            "marker": MARKS[symbols[init]],
+            "markersize": 6,
+            "linewidth": 2,
+            "capsize": 3.5,
+            "elinewidth": 1.3,
+        }
         line = ":" if init in baselines else "-"
         y = [r["mean"] for r in rows]
         axes.errorbar(x, y, yerr=[down, up], label=init, color=palette[init], linestyle=line, **style)

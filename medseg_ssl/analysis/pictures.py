@@ -62,26 +62,59 @@ def contour_png(item: Slice, *, longest: int = 320) -> bytes:
         item: the slice.
         longest: pixels of the longer side.
     """
-    from PIL import Image
+    canvas_HW3 = _canvas(item, longest)
+    _draw_contours(canvas_HW3, item.truth_HW, of_truth=True)
+    _draw_contours(canvas_HW3, item.prediction_HW, of_truth=False)
+    return _png(canvas_HW3)
 
+
+def saliency_png(item: Slice, strength_HW: np.ndarray, *, longest: int = 320) -> bytes:
+    """The slice as PNG under a map (uint8; red, yellow where it is strong), with the truth in white.
+
+    Args:
+        item: the slice.
+        strength_HW: on its grid.
+        longest: pixels of the longer side.
+    """
+    canvas_HW3 = _canvas(item, longest)
+    strength_HW1 = _resized(strength_HW, canvas_HW3.shape, smooth=True)[..., None] / 255.0
+    heat_HW3 = np.concatenate([np.ones_like(strength_HW1), strength_HW1, 0.2 * strength_HW1], axis=-1) * 255.0
+    opacity_HW1 = 0.75 * np.sqrt(strength_HW1)
+    canvas_HW3[...] = np.round(canvas_HW3 * (1 - opacity_HW1) + heat_HW3 * opacity_HW1)
+    _draw_contours(canvas_HW3, item.truth_HW, of_truth=True)
+    return _png(canvas_HW3)
+
+
+def _canvas(item: Slice, longest: int) -> np.ndarray:
+    """The grey slice in square millimetres, (H, W, 3) uint8."""
     height_mm, width_mm = (n * s for n, s in zip(item.image_HW.shape, item.spacing_mm, strict=True))
     scale = longest / max(height_mm, width_mm)
-    size = (max(1, round(width_mm * scale)), max(1, round(height_mm * scale)))
+    shape = (max(1, round(height_mm * scale)), max(1, round(width_mm * scale)))
+    return np.stack([_resized(item.image_HW, shape, smooth=True)] * 3, axis=-1)
 
-    def upright(array_HW: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(array_HW[::-1, ::-1])
 
-    grey = Image.fromarray(upright(item.image_HW).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    canvas_HW3 = np.stack([np.asarray(grey)] * 3, axis=-1)
-    for labels_HW, of_truth in ((item.truth_HW, True), (item.prediction_HW, False)):
-        small = upright(labels_HW)
-        for value in np.unique(small[(small > 0) & (small < 255)]):
-            share = Image.fromarray(((small == value) * 255).astype(np.uint8))
-            inside_HW = np.asarray(share.resize(size, Image.Resampling.BILINEAR)) >= 128
-            colour = TRUTH_COLOUR if of_truth else CLASS_COLOURS[(int(value) - 1) % len(CLASS_COLOURS)]
-            canvas_HW3[_outline(inside_HW)] = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+def _resized(array_HW: np.ndarray, shape: Sequence[int], *, smooth: bool) -> np.ndarray:
+    """Rows from anterior to posterior, columns from the patient's right to the left, at another size."""
+    from PIL import Image
+
+    kind = Image.Resampling.BICUBIC if smooth else Image.Resampling.BILINEAR
+    upright = Image.fromarray(np.ascontiguousarray(array_HW[::-1, ::-1]).astype(np.uint8))
+    return np.asarray(upright.resize((shape[1], shape[0]), kind))
+
+
+def _draw_contours(canvas_HW3: np.ndarray, labels_HW: np.ndarray, *, of_truth: bool) -> None:
+    for value in np.unique(labels_HW[(labels_HW > 0) & (labels_HW < 255)]):
+        inside_HW = _resized((labels_HW == value) * 255, canvas_HW3.shape, smooth=False) >= 128
+        colour = TRUTH_COLOUR if of_truth else CLASS_COLOURS[(int(value) - 1) % len(CLASS_COLOURS)]
+        canvas_HW3[_outline(inside_HW)] = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def _png(canvas_HW3: np.ndarray) -> bytes:
+    from PIL import Image
+
     buffer = io.BytesIO()
-    Image.fromarray(canvas_HW3).save(buffer, format="PNG", optimize=True)
+    # Pillow's `optimize` would save a seventh of the bytes for ten times the time
+    Image.fromarray(canvas_HW3).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

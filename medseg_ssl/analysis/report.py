@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medseg_ssl.analysis.figures import curve_figure, loss_figure, series
+from medseg_ssl.analysis.cases import CaseScores, case_sections
+from medseg_ssl.analysis.figures import curve_figure, heat_map, loss_figure, series
 from medseg_ssl.analysis.page import Picture, details, figure, gallery, inline, page, section, table, text
+from medseg_ssl.analysis.viewer import Viewer, viewer_html
 
 METRIC_LABELS = {
     "dice": "Dice",
@@ -18,6 +21,19 @@ METRIC_LABELS = {
     "precision": "precision",
     "recall": "recall",
 }
+
+MANY = 4
+"""More verdicts than this are set closely."""
+MAP = '<nav class="map" aria-label="sections"></nav>'
+SALIENCY_NOTE = (
+    '<p class="caption">Length of the gradient of the foreground\'s log-odds by the image, averaged over noisy copies '
+    "(SmoothGrad), each map scaled by itself; truth in white. The cases were chosen before anything was scored. A map "
+    "shows what a network is sensitive to, not why it decides, and is no measure of quality.</p>"
+)
+FAILURES_NOTE = (
+    '<p class="caption">The slice with most wrong voxels; truth white, prediction in colour. Percentages: found share '
+    "of the label, and what was predicted beside it as a share of the label's volume.</p>"
+)
 
 Row = Mapping[str, Any]
 
@@ -33,9 +49,14 @@ class Comparison:
         summary: what ``label_efficiency.summarise`` returned.
         notes: conditions a reader must know (steps, subsets, overrides, failures).
         pictures: heading to the pictures of a row.
+        cases: Dice case by case.
+        viewer: volumes to scroll through.
+        failures: as ``pictures``, of the cases that went worst.
+        saliency: as ``pictures``, of what the networks are sensitive to.
         losses: stage to the (step, loss) points of its runs by name.
         configs: name to YAML text.
         command: how to make it again.
+        made: what else that takes: seeds, versions, what went in.
         finished: fits that are done.
         planned: fits that were asked for.
     """
@@ -46,9 +67,14 @@ class Comparison:
     picture: bytes = b""
     notes: Sequence[str] = ()
     pictures: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
+    cases: CaseScores | None = None
+    viewer: Viewer | None = None
+    failures: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
+    saliency: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
     losses: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]] = field(default_factory=dict)
     configs: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
+    made: Mapping[str, Any] = field(default_factory=dict)
     finished: int = 0
     planned: int = 0
 
@@ -76,12 +102,20 @@ class Run:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """A transfer matrix; ``matrix`` are rows of ``matrix.csv``."""
+
+    title: str
+    matrix: Sequence[Row]
+
+
 # -- pages ---------------------------------------------------------------------------------------------------
 
 
 def comparison_page(comparison: Comparison) -> str:
     """The page of one comparison."""
-    return page(comparison.title, comparison_sections(comparison))
+    return page(comparison.title, [MAP, *comparison_sections(comparison)])
 
 
 def comparison_sections(comparison: Comparison, *, prefix: str = "curve") -> list[str]:
@@ -92,14 +126,16 @@ def comparison_sections(comparison: Comparison, *, prefix: str = "curve") -> lis
         count = f"{c.finished} of {c.planned} fits are done"
         partial = f'<p class="warning">Unfinished: {count}. Every number below may move.</p>'
     losses = {stage: loss_figure(of_stage) for stage, of_stage in c.losses.items()}
-    lines = "".join(f"<li>{text(v)}</li>" for v in c.summary.get("verdicts", ()))
+    verdicts = c.summary.get("verdicts", ())
+    lines = "".join(f"<li>{text(v)}</li>" for v in verdicts)
+    many = " many" if len(verdicts) > MANY else ""
     return [
-        partial + (f'<ul class="verdicts">{lines}</ul>' if lines else "<p>No verdict yet.</p>"),
+        partial + (f'<ul class="verdicts{many}">{lines}</ul>' if lines else "<p>No verdict yet.</p>"),
         section("Label-efficiency curve", _curves(c, prefix)),
         section("Mean Dice by labels", means_table(c.curve, c.summary)),
         section("Paired differences in Dice", differences_table(c.summary)),
         section("Labels saved", savings_table(c.summary, c.curve)),
-        section("Example slices", gallery(c.pictures)),
+        *_case_parts(c, prefix),
         section("Loss", figure(f"{prefix}-loss", losses) if losses else ""),
         section(
             "Conditions",
@@ -111,13 +147,49 @@ def comparison_sections(comparison: Comparison, *, prefix: str = "curve") -> lis
         section(
             "Configs", "".join(details(name, f"<pre>{text(yaml)}</pre>") for name, yaml in c.configs.items())
         ),
-        section("How to make this again", f"<pre>{text(c.command)}</pre>" if c.command else ""),
+        section("How to make this again", _recipe(c)),
     ]
 
 
-def runs_page(title: str, *, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
-    """One page of any runs: comparisons first, then the losses of all runs, then each run."""
-    sections = []
+def _case_parts(c: Comparison, prefix: str) -> list[str]:
+    """Sections about single cases."""
+    viewed = c.viewer is not None and bool(c.viewer.cases)
+    keys = [json.loads(found)["case"] for _, found in c.viewer.cases] if c.viewer is not None else []
+    baselines = c.summary.get("baselines", ())
+    parts = []
+    if c.cases is not None:
+        parts += case_sections(c.cases, baselines=baselines, name=f"{prefix}-scatter", viewed=keys)
+    if c.viewer is not None and viewed:
+        parts.append(section("Slices", viewer_html(c.viewer, name=f"{prefix}-viewer")))
+    return [
+        *parts,
+        section("Example slices", gallery(c.pictures)),
+        section("Failures", gallery(c.failures) + FAILURES_NOTE if c.failures else ""),
+        section(
+            "What the networks are sensitive to", gallery(c.saliency) + SALIENCY_NOTE if c.saliency else ""
+        ),
+    ]
+
+
+def _recipe(c: Comparison) -> str:
+    """Command, then everything else that another machine must share."""
+    command = f"<pre>{text(c.command)}</pre>" if c.command else ""
+    rows = [[text(name), text(value)] for name, value in c.made.items()]
+    return command + (table(["", ""], rows) if rows else "")
+
+
+def runs_page(
+    title: str,
+    *,
+    runs: Sequence[Run] = (),
+    comparisons: Sequence[Comparison] = (),
+    transfers: Sequence[Transfer] = (),
+) -> str:
+    """One page of any runs: transfer matrices first, then comparisons, the losses of all runs, and each run."""
+    sections = [MAP]
+    for number, transfer in enumerate(transfers):
+        sections.append(f"<h1>{text(transfer.title)}</h1>")
+        sections.append(section("Transfer", transfer_html(transfer.matrix, name=f"transfer{number}")))
     for number, comparison in enumerate(comparisons):
         sections.append(f"<h1>{text(comparison.title)}</h1>")
         sections += comparison_sections(comparison, prefix=f"curve{number}")
@@ -166,6 +238,29 @@ def _curves(c: Comparison, prefix: str) -> str:
         "little. Two bars that overlap say little about a difference: the paired table below does.</p>"
     )
     return figure(prefix, figures) + picture + caption
+
+
+def transfer_html(matrix: Sequence[Row], *, name: str) -> str:
+    """Heat maps of a transfer matrix, one per number of labels, and the numbers."""
+    budgets = sorted({r["budget"] for r in matrix if r["metric"] == "dice"})
+    if not budgets:
+        return ""
+    maps = {_labels(b): heat_map(matrix, budget=b) for b in budgets}
+    caption = (
+        '<p class="caption">Difference in Dice from the better scratch baseline, by the modality of pretraining and of '
+        "fine-tuning. Bold: the 95 % interval excludes zero. In brackets: it does not, so nothing is shown.</p>"
+    )
+    rows = [
+        [
+            *(text(r["source"] or "scratch"), text(r["target"]), text(r["task"]), str(r["budget"])),
+            interval_cell(r["mean"], r["ci_low"], r["ci_high"]),
+            interval_cell(r["gain"], r["gain_ci_low"], r["gain_ci_high"], sign=True),
+        ]
+        for r in matrix
+        if r["metric"] == "dice"
+    ]
+    head = ["pretrained on", "fine-tuned on", "task", "labels", "Dice", "gain"]
+    return figure(name, maps) + caption + details("show the numbers", table(head, rows))
 
 
 def means_table(curve: Sequence[Row], summary: Mapping[str, Any]) -> str:
@@ -218,10 +313,17 @@ def differences_table(summary: Mapping[str, Any]) -> str:
         + [_p(c[name]) for name in ("p", "p_holm", "t_p", "wilcoxon_p")]
         for c in found
     ]
+    told = any(not math.isnan(c.get("detectable", math.nan)) for c in found)
     head = ["pair", "labels", "cases × draws", "p", "p (Holm)", "p, paired t", "p, Wilcoxon"]
     note = (
         '<p class="caption">Same cases, same draws, same seeds; 95 % intervals for new cases and new draws. Green and '
-        "red: the interval excludes zero.</p>"
+        "red: the interval excludes zero."
+        + (
+            " Detectable: the smallest true difference that this many cases and draws would find."
+            if told
+            else ""
+        )
+        + "</p>"
     )
     about = (
         '<p class="caption">p belongs to the interval: new cases and new draws. Holm corrects it within a column of '
@@ -241,12 +343,20 @@ def _scope(comparison: Row) -> str:
     budgets = comparison["budgets"]
     if comparison["scope"] == "low budgets":
         return "pooled " + ", ".join(map(str, budgets))
-    return "1 label" if budgets == [1] else f"{budgets[0]} labels"
+    return _labels(budgets[0])
+
+
+def _labels(budget: int) -> str:
+    return "1 label" if budget == 1 else f"{budget} labels"
 
 
 def _difference_cell(c: Row) -> str:
     mark = "better" if c["low"] > 0 else "worse" if c["high"] < 0 else ""
-    return f'<span class="{mark}">{interval_cell(c["mean"], c["low"], c["high"], sign=True)}</span>'
+    detectable = c.get("detectable")
+    least = (
+        "" if detectable is None or math.isnan(detectable) else f"<small>detectable {detectable:.3f}</small>"
+    )
+    return f'<span class="{mark}">{interval_cell(c["mean"], c["low"], c["high"], sign=True)}</span>{least}'
 
 
 def savings_table(summary: Mapping[str, Any], curve: Sequence[Row]) -> str:

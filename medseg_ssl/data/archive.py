@@ -333,21 +333,6 @@ class Archive:
         d, h, w = file.shape
         return (d, h, w), np.array(file.schunk.vlmeta["affine_44"], dtype=np.float64)
 
-    def original_grid(self, case: str) -> tuple[Triple, np.ndarray]:
-        """Shape and float64 affine of the label's own grid, no voxel read; without a label the first scan's grid.
-
-        Raises:
-            KeyError: no such case.
-            UserError: the label's file is missing or damaged.
-        """
-        row = self.cases[case]
-        if not row.labeled:
-            first = self.scans[row.scans[0]]
-            return first.shape, np.array(first.affine_44, dtype=np.float64)
-        file = self._file(Path("labels") / f"{case}.original.b2nd")
-        d, h, w = file.shape
-        return (d, h, w), np.array(file.schunk.vlmeta["affine_44"], dtype=np.float64)
-
     def original_spacing_mm(self, case: str) -> TripleMm:
         """Voxel size (D, H, W) of the label's own grid.
 

@@ -179,7 +179,7 @@ class Predictor:
     ) -> Iterator[tuple[str, Prediction]]:
         for start in range(0, len(cases), self.window_batch):
             group = cases[start : start + self.window_batch]
-            inputs = [self._case_input(archive, case, alter) for case in group]
+            inputs = [self.case_input(archive, case, alter) for case in group]
             for case, given, probabilities in zip(
                 group, inputs, self._probabilities(inputs, group), strict=True
             ):
@@ -193,7 +193,12 @@ class Predictor:
                 grid = (given.affine_44, shape, np.asarray(affine_44))
                 yield case, self._to_grid(probabilities, *grid, keep=keep)
 
-    def _case_input(self, archive: Archive, case: str, alter: Alter | None) -> NetworkInput:
+    def case_input(self, archive: Archive, case: str, alter: Alter | None = None) -> NetworkInput:
+        """A case as the network sees it; ``alter`` as in ``predict_cases``.
+
+        Raises:
+            UserError: more or fewer scans than the segmenter has channels.
+        """
         row = archive.cases[case]
         self._check_channels(len(row.scans), f"case {case}")
         channels = [archive_channel(archive, key, self.card.intensity) for key in row.scans]

@@ -32,6 +32,7 @@ class Recorder:
         progress: where the steps are shown; None shows nothing.
         total_steps: length of the run, for the progress.
         tags: words to find the run by in the mirror.
+        group: runs of one group stand together in the mirror; None has none.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Recorder:
         progress: Progress | None = None,
         total_steps: int = 0,
         tags: Sequence[str] = (),
+        group: str | None = None,
     ) -> None:
         self.run = Path(run)
         self.writes = writes
@@ -52,6 +54,7 @@ class Recorder:
         self._config = dict(config or {})
         self._progress = progress
         self._tags = tuple(tags)
+        self._group = group
         self._mirror: Any = None
         self._mirror_id: str | None = None
         self._warned: set[str] = set()
@@ -189,6 +192,47 @@ class Recorder:
             self._mirror.log({f"curves/{name}": chart})
         return path
 
+    def chart(self, name: str, figure: Mapping[str, Any]) -> None:
+        """A plotly figure (a plain dict) in the mirror alone."""
+        if not self.writes:
+            return
+        self._open_mirror(self._mirror_id)
+        if self._mirror is not None:
+            import plotly.graph_objects as go
+            import wandb
+
+            self._mirror.log({f"charts/{name}": wandb.Plotly(go.Figure(figure))})
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """Numbers of the run as a whole in the mirror alone; those that do not exist (NaN) are left out."""
+        if not self.writes:
+            return
+        self._open_mirror(self._mirror_id)
+        if self._mirror is not None:
+            self._mirror.summary.update({k: float(v) for k, v in values.items() if v - v == 0})
+
+    def artifact(
+        self, name: str, kind: str, files: Mapping[str, Path], *, about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Files in the mirror alone, under names of their own: no path goes with them.
+
+        Args:
+            name: of the artifact; other characters than letters, digits, ``-``, ``_`` and ``.`` become ``_``.
+            kind: such as ``encoder`` or ``budgets``.
+            files: name within the artifact to the file.
+            about: what is known of it.
+        """
+        if not self.writes:
+            return
+        self._open_mirror(self._mirror_id)
+        if self._mirror is not None:
+            import wandb
+
+            made = wandb.Artifact(_safe(name), type=kind, metadata=dict(about or {}))
+            for inner, file in files.items():
+                made.add_file(str(file), name=inner)
+            self._mirror.log_artifact(made)
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _truncate(self, step: int) -> None:
@@ -236,6 +280,7 @@ class Recorder:
             mode=mode,
             config=self._config,
             tags=list(self._tags),
+            group=self._group,
             settings=settings,
         )
         self._mirror.define_metric("*", step_metric="step")

@@ -215,6 +215,7 @@ class Session:
         evaluate: function of (objective, step) to scores by name, each ``train.evaluate_every`` and at the end.
         prepare_batch: finishes a batch on the device.
         tags: words to find the run by in the mirror.
+        group: of runs in the mirror, None without one.
         fresh: beginnings of the names of parameters that a loaded file has not trained.
         undecayed: names of parameters that weight decay would harm.
         training: puts the objective into training mode; all of it, unless parts are frozen.
@@ -235,6 +236,7 @@ class Session:
     evaluate: Callable[[Objective, int], Mapping[str, float]] | None = None
     prepare_batch: Callable[[Batch], Batch] | None = None
     tags: tuple[str, ...] = field(default=())
+    group: str | None = None
     fresh: tuple[str, ...] = ()
     undecayed: tuple[str, ...] = ()
     training: Callable[[Objective], object] = methodcaller("train")
@@ -276,6 +278,7 @@ class Session:
                 progress=progress,
                 total_steps=self.steps,
                 tags=self.tags,
+                group=self.group,
             ) as recorder,
         ):
             return fit(

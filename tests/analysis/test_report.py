@@ -190,3 +190,62 @@ def test_axis_of_a_share_stays_a_share():
     assert 0.7 < low < 0.78
     assert 0.82 < high < 0.9
     assert _limits({"scratch": [row]}, "hd95_mm") is None
+
+
+def matrix_row(source, target, gain, *, budget=2, clear=True, **changes):
+    ends = {"gain_ci_low": gain - 0.01 if clear else -0.5, "gain_ci_high": gain + 0.01 if clear else 0.5}
+    row = {"task": "t", "source": source, "target": target, "budget": budget, "metric": "dice", "mean": 0.7}
+    return row | {"ci_low": 0.6, "ci_high": 0.8, "gain": gain} | ends | changes
+
+
+def test_heat_map_has_sources_down_and_targets_across():
+    rows = [
+        matrix_row("CT", "CT", 0.05),
+        matrix_row("CT", "MR", -0.02, clear=False),
+        matrix_row(EVIL, "MR", 0.03, task="other"),
+        matrix_row("CT", "CT", 0.5, budget=8),
+        matrix_row("", "CT", math.nan),
+    ]
+    (trace,) = figures.heat_map(rows)["data"]
+    assert trace["x"] == ["CT", "MR · t", "MR · other"]
+    assert trace["y"] == ["CT", EVIL, "scratch"]
+    assert trace["z"] == [[0.05, -0.02, None], [None, None, 0.03], [None, None, None]]
+    assert trace["text"] == [["<b>+0.050</b>", "(-0.020)", ""], ["", "", "<b>+0.030</b>"], ["", "", ""]]
+    assert (trace["zmin"], trace["zmax"]) == (-0.05, 0.05)
+    assert figures.heat_map(rows, budget=8)["data"][0]["z"] == [[0.5]]
+    with pytest.raises(ValueError, match="no row of 'dice' with 3 labels"):
+        figures.heat_map(rows, budget=3)
+    made = report.Transfer(f"Transfer {EVIL}", rows)
+    html = without_plotly(report.runs_page("Runs", transfers=[made]))
+    assert EVIL not in html
+    (shown,) = re.findall(r'<script type="application/json">(.*?)</script>', html)
+    assert list(json.loads(shown)) == ["2 labels", "8 labels"]
+
+
+def test_smallest_detectable_difference_stands_in_its_cell():
+    summary = comparison().summary
+    assert "Detectable" not in report.differences_table(
+        {"comparisons": [{**c, "detectable": math.nan} for c in summary["comparisons"]]}
+    )
+    found = [{**c, "detectable": 0.0123} for c in summary["comparisons"]]
+    html = report.differences_table({"comparisons": found})
+    assert html.count("<small>detectable 0.012</small>") == len(found)
+    assert "Detectable: the smallest true difference" in html
+
+
+def test_more_inits_than_colours_get_another_marker():
+    names = [f"init{i}" for i in range(9)]
+    seen = figures.marks(["scratch", *names], ["scratch"])
+    assert [seen[n] for n in ("scratch", "init6", "init7")] == ["circle", "circle", "diamond"]
+
+
+def test_saliency_lies_where_the_map_is_in_radiological_orientation():
+    from PIL import Image
+
+    heat = np.zeros((40, 30), np.uint8)
+    heat[5:9, 4:8] = 255
+    png = pictures.saliency_png(disk(), heat, longest=300)
+    image = np.asarray(Image.open(io.BytesIO(png))).astype(int)
+    warm = np.argwhere(image[..., 0] - image[..., 2] > 100)
+    assert warm[:, 0].mean() == pytest.approx(200 * (1 - 7 / 40), abs=5)
+    assert warm[:, 1].mean() == pytest.approx(300 * (1 - 6 / 30), abs=5)

@@ -110,7 +110,7 @@ def test_a_fit_that_failed_leaves_its_traceback_until_it_succeeds(world, tmp_pat
         keep=False,
     )
     score = fits._score
-    monkeypatch.setattr(fits, "_score", lambda *_: 1 / 0)
+    monkeypatch.setattr(fits, "_score", lambda *_, explained=None: 1 / 0)
     with pytest.raises(UserError, match="ZeroDivisionError: division by zero"):
         fits.fit_and_score(task)
     assert "ZeroDivisionError" in (task.folder / "error.txt").read_text()

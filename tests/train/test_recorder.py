@@ -9,6 +9,8 @@ from medseg_ssl.train.progress import Progress, clock
 from medseg_ssl.train.recorder import Recorder, mid_slices, mirror_mode
 from medseg_ssl.train.settings import WandbConfig
 
+from .offline import records
+
 
 def test_metrics_are_strict_json_lines(tmp_path):
     with Recorder(tmp_path) as recorder:
@@ -109,12 +111,11 @@ def test_the_offline_mirror_stays_in_the_run_folder_and_names_nobody(tmp_path, m
     with Recorder(run, wandb=WandbConfig()) as recorder:
         recorder.load_state_dict({"step": 1, "wandb_id": first})
         assert recorder.state_dict()["wandb_id"] == first
-    records = list(run.glob("wandb/offline-run-*/*.wandb"))
-    assert records
+    sent = records(run)
+    assert any(r.WhichOneof("record_type") == "history" for r in sent)
     assert not [p for p in (tmp_path / "home").rglob("*") if p.is_file()]
-    content = b"".join(
-        p.read_bytes() for p in [*records, *run.glob("wandb/offline-run-*/files/**/*")] if p.is_file()
-    )
+    content = b"".join(r.SerializeToString() for r in sent)
+    content += b"".join(p.read_bytes() for p in run.glob("wandb/offline-run-*/files/**/*") if p.is_file())
     # `wandb sync` reads a table's bytes from this local path; the path itself is not sent
     staging = str(run / "wandb" / "artifacts" / "staging").encode()
     assert str(tmp_path).encode() not in content.replace(staging, b"")

@@ -1,0 +1,175 @@
+"""The report in headless Chromium: offline, without an error, left and right where they belong."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from finetune.report import write_comparison
+from finetune.volumes import case_volume
+from medseg_ssl.analysis.page import page
+from medseg_ssl.analysis.viewer import ViewedCase, fill, viewer_html
+from medseg_ssl.analysis.volumes import CasePrediction
+from medseg_ssl.data.archive_writer import ArchiveWriter
+from medseg_ssl.data.manifest import CaseRow, Split
+from medseg_ssl.data.nifti import read_nifti
+from medseg_ssl.data.store import write_label, write_volume
+from tests.browser import Page
+from tests.commands.fake_folder import write_folder
+from tests.data.small_archive import RECIPE, scan_row
+
+pytestmark = pytest.mark.slow
+
+VIEWER = "document.querySelector('.viewer').viewer"
+
+
+BRIGHT = """(canvas => {
+  const f = canvas.frame, left = Math.ceil(f.x), top = Math.ceil(f.y), wide = Math.floor(f.width) - 1;
+  const all = canvas.getContext('2d').getImageData(left, top, wide, Math.floor(f.height) - 1).data;
+  let n = 0, x = 0, y = 0;
+  for (let i = 0; i < all.length / 4; i++) {
+    if (Math.min(...all.slice(4 * i, 4 * i + 3)) > 200) { n++; x += i % wide; y += Math.floor(i / wide); }
+  }
+  return [n / (f.width * f.height), x / n / f.width - 0.5, 0.5 - y / n / f.height, f.width / f.height];
+})(document.querySelector('.plane[data-plane=PLANE] canvas'))"""
+"""Share of bright pixels, how far right and how far up of the middle they lie, and width by height of the picture."""
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """The page of a made-up comparison."""
+    folder = tmp_path_factory.mktemp("browser")
+    out = write_folder(folder / "out", draws=2, cases=6)
+    write_comparison(out)
+    with Page(out / "report.html", folder / "profile") as found:
+        found.wait(f"document.querySelector('.viewer') && {VIEWER}")
+        found.run(f"{VIEWER}.ready.then(() => 1)")
+        yield found
+
+
+def test_it_asks_for_nothing_and_complains_about_nothing(opened):
+    assert opened.problems == []
+    outside = [a for a in opened.asked if not a.startswith(("file:", "data:", "blob:"))]
+    assert outside == []
+    assert [a for a in opened.asked if a.startswith("file:")] == opened.asked[:1]
+
+
+def test_wheel_slider_and_keys_scroll(opened):
+    where = opened.run(f"{VIEWER}.at")
+    canvas = "document.querySelector('.plane[data-plane=axial] canvas')"
+    opened.run(f"{canvas}.scrollIntoView({{block: 'center'}})")
+    box = opened.run(
+        f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({canvas}.getBoundingClientRect())"
+    )
+    picture = f"{canvas}.toDataURL()"
+    before = opened.run(picture)
+    opened.mouse("mouseWheel", *box, deltaX=0, deltaY=-100)
+    opened.wait(f"{VIEWER}.at[0] === {where[0] + 1}")
+    assert opened.run(picture) != before
+    assert f"slice {where[0] + 2} of" in opened.run("document.querySelector('.plane figcaption').textContent")
+    opened.run(f"{canvas}.focus()")
+    opened.key("ArrowDown")
+    opened.wait(f"{VIEWER}.at[0] === {where[0]}")
+    assert opened.run(picture) == before
+    slider = "document.querySelector('.plane[data-plane=coronal] input')"
+    opened.run(f"(s => {{ s.value = 2; s.dispatchEvent(new Event('input')); }})({slider})")
+    assert opened.run(f"{VIEWER}.at[1]") == 2
+    opened.key("Home")
+    assert opened.run(f"{VIEWER}.at[0]") == 0
+
+
+def test_controls_change_what_is_shown(opened):
+    opened.run(f"{VIEWER}.open(2).then(() => 1)")  # the best case, whose prediction lies on the label
+    canvas = "document.querySelector('.plane canvas').toDataURL()"
+    seen = {opened.run(canvas)}
+    for role, value in (
+        ("style", "'errors'"),
+        ("style", "'filled'"),
+        ("opacity", "'0.9'"),
+        ("level", "'-100'"),
+    ):
+        opened.run(
+            f"(c => {{ c.value = {value}; c.dispatchEvent(new Event('input')); }})({VIEWER}.controls['{role}'])"
+        )
+        seen.add(opened.run(canvas))
+    opened.run(f"{VIEWER}.controls.truth.click()")
+    seen.add(opened.run(canvas))
+    assert len(seen) == 6
+    opened.run(f"{VIEWER}.choose('init', 'mae').then(() => 1)")
+    assert opened.run("document.querySelector('.viewer .numbers').textContent").startswith("mae, 1 label")
+    opened.run("document.querySelector('.strip').open = true")
+    opened.wait("document.querySelectorAll('.small canvas').length === 3")
+    assert opened.problems == []
+
+
+def test_scatter_draws_and_its_axes_are_chosen(opened):
+    shown = "document.querySelector('.two-inits .points')"
+    assert opened.run(f"{shown}.data[0].x.length") == 6
+    assert opened.run(f"{shown}.layout.xaxis.title.text") == "Dice, scratch"
+    assert opened.run(f"{shown}.querySelectorAll('.scatterlayer path.point').length") == 6
+    across = "document.querySelector('.two-inits [data-role=x]')"
+    opened.run(f"(s => {{ s.value = 1; s.dispatchEvent(new Event('change')); }})({across})")
+    assert opened.run(f"{shown}.layout.xaxis.title.text") == "Dice, scratch_long"
+    assert "mae is better in" in opened.run("document.querySelector('.two-inits .numbers').textContent")
+    assert opened.run("document.querySelectorAll('.figure .main-svg').length") >= 1
+    assert opened.problems == []
+
+
+def test_tables_sort_and_open_cases(opened):
+    first = "[...document.querySelectorAll('.sortable tbody')[0].rows].map(r => r.cells[2].textContent)"
+    ascending = opened.run(first)
+    assert ascending == sorted(ascending)
+    heads = "document.querySelectorAll('.sortable thead')[0].querySelectorAll('button')"
+    opened.run(f"({heads}[2].click(), {heads}[2].click())")
+    assert opened.run(first) == sorted(ascending, reverse=True)
+    opened.run("document.querySelector('.pane:not([hidden]) button.view').click()")
+    opened.run(f"{VIEWER}.ready.then(() => 1)")
+    key = opened.run("document.querySelector('.pane:not([hidden]) button.view').dataset.case")
+    assert opened.run(f"{VIEWER}.data.case") == key
+
+
+def test_a_narrow_screen_is_not_wider_than_itself(opened):
+    opened.resize(390, 844, phone=True)
+    opened.wait("innerWidth === 390")
+    assert opened.run("document.documentElement.scrollWidth") <= 390
+    opened.resize(1200, 900)
+
+
+@pytest.mark.parametrize("stored", ["RAS", "LPS", "PIR"])
+def test_left_is_right_and_up_is_up(tmp_path, stored):
+    """A marker at the patient's left, front and top, from a file of any orientation to the pixels of the screen."""
+    # 2 × 3 × 4 mm in x, y, z; the marker lies left (−x), anterior (+y), superior (+z) of the middle
+    ras = np.full((20, 16, 12), 10.0, np.float32)
+    ras[2:5, 11:14, 8:11] = 200.0
+    ras[0, 0, 0] = 0.0
+    image = nib.Nifti1Image(ras, np.diag([2.0, 3.0, 4.0, 1.0]))
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(stored)
+    )
+    nib.save(image.as_reoriented(turn), tmp_path / "scan.nii.gz")
+    volume = read_nifti(tmp_path / "scan.nii.gz")
+    label = (volume.array > 100).astype(np.uint8)
+    writer = ArchiveWriter.open(tmp_path / "archive", RECIPE, ("background", "marker"))
+    row = scan_row("mr", label.shape, affine_44=volume.affine_44, spacing_mm=(4.0, 3.0, 2.0))
+    write_volume(writer.path, np.round(volume.array).astype(np.int16), row, recipe=RECIPE, stamp="")
+    given = {"original_DHW": label, "original_affine_44": volume.affine_44, "recipe": RECIPE, "stamp": ""}
+    write_label(writer.path, "c", label, **given)
+    case = CaseRow(case="c", subject="s0", scans=("mr",), labeled=True, known_classes=(True, True))
+    split = Split(name="default", seed=0, train=(), development=(), test=("s0",))
+    found = case_volume(writer.commit([row], [case], [], splits=[split]), "c")
+    fits = {("mae", 1): CasePrediction(found.truth_DHW * 0, 0.0)}
+    html = page("t", [viewer_html(fill([ViewedCase("c", found, fits)], limit_bytes=10**7), name="v")])
+    (tmp_path / "page.html").write_text(html)
+    with Page(tmp_path / "page.html", tmp_path / "profile") as shown:
+        shown.wait(f"document.querySelector('.viewer') && {VIEWER}")
+        shown.run(f"{VIEWER}.ready.then(() => 1)")
+        shown.run(f"(v => {{ v.controls.truth.click(); v.controls.opacity.value = 1; v.draw(); }})({VIEWER})")
+        assert shown.problems == []
+        for plane, (right, up) in {"axial": (1, 1), "coronal": (1, 1), "sagittal": (-1, 1)}.items():
+            place = shown.run(BRIGHT.replace("PLANE", plane))
+            share, across, above, aspect = place
+            assert 0.01 < share < 0.1, plane
+            assert across * right > 0.1, f"{plane}: the marker lies on the wrong side"
+            assert above * up > 0.1, f"{plane}: the marker is upside down"
+            shape_mm = dict(zip("zyx", np.multiply(found.truth_DHW.shape, found.spacing_mm), strict=True))
+            wide, high = {"axial": "xy", "coronal": "xz", "sagittal": "yz"}[plane]
+            assert aspect == pytest.approx(shape_mm[wide] / shape_mm[high], rel=0.02)
