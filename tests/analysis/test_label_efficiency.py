@@ -289,7 +289,8 @@ def test_cases_csv_reads_back(tmp_path):
     assert (found["budget"], found["dice"], found["recall"]) == (1, 0.5, 0.2)
     assert math.isnan(found["hd95_mm"])
     assert found["pretraining"] == 0
-    path.write_text(f"{','.join(le.CASE_COLUMNS)},pretraining\n{line},2\n{line},\n", encoding="utf-8")
+    assert le.CASE_COLUMNS[-1] == "pretraining"
+    path.write_text(f"{','.join(le.CASE_COLUMNS)}\n{line},2\n{line},\n", encoding="utf-8")
     assert [r["pretraining"] for r in le.read_cases(path)] == [2, 0]
     assert le.format_number(float("nan")) == ""
     assert le.format_number(0.123456789) == "0.123457"
