@@ -214,9 +214,7 @@ def _notes(
             )
         elif init in cards:
             card = cards[init]
-            where = (
-                "this archive" if card["archive_fingerprint"] == archive.fingerprint else "another archive"
-            )
+            where = _place(card, archive)
             notes.append(
                 f"{init}: {card['objective'] or 'unknown objective'}, {card['steps']} steps on {where}."
             )
@@ -239,6 +237,15 @@ def _notes(
                 f"{labels}, draw {draw}: no labeled case states {', '.join(unstated)}, so no init can predict it there."
             )
     return notes
+
+
+def _place(card: Mapping[str, Any], archive: Archive) -> str:
+    """Where an encoder was pretrained, as seen from the archive of a comparison."""
+    if card["archive_fingerprint"] == archive.fingerprint:
+        return "this archive"
+    if archive.fingerprint in (several := card.get("archives", ())):
+        return f"{'+'.join(card['modalities'])} of this archive" + (" and others" if len(several) > 1 else "")
+    return "another archive"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

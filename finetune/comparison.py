@@ -24,6 +24,7 @@ from .fits import FitTask, PretrainTask
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.manifest import CaseRow
 
     from .run import FinetuneConfig
 
@@ -60,6 +61,7 @@ class CompareConfig(Record):
         seed: of subsets and fits.
         split: of the archive.
         subset: which subjects are scored; recipes are tuned on ``development`` alone.
+        modalities: cases of exactly these modalities, in channel order; empty takes every labeled case.
         metrics: how predictions are scored.
         wandb: mirror of the tables and the curve; single fits have none.
     """
@@ -75,6 +77,7 @@ class CompareConfig(Record):
     seed: int = Field(default=0, ge=0)
     split: str = "default"
     subset: Literal["test", "development"] = "test"
+    modalities: tuple[Literal["CT", "MR", "PT"], ...] = ()
     metrics: Metrics = Metrics()
     wandb: WandbConfig = WandbConfig()
 
@@ -82,7 +85,7 @@ class CompareConfig(Record):
     @classmethod
     def _kinds(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name, kind in value.items():
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
                 raise ValueError(f"init {name!r} must be a plain name, since it names a folder")
             tree = (
                 isinstance(kind, Mapping)
@@ -110,7 +113,7 @@ class CompareConfig(Record):
             if unknown:
                 raise ValueError(f"{key} names no init: {unknown[0]!r}; known: {', '.join(self.inits)}")
         for name, tree in self.init_overrides.items():
-            fixed = [key for key in FIXED_KEYS if _has(tree, key)]
+            fixed = [key for key in FIXED_KEYS if has_key(tree, key)]
             if fixed:
                 raise ValueError(
                     f"init_overrides.{name}.{fixed[0]} would make the comparison unequal; set it in finetune"
@@ -139,9 +142,10 @@ class CompareConfig(Record):
         return [name for name in self.inits if name not in self.pretrained()]
 
 
-def _has(tree: Mapping[str, Any], dotted: str) -> bool:
+def has_key(tree: Mapping[str, Any], dotted: str) -> bool:
+    """Whether a tree holds a key such as ``train.steps``."""
     head, _, rest = dotted.partition(".")
-    return head in tree and (not rest or (isinstance(tree[head], Mapping) and _has(tree[head], rest)))
+    return head in tree and (not rest or (isinstance(tree[head], Mapping) and has_key(tree[head], rest)))
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -270,11 +274,18 @@ def training_subsets(config: CompareConfig, archive: Archive) -> dict[int, dict[
     # by voxels, not by the salted key: another archive of the same data has the same budgets
     content = {c: tuple(archive.scans[s].content_hash for s in row.scans) for c, row in archive.cases.items()}
     for case, row in sorted(archive.cases.items(), key=lambda item: (content[item[0]], item[0])):
-        if row.labeled and row.subject in by_subject:
+        if is_wanted(config, archive, row) and row.subject in by_subject:
             by_subject[row.subject].append(case)
     by_subject = {s: cases for s, cases in by_subject.items() if cases}
     most = max(config.draws_of(init, b) for init in config.inits for b in config.budgets)
     return {d: nested_budgets(by_subject, config.budgets, seed=config.seed, draw=d) for d in range(most)}
+
+
+def is_wanted(config: CompareConfig, archive: Archive, case: CaseRow) -> bool:
+    """Whether a case is labeled and of the modalities that the config asks for."""
+    return case.labeled and (
+        not config.modalities or tuple(archive.scans[key].modality for key in case.scans) == config.modalities
+    )
 
 
 def scored_cases(config: CompareConfig, archive: Archive, test_archive: Archive) -> tuple[str, ...]:
@@ -290,7 +301,11 @@ def scored_cases(config: CompareConfig, archive: Archive, test_archive: Archive)
     if outside and not subjects:
         subjects = {row.subject for row in test_archive.cases.values()}
     cases = tuple(
-        sorted(c for c, row in test_archive.cases.items() if row.labeled and row.subject in subjects)
+        sorted(
+            c
+            for c, row in test_archive.cases.items()
+            if is_wanted(config, test_archive, row) and row.subject in subjects
+        )
     )
     if not cases:
         raise UserError(f"no labeled case in subset {config.subset!r} of split {config.split!r}")

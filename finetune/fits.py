@@ -85,13 +85,19 @@ class FitTask:
 
 @dataclass(frozen=True)
 class PretrainTask:
-    """One pretraining of a comparison, picklable; ``protect`` are archives whose test subjects it must not see."""
+    """One pretraining of a comparison, picklable.
+
+    Attributes:
+        protect: archives whose test subjects it must not see.
+        more: archives that are drawn from beside ``archive``.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     archive: Path
     init: str
     protect: tuple[Path, ...] = ()
+    more: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -105,7 +111,7 @@ def pretrain_init(task: PretrainTask) -> Path:
     config = parse(command.PretrainConfig, task.config, prefix=f"inits.{task.init}.pretrain")
     data = config.data.model_copy(update={"protect": task.protect})
     config = config.model_copy(update={"data": data})
-    return command.run_pretrain(config, task.folder, archive=task.archive, quiet=True)
+    return command.run_pretrain(config, task.folder, archive=task.archive, more=task.more, quiet=True)
 
 
 def fit_and_score(task: FitTask) -> Path:
@@ -137,9 +143,9 @@ def fit_and_score(task: FitTask) -> Path:
     return done
 
 
-def remove_bulky(folder: Path) -> None:
-    """Delete weights, checkpoints and pictures of a finished fit."""
-    for name in BULKY:
+def remove_bulky(folder: Path, *, but: str = "") -> None:
+    """Delete weights, checkpoints and pictures of a finished fit, all but one of them where it is named."""
+    for name in (name for name in BULKY if name != but):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)
