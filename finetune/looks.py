@@ -1,4 +1,4 @@
-"""What the transfer benchmark sees of encoders beside their scores: estimates, similarity of features, missing channels.
+"""What the transfer benchmark sees of encoders beside scores: estimates, similarity of features, missing channels.
 
 Each look is a picklable task with a file of its own; a file that is there is not made again.
 """
@@ -198,7 +198,9 @@ def _voxels(task: FeatureTask, *, places: int) -> tuple[Any, Any]:
     archive = Archive.open(task.archive)
     train = set(archive.split(task.config.split).train)
     cases = sorted(
-        c for c, row in archive.cases.items() if plans.is_wanted(task.config, archive, row) and row.subject in train
+        c
+        for c, row in archive.cases.items()
+        if plans.is_wanted(task.config, archive, row) and row.subject in train
     )
     views = labeled_views(archive, cases, _spec(task.config), crops=CROPS, seed=task.config.seed)
     return views, draw_voxels(views, places=places, seed=task.config.seed)

@@ -131,7 +131,9 @@ class MatrixConfig(Record):
         for name, source in self.own_sources().items():
             equal = [key for key in EQUAL_KEYS if plans.has_key(source.pretrain, key)]
             if equal:
-                raise ValueError(f"sources.{name}.pretrain.{equal[0]} would make sources unequal; set it in pretrain")
+                raise ValueError(
+                    f"sources.{name}.pretrain.{equal[0]} would make sources unequal; set it in pretrain"
+                )
         taken = [name for name in self.sources if name in self.baselines]
         if taken:
             raise ValueError(f"sources.{taken[0]} has the name of a baseline")
@@ -158,7 +160,9 @@ def expand(tree: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: no shipped config of a name.
     """
     wanted = {key: tree[key] for key in ("pretrain", "finetune") if key in tree}
-    found = plans.expand({"finetune": wanted.get("finetune"), "inits": {"x": {"pretrain": wanted.get("pretrain")}}})
+    found = plans.expand(
+        {"finetune": wanted.get("finetune"), "inits": {"x": {"pretrain": wanted.get("pretrain")}}}
+    )
     expanded = {"finetune": found["finetune"], "pretrain": found["inits"]["x"]["pretrain"]}
     return {**tree, **{key: expanded[key] for key in wanted}}
 
@@ -195,7 +199,9 @@ def _with_unions(config: MatrixConfig) -> MatrixConfig:
     for size in range(2, len(own) + 1):
         for names in combinations(own, size):
             if any(own[name].pretrain for name in names):
-                raise ConfigError("unions: 'all' needs sources without a pretrain of their own; list the unions instead")
+                raise ConfigError(
+                    "unions: 'all' needs sources without a pretrain of their own; list the unions instead"
+                )
             joined: dict[str, tuple[Modality, ...]] = {}
             for archive, modalities in (part for name in names for part in own[name].archives.items()):
                 both = tuple(sorted({*joined.get(archive, ()), *modalities}))
@@ -294,13 +300,17 @@ def check_sources(config: MatrixConfig, archives: Mapping[str, Archive]) -> None
                 )
 
 
-def source_facts(config: MatrixConfig, cards: Mapping[str, Card], archives: Mapping[str, Archive]) -> list[Source]:
+def source_facts(
+    config: MatrixConfig, cards: Mapping[str, Card], archives: Mapping[str, Archive]
+) -> list[Source]:
     """What the matrix must know of every source."""
     known = {opened.fingerprint: name for name, opened in archives.items()}
     out = []
     for name, source in config.sources.items():
         if isinstance(source, SourceConfig):
-            parts = {a: modalities or archives[a].facts().modalities for a, modalities in source.archives.items()}
+            parts = {
+                a: modalities or archives[a].facts().modalities for a, modalities in source.archives.items()
+            }
         else:  # a file that was made of an archive that is here
             where = known.get(cards[name].archive_fingerprint)
             parts = {} if where is None else {where: cards[name].modalities}
@@ -308,9 +318,24 @@ def source_facts(config: MatrixConfig, cards: Mapping[str, Card], archives: Mapp
     return out
 
 
-def target_facts(config: MatrixConfig, name: str, archive: Archive, cases: Sequence[str]) -> Target:
-    """What the matrix must know of a target, from its scored cases."""
-    plan = comparison_of(config, name)
+def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) -> Target:
+    """A target's facts, once budgets, scored cases and modalities are known to be there.
+
+    Raises:
+        ConfigError: a modality that no labeled case has, or cases of several modalities and none named.
+    """
+    plan, archive = comparison_of(config, name), archives[config.targets[name].archive]
+    labeled = [row for row in archive.cases.values() if row.labeled]
+    held = sorted({"+".join(archive.scans[key].modality for key in row.scans) for row in labeled})
+    wanted = "+".join(plan.modalities)
+    if (wanted and wanted not in held) or (not wanted and len(held) != 1):
+        asked = f"asks for {wanted}" if wanted else "must name one of these"
+        raise ConfigError(
+            f"targets.{name}: archive {config.targets[name].archive!r} has labeled cases of"
+            f" {', '.join(held) or 'nothing'}; modalities {asked}"
+        )
+    cases = plans.scored_cases(plan, archive, archive)
+    plans.training_subsets(plan, archive)
     return Target(
         name,
         config.targets[name].archive,
@@ -319,3 +344,45 @@ def target_facts(config: MatrixConfig, name: str, archive: Archive, cases: Seque
         tuple(config.baselines),
         {case: archive.cases[case].subject for case in cases},
     )
+
+
+def notes_of(
+    config: MatrixConfig,
+    archives: Mapping[str, Archive],
+    cards: Mapping[str, Card],
+    targets: Sequence[Target],
+) -> list[str]:
+    """Conditions a reader of the matrix must know."""
+    notes = [
+        "Every source is pretrained with the same network, steps and batch; every init of a target is fine-tuned on the"
+        " same subsets with the same steps and seeds.",
+        f"Scored on subset '{config.subset}' of split '{config.split}'; no source that is pretrained here sees a test"
+        " subject of a target, nor a copy of one of their scans.",
+    ]
+    for name, card in cards.items():
+        where = "an encoder file given by hand"
+        if source := config.own_sources().get(name):
+            named = [
+                f"{a} ({', '.join(m or archives[a].facts().modalities)})" for a, m in source.archives.items()
+            ]
+            where = " and ".join(named)
+        spacing = "each scan's own spacing" if card.spacing_mm is None else f"{_triple(card.spacing_mm)} mm"
+        notes.append(
+            f"{name}: {card.objective or 'unknown objective'}, {card.steps} steps at {spacing} on {where}."
+        )
+        if name in config.own_sources() and config.own_sources()[name].pretrain:
+            notes.append(
+                f"{name} is pretrained with settings of its own: {config.own_sources()[name].pretrain}."
+            )
+    for target in targets:
+        plan, archive = comparison_of(config, target.name), archives[target.archive]
+        spacing = archive.recipe.spacing_mm
+        at = "each scan's own spacing" if spacing is None else f"{_triple(spacing)} mm"
+        cases = f"{len(target.subjects)} scored cases of {'+'.join(target.modalities)}"
+        notes.append(f"Target {target.name}: {cases} in archive {target.archive} at {at}, pooled over the budgets"
+                     f" {', '.join(map(str, plan.low_budgets))} where they were fitted.")  # fmt: skip
+    return notes
+
+
+def _triple(values: Sequence[float]) -> str:
+    return "×".join(f"{v:g}" for v in values)

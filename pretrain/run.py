@@ -48,8 +48,8 @@ class PretrainData(Record):
         split: name of the archive's split.
         splits: its lists that are used; never the test subjects.
         modality_temperature: a modality with n scans is drawn with a probability like n to this power.
-        modalities: which scans of the archive are used; none named uses all. With several archives one list serves all of
-            them, or there is one list per archive, in the order of ``--archive``.
+        modalities: which scans of the archive are used; none named uses all. With several archives one list serves
+            all of them, or there is one list per archive, in the order of ``--archive``.
         max_offset_mm: pairs of one frame of reference that were measured to lie further apart are left out.
         protect: other archives, whose test and development subjects must not be among those trained on. Given on the
             command line (``data.protect=[ARCHIVE]``), since paths stand in no YAML; the run folder keeps fingerprints.

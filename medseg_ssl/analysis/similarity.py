@@ -56,7 +56,9 @@ def alignment(first_BNN: np.ndarray, second_BNN: np.ndarray) -> float:
         ValueError: matrices of different examples.
     """
     if first_BNN.shape != second_BNN.shape:
-        raise ValueError(f"Gram matrices must be of the same examples, got {first_BNN.shape}, {second_BNN.shape}")
+        raise ValueError(
+            f"Gram matrices must be of the same examples, got {first_BNN.shape}, {second_BNN.shape}"
+        )
     scale = float(np.square(first_BNN).sum()) * float(np.square(second_BNN).sum())
     return float((first_BNN * second_BNN).sum() / np.sqrt(scale)) if scale > 0 else float("nan")
 
@@ -87,8 +89,9 @@ def log_evidence(features_NE: np.ndarray, classes_N: np.ndarray) -> float:
     if len(features_NE) != len(classes_N) or len(names) < 2:
         raise ValueError(f"needs a class for each of {len(features_NE)} examples, and two classes")
     left_NR, singular_R, _ = np.linalg.svd(features_NE, full_matrices=False)
-    found = [_evidence(left_NR, singular_R**2, (classes_N == name).astype(np.float64), features_NE.shape[1])
-             for name in names]  # fmt: skip
+    width = features_NE.shape[1]
+    targets = [(classes_N == name).astype(np.float64) for name in names]
+    found = [_evidence(left_NR, singular_R**2, target_N, width) for target_N in targets]
     return float(np.mean(found))
 
 

@@ -105,7 +105,7 @@ class Cells:
             return None
         scores = common([mean_table([self.dice[name, b] for b in budgets]) for name in known])
         means = {name: crossed_interval(s_ND).mean for name, s_ND in zip(known, scores, strict=True)}
-        return max(known, key=lambda name: (-math.inf if math.isnan(means[name]) else means[name]))
+        return max(known, key=lambda name: -math.inf if math.isnan(means[name]) else means[name])
 
     def gain(self, source: str) -> Table | None:
         """Pooled Dice of a source minus the better baseline's; None while either is missing."""
@@ -209,7 +209,9 @@ def transfer_summary(
         sources: columns of the matrix.
         targets: rows of the matrix; those without scores yet are left out.
     """
-    found = {t.name: Cells(t, tables([row for row in rows if row["target"] == t.name], "dice")) for t in targets}
+    found = {
+        t.name: Cells(t, tables([row for row in rows if row["target"] == t.name], "dice")) for t in targets
+    }
     known = [cells for cells in found.values() if cells.budgets]
     return {
         "cells": _gains(known, sources),
@@ -225,7 +227,11 @@ def _gains(known: Sequence[Cells], sources: Sequence[Source]) -> list[dict[str, 
         for source in sources:
             gain = cells.gain(source.name)
             if gain is not None:
-                head = {"source": source.name, "target": cells.target.name, "kind": kind_of(source, cells.target)}
+                head = {
+                    "source": source.name,
+                    "target": cells.target.name,
+                    "kind": kind_of(source, cells.target),
+                }
                 head |= {"budgets": cells.budgets, "baseline": cells.baseline(cells.budgets)}
                 out.append(head | asdict(crossed_interval(gain.scores_ND)))
     return _with_holm(out)
@@ -262,7 +268,9 @@ def _asymmetry(known: Sequence[Cells], sources: Sequence[Source]) -> list[dict[s
         if same and set(paired[0].cases) == set(paired[1].cases):  # pyright: ignore[reportOptionalMemberAccess]
             interval = crossed_interval(difference_table(*paired).scores_ND)  # pyright: ignore[reportArgumentType]
         else:
-            interval = independent_difference(crossed_interval(there.scores_ND), crossed_interval(back.scores_ND))
+            interval = independent_difference(
+                crossed_interval(there.scores_ND), crossed_interval(back.scores_ND)
+            )
         head = {
             "there": [own[0].name, b.target.name],
             "back": [own[1].name, a.target.name],
@@ -285,7 +293,9 @@ def _own_source(target: Target, sources: Sequence[Source]) -> Source | None:
 def _by_subject(table: Table, target: Target) -> Table | None:
     """The table with subjects in place of cases, where each scored subject has one case."""
     subjects = [target.subjects.get(case, case) for case in table.cases]
-    return Table(table.scores_ND, tuple(subjects), table.draws) if len(set(subjects)) == len(subjects) else None
+    return (
+        Table(table.scores_ND, tuple(subjects), table.draws) if len(set(subjects)) == len(subjects) else None
+    )
 
 
 def _mixed(cells: Cells, sources: Sequence[Source]) -> list[dict[str, Any]]:
@@ -317,13 +327,19 @@ def _with_holm(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def transfer_verdicts(summary: Mapping[str, Any]) -> list[str]:
     """What can be said in plain words; what is not significant is said to be so."""
-    lines = [_cells_verdict(summary["cells"])] if summary["cells"] else ["No cell of the matrix is finished yet."]
+    lines = (
+        [_cells_verdict(summary["cells"])] if summary["cells"] else ["No cell of the matrix is finished yet."]
+    )
     for item in summary["controls"]:
-        what = f"{item['target']}: {item['control']} ({_names(item['first'])} against {_names(item['second'])})"
+        what = (
+            f"{item['target']}: {item['control']} ({_names(item['first'])} against {_names(item['second'])})"
+        )
         lines.append(_line(what, item, "helps more", "helps less"))
     for item in summary["asymmetry"]:
         there, back = (" → ".join(item[way]) for way in ("there", "back"))
-        lines.append(_line(f"{there} minus {back}, difference of the gains", item, "gains more", "gains less"))
+        lines.append(
+            _line(f"{there} minus {back}, difference of the gains", item, "gains more", "gains less")
+        )
     for union, target in dict.fromkeys((i["union"], i["target"]) for i in summary["mixed"]):
         of_union = [i for i in summary["mixed"] if (i["union"], i["target"]) == (union, target)]
         best = next(i for i in of_union if i["best"])
@@ -350,7 +366,7 @@ def _cells_verdict(cells: Sequence[Mapping[str, Any]]) -> str:
     worse = listed(lambda c: c in judged and c["high"] < 0 and c["p_holm"] < 0.05)
     open_ = sum(1 for c in judged if (c["low"] > 0 or c["high"] < 0) and not c["p_holm"] < 0.05)
     return (
-        f"Against the better scratch baseline, over few labels, {len(judged)} cells, Holm's correction over all of them:"
+        f"Against the better scratch baseline, over few labels, {len(judged)} cells, Holm's correction over all:"
         f" gain {better}; loss {worse}; {open_} more exclude 0 only without the correction."
     )
 

@@ -29,7 +29,9 @@ def mix(parts: Sequence[Part]) -> Archive:
         held = archive.facts().modalities
         unknown = [name for name in modalities if name not in held]
         if unknown:
-            raise ConfigError(f"archive {archive.path} holds no scan of {unknown[0]}; it has {', '.join(held)}")
+            raise ConfigError(
+                f"archive {archive.path} holds no scan of {unknown[0]}; it has {', '.join(held)}"
+            )
     first, wanted = parts[0]
     if len(parts) == 1 and set(wanted or first.facts().modalities) == set(first.facts().modalities):
         return first

@@ -75,7 +75,7 @@ class Transferability(Evaluation):
 
 
 class Voxels(NamedTuple):
-    """Drawn voxels: their index (N, P, 3) in each crop and their class (N, P), ``UNKNOWN_LABEL`` where none is known."""
+    """Drawn voxels: index (N, P, 3) in each crop and class (N, P), ``UNKNOWN_LABEL`` where none is known."""
 
     index_NP3: np.ndarray
     class_NP: np.ndarray
