@@ -39,9 +39,10 @@ SIMILARITY_PLACES = 8
 # -- keeping what is looked at -------------------------------------------------------------------------------
 
 
-def fit_and_keep(task: FitTask, *, budget: int) -> Path:
-    """``fit_and_score`` that keeps the segmenters of one budget, and nothing else that is bulky."""
-    if task.finished or task.keep or task.budget != budget:
+def fit_and_keep(task: FitTask, *, budget: int, every_draw: bool) -> Path:
+    """``fit_and_score`` that keeps the segmenters of one budget (of its first draw), and nothing else that is bulky."""
+    looked_at = task.budget == budget and (every_draw or task.draw == 0)
+    if task.finished or task.keep or not looked_at:
         return fit_and_score(task)
     done = fit_and_score(replace(task, keep=True))
     remove_bulky(task.folder, but=SEGMENTER)

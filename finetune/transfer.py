@@ -110,7 +110,6 @@ def transfer(
         failures = []
         for target in targets:
             plan = comparison_of(config, target.name)
-            keeping = config.similarity or _several(config, target)
             try:
                 compare(
                     plan,
@@ -122,9 +121,7 @@ def transfer(
                     keep=keep,
                     quiet=quiet,
                     command=f"part of: {command}" if command else "",
-                    fit=partial(looks.fit_and_keep, budget=plan.budgets[-1])
-                    if keeping and fit is fit_and_score
-                    else fit,
+                    fit=_keeping(config, target, fit),
                 )
             except (ConfigError, Interrupted):
                 raise
@@ -208,6 +205,17 @@ def _write_plan(
 
 
 # -- looks ---------------------------------------------------------------------------------------------------
+
+
+def _keeping(
+    config: MatrixConfig, target: Target, fit: Callable[[FitTask], Path]
+) -> Callable[[FitTask], Path]:
+    """The fit that keeps what is looked at later; another fit than the real one is left alone."""
+    several = _several(config, target)
+    if fit is not fit_and_score or not (config.similarity or several):
+        return fit
+    budget = comparison_of(config, target.name).budgets[-1]
+    return partial(looks.fit_and_keep, budget=budget, every_draw=several)
 
 
 def _several(config: MatrixConfig, target: Target) -> bool:
