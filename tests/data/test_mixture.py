@@ -59,7 +59,7 @@ def test_a_whole_archive_stays_itself_and_a_part_has_another_fingerprint(tmp_pat
 def test_scans_are_read_from_their_own_archive(tmp_path):
     a, b = archive(tmp_path, "a", fill=1), archive(tmp_path, "b", fill=2, modalities=("MR",))
     both = mix([(a, ("CT",)), (b, ())])
-    assert {key: int(both.read(key, (0, 0, 0), (1, 1, 1))) for key in ("a-s0-CT", "b-s1-MR")} == {
+    assert {key: both.read(key, (0, 0, 0), (1, 1, 1)).item() for key in ("a-s0-CT", "b-s1-MR")} == {
         "a-s0-CT": 1,
         "b-s1-MR": 2,
     }
