@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
-from medseg_ssl.analysis.metrics import summarize
+from medseg_ssl.analysis.metrics import COLUMNS, summarize
 from medseg_ssl.analysis.tables import claim, write_csv, write_json
 from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.nets.encoder_file import Card
 
+MISSING_COLUMNS = ("task", "source", "target", "init", "given", "case", *COLUMNS)
 SUBSETS = ("test", "development", "train")
 SHOWN = ("dice", "nsd", "hd95_mm")
 """Metrics in the printed table, which must fit a terminal; the files hold all."""
@@ -44,6 +45,11 @@ def parser() -> Parser:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    parser.add_argument(
+        "--missing-modalities",
+        action="store_true",
+        help="also score every subset of the channels, the others zero: missing.csv",
+    )
     parser.add_argument(
         "--flips", action="store_true", help="average over the mirrorings of training (mirror_axes)"
     )
@@ -80,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "nsd_tolerance_mm": args.nsd_tolerance_mm,
         "precision": args.precision,
         "flips": args.flips,
+        **({"missing_modalities": True} if args.missing_modalities else {}),
         "task": args.task or archive.fingerprint[:12],
     }
     if claim(args.out, identity, complete="summary.json"):
@@ -97,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     origin = _origin(predictor.card, archive, cases) | {"task": identity["task"]}
     write_csv(args.out / "cases.csv", ({**origin, **row} for row in rows), columns=CASE_COLUMNS)
     summary = _summary(rows, predictor.classes)
+    if args.missing_modalities:
+        summary["missing_modalities"] = _write_missing(args, predictor, archive, cases, origin)
     # last, since its presence says that all is there
     write_json(args.out / "summary.json", {**identity, **origin, "cases": len(cases), **summary})
     _show(console, summary, title=f"{len(cases)} cases, {args.subset} of {args.split!r}")
@@ -128,6 +137,18 @@ def _origin(card: Card, archive: Archive, cases: Sequence[str]) -> dict[str, str
 def _summary(rows: Sequence[Mapping[str, object]], classes: Sequence[str]) -> dict[str, Any]:
     by_class = {name: summarize([row for row in rows if row["class"] == name]) for name in classes[1:]}
     return {"metrics": summarize(rows), "classes": by_class}
+
+
+def _write_missing(
+    args: Any, predictor: Any, archive: Archive, cases: Sequence[str], origin: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write ``missing.csv``; the metrics of each subset of the channels."""
+    from medseg_ssl.evaluations.missing_modalities import missing_rows
+
+    rows = missing_rows(predictor, archive, cases, nsd_tolerance_mm=args.nsd_tolerance_mm)
+    write_csv(args.out / "missing.csv", ({**origin, **row} for row in rows), columns=MISSING_COLUMNS)
+    subsets = dict.fromkeys(str(row["given"]) for row in rows)
+    return {name: summarize([row for row in rows if row["given"] == name]) for name in subsets}
 
 
 def _show(console: Any, summary: Mapping[str, Any], *, title: str) -> None:

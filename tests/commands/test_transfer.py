@@ -303,6 +303,7 @@ def test_the_whole_benchmark_with_real_networks(tmp_path):
         "wandb": {"mode": "disabled"},
     }
     write_archive(tmp_path / "archive")
+    write_archive(tmp_path / "both", channels=("CT", "MR"))
     (tmp_path / "balls.yaml").write_text(yaml.safe_dump(tree))
     out = tmp_path / "out"
     words = [str(tmp_path / "balls.yaml"), str(out), "--archive", f"balls={tmp_path / 'archive'}"]
@@ -330,3 +331,26 @@ def test_the_whole_benchmark_with_real_networks(tmp_path):
     command.main(words)
     assert {name: (out / name).read_bytes() for name in TABLES} == written, "a fit done again is the same fit"
     assert sum(p.stat().st_mtime_ns != when for p, when in before.items()) == 1
+
+    # cases of two channels: an adapted stem, and every subset of the channels
+    tree |= {
+        "targets": {"both": {"archive": "balls"}},
+        "budgets": [1],
+        "unions": "none",
+        "missing_modalities": True,
+    }
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(tree))
+    words[:4] = [
+        str(tmp_path / "both.yaml"),
+        str(tmp_path / "two"),
+        "--archive",
+        f"balls={tmp_path / 'both'}",
+    ]
+    command.main(words)
+    missing = rows_of(tmp_path / "two" / "missing.csv")
+    assert {row["given"] for row in missing} == {"CT", "MR", "CT+MR"}
+    whole = {r["init"]: r["mean"] for r in missing if (r["given"], r["metric"]) == ("CT+MR", "dice")}
+    curve = {r["init"]: r["mean"] for r in rows_of(tmp_path / "two" / "curve.csv") if r["metric"] == "dice"}
+    assert whole == curve, "with every channel the table repeats the comparison"
+    cells = json.loads((tmp_path / "two" / "summary.json").read_text())["cells"]
+    assert {cell["kind"] for cell in cells} == {"some of the modalities"}
