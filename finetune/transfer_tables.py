@@ -96,7 +96,14 @@ def _read_plan(out: Path) -> dict[str, Any]:
         plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
         sources = [Source(s["name"], s["parts"], tuple(s["modalities"])) for s in plan["sources"]]
         targets = [
-            Target(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()})
+            Target(
+                t["name"],
+                t["archive"],
+                tuple(t["modalities"]),
+                tuple(t["low_budgets"]),
+                tuple(t["baselines"]),
+                t["subjects"],
+            )
             for t in plan["targets"]
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:

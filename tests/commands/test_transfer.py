@@ -1,6 +1,7 @@
 """Transfer: the matrix from the tables of its comparisons, restarts that change nothing, wrong inputs named."""
 
 import csv
+import importlib
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from finetune import matrix as plans
 from finetune import transfer as command
 from finetune.matrix import MatrixConfig
 from medseg_ssl.analysis.statistics import paired_interval
+from medseg_ssl.cli import locate
 from medseg_ssl.config import ConfigError, UserError, parse, to_yaml
 from medseg_ssl.train.interrupt import Interrupted
 from tests.train.archives import write_archive
@@ -239,6 +241,18 @@ def test_wrong_configs_are_named(changes, message):
         fakes.config(**changes)
 
 
+def test_lists_of_modalities_go_with_the_archives(tmp_path):
+    pretrain = importlib.import_module(locate("pretrain.run"))
+    path = write_archive(tmp_path / "archive", labels=False).path
+    both = pretrain.PretrainData(batch_size=1, modalities=["CT", "MR"])
+    assert both.modalities == (("CT", "MR"),)
+    assert pretrain.open_archives(both, [path]).members[0].path == path
+    one = pretrain.open_archives(pretrain.PretrainData(batch_size=1, modalities=["MR"]), [path])
+    assert {row.modality for row in one.scans.values()} == {"MR"}
+    with pytest.raises(ConfigError, match="2 lists for 1 archive"):
+        pretrain.open_archives(pretrain.PretrainData(batch_size=1, modalities=[["CT"], ["MR"]]), [path])
+
+
 def test_unions_join_archives_and_modalities():
     sources = {
         "A": {"archives": {"organs": ["CT"]}},
@@ -310,6 +324,9 @@ def test_the_whole_benchmark_with_real_networks(tmp_path):
     words += ["--workers", "1", "--quiet"]
     command.main(words)
     assert len(rows_of(out / "matrix.csv")) == 3 * 1 * 2 * 6
+    told = json.loads((out / "targets" / "CT" / "summary.json").read_text())["conditions"]
+    assert "CT+MR: mae, 2 steps on this archive." in told
+    assert "MR: mae, 2 steps on MR of this archive." in told
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary["estimates"]["values"]["CT"]) == {"CT", "MR", "CT+MR", "random weights"}
     sources = {s["name"]: s["modalities"] for s in summary["sources"]}
