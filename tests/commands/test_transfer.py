@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -151,6 +152,16 @@ def test_killed_and_continued_gives_the_uninterrupted_tables(tmp_path, finished)
     run(out)
     for name in TABLES:
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("stand_ins")
+def test_a_cluster_gives_the_same_tables(tmp_path, finished, monkeypatch):
+    pytest.importorskip("ray", reason="the extra 'cluster' (ray) is not installed")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    run(tmp_path / "out", engine="ray")
+    for name in TABLES:
+        assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 @pytest.mark.usefixtures("stand_ins")
