@@ -19,16 +19,20 @@ from medseg_ssl.config import ConfigError, UserError, override, parse, read_yaml
 from medseg_ssl.fanout import ENGINES
 from medseg_ssl.train.run_folder import RunFolder, hash_file, hash_names
 
-from . import comparison as plans
-from .comparison import CompareConfig
+from . import labeling, planning
+from .comparison import CompareConfig, expand, resolve
 from .crew import Crew, failure_of, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
+from .inits import FROM_FILE, SCRATCH_LONG
+from .notes import notes_of
+from .planning import EncoderKey
 from .report import PLAN, write_comparison
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
 
 REPORT = "report.html"
+BUDGETS = "budgets.json"
 
 
 def compare(
@@ -38,6 +42,7 @@ def compare(
     archive: Path,
     test_archive: Path | None = None,
     encoders: Mapping[str, Path] | None = None,
+    budgets: Path | None = None,
     workers: int | None = None,
     engine: str = "local",
     keep: bool = False,
@@ -49,11 +54,12 @@ def compare(
     """Run a comparison, or go on with it.
 
     Args:
-        config: resolved (``comparison.resolve``).
+        config: resolved (``resolve``).
         out: folder of the comparison.
         archive: labeled archive; its training subjects are pretrained and fine-tuned on.
         test_archive: another archive whose cases are scored; None scores cases of ``archive``.
         encoders: file of each init of kind ``encoder``.
+        budgets: ``budgets.json`` of a comparison, whose labeled cases are used as they are; None draws them.
         workers: fits side by side; None chooses by cores or GPUs.
         engine: ``local`` or ``ray``.
         keep: keep weights of every fit.
@@ -70,39 +76,49 @@ def compare(
         UserError: fits failed; what finished is in the tables all the same.
     """
     from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.budget_file import read_budgets, write_budgets
 
     given = _check_encoders(config, encoders or {})
+    if config.folds is not None and test_archive is not None:
+        raise ConfigError("folds score the cases of the archive itself; leave out --test-archive or folds")
     opened = Archive.open(archive)
     test = opened if test_archive is None else Archive.open(test_archive)
-    subsets = plans.training_subsets(config, opened)
-    cases = plans.scored_cases(config, opened, test)
+    _check_seen(config, {name: _card(path) for name, path in given.items()}, opened)
+    reused = None if budgets is None else read_budgets(budgets)
+    splits = labeling.splits_of(config, opened, given=reused)
+    counted, shares = labeling.numbered(config, opened, splits)
+    folds = labeling.folds_of(counted, opened, test, given=reused)
+    cases = [case for fold in folds for case in fold.scored]
     inputs = {
         "archive": opened.fingerprint,
         "test_archive": test.fingerprint,
         "encoders": {name: hash_file(path) for name, path in given.items()},
         "test_cases": hash_names(cases),
-        "subsets": plans.subsets_hash(subsets),
+        **labeling.folds_hash(folds),
     }
     gpus = visible_gpus(config)
     crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
     device = f"{len(gpus)} GPUs" if gpus else "cpu"
-    with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device):
+    with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device, today=_today):
+        write_budgets(out / BUDGETS, labeling.budget_file(counted, opened, folds, given=reused))
         protect = () if test_archive is None or not _held_out(test) else (test_archive,)
-        pretrains = plans.pretrain_tasks(config, out, archive=archive, protect=protect)
-        files = {**given, **crew.pretrain(pretrain, pretrains)}
-        cards = {name: _card(path) for name, path in files.items()}
+        pretrains = planning.pretrain_tasks(config, out, archive=archive, protect=protect, folds=folds)
+        files = crew.pretrain(pretrain, pretrains)
+        files |= {EncoderKey(name, f): path for name, path in given.items() for f in range(len(folds))}
+        cards = {name: _card(files[EncoderKey(name)]) for name in config.pretrained()}
         _check_networks(config, cards)
-        longest = max((card["steps"] for card in cards.values()), default=0)
-        if longest == 0 and plans.SCRATCH_LONG in config.inits.values():
+        # an encoder that was chosen on the way has cost all the steps of its pretraining
+        spent = [(card.get("chosen_by") or {}).get("of_steps", card["steps"]) for card in cards.values()]
+        longest = max(spent, default=0)
+        if longest == 0 and SCRATCH_LONG in config.inits.values():
             raise ConfigError(
                 "scratch_long needs the steps of pretraining, but no encoder file's card states them"
             )
-        tasks = plans.fit_tasks(
-            config,
+        tasks = planning.fit_tasks(
+            counted,
             out,
             archives=(archive, archive if test_archive is None else test_archive),
-            subsets=subsets,
-            test_cases=cases,
+            folds=folds,
             encoders=files,
             sources={name: "+".join(card["modalities"]) for name, card in cards.items()},
             target="+".join(test.scans[s].modality for s in test.cases[cases[0]].scans),
@@ -110,12 +126,19 @@ def compare(
             network=next((card["encoder"] for card in cards.values()), None),
             keep=keep,
         )
-        notes = _notes(config, tasks, cards=cards, cases=len(cases), archive=opened, test=test)
-        _write_plan(out, config, tasks, notes=notes, command=command, subsets=subsets, cases=cases)
+        notes = [*notes_of(counted, tasks, folds=folds, cards=cards, archive=opened, test=test), *shares]
+        if reused is not None:
+            notes.append("The labeled cases are those of a file of budgets; none was drawn here.")
+        _write_plan(out, counted, tasks, notes=notes, command=command, folds=folds)
         pending = [task for task in tasks if not task.finished]
         failures = crew.fit(fit, pending, done=len(tasks) - len(pending))
         report = _conclude(out, config, failures, mirror=bool(pending))
     return report
+
+
+def _today(written: Mapping[str, Any]) -> CompareConfig:
+    """A config that an earlier version resolved, with the defaults of today's new keys."""
+    return resolve(parse(CompareConfig, written))
 
 
 def _conclude(
@@ -152,7 +175,7 @@ def _mirror(out: Path, config: CompareConfig, curve: Sequence[Mapping[str, Any]]
 
 
 def _check_encoders(config: CompareConfig, encoders: Mapping[str, Path]) -> dict[str, Path]:
-    wanted = [name for name, kind in config.inits.items() if kind == plans.FROM_FILE]
+    wanted = [name for name, kind in config.inits.items() if kind == FROM_FILE]
     missing = [name for name in wanted if name not in encoders]
     if missing:
         raise ConfigError(f"init {missing[0]!r} needs its file: --encoder {missing[0]}=FILE")
@@ -175,6 +198,24 @@ def _check_networks(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]
         )
 
 
+def _check_seen(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], archive: Archive) -> None:
+    """An encoder from outside must not have seen who is scored, as far as its card tells."""
+    for name, card in cards.items():
+        if card["archive_fingerprint"] != archive.fingerprint:
+            continue
+        if config.folds is not None:
+            raise ConfigError(
+                f"the encoder of {name!r} was pretrained on this archive, and folds score all of its subjects; make it "
+                "{pretrain: …}, which pretrains once per fold, or leave out folds"
+            )
+        kept = [e["split"] for e in card.get("checked_against", ()) if e["archive"] == archive.fingerprint]
+        if kept and config.split not in kept:
+            raise ConfigError(
+                f"the encoder of {name!r} was pretrained with the split '{kept[0]}' of this archive, so it may have "
+                f"seen subjects whom split '{config.split}' keeps for scoring"
+            )
+
+
 def _held_out(archive: Archive) -> bool:
     """Whether the archive keeps subjects back; one that does not is scored as a whole, and checked as such."""
     split = archive.split()
@@ -187,76 +228,6 @@ def _card(path: Path) -> dict[str, Any]:
     return load_card(path).model_dump(mode="json")
 
 
-def _notes(
-    config: CompareConfig,
-    tasks: Sequence[FitTask],
-    *,
-    cards: Mapping[str, Any],
-    cases: int,
-    archive: Archive,
-    test: Archive | None = None,
-) -> list[str]:
-    from medseg_ssl.data.budgets import unstated_classes
-
-    steps = {task.init: task.steps for task in tasks}
-    notes = [
-        f"Scored on {cases} cases, subset '{config.subset}' of split '{config.split}'; NSD tolerance "
-        f"{config.metrics.nsd_tolerance_mm:g} mm.",
-        "Every init sees the same subsets, nested by budget and drawn by subject, with the same seeds; the "
-        "weights at the last step are scored, none is chosen by its score.",
-        "Steps per fit: " + ", ".join(f"{init} {n}" for init, n in steps.items()) + ".",
-    ]
-    for init, kind in config.inits.items():
-        if kind == plans.SCRATCH_LONG:
-            notes.append(
-                f"{init}: trains from scratch for the steps of fine-tuning and of the longest pretraining "
-                "together."
-            )
-        elif init in cards:
-            card = cards[init]
-            where = _place(card, archive)
-            notes.append(
-                f"{init}: {card['objective'] or 'unknown objective'}, {card['steps']} steps on {where}."
-            )
-            protected = {entry["archive"] for entry in card.get("checked_against", ())}
-            if (
-                card["archive_fingerprint"] != archive.fingerprint
-                and (test or archive).fingerprint not in protected
-            ):
-                notes.append(f"{init}: whether its pretraining saw scored subjects cannot be checked here.")
-    for init, tree in config.init_overrides.items():
-        text = ", ".join(f"{key}={value}" for key, value in _flat(tree))
-        notes.append(f"{init} differs from the others in: {text}.")
-    for init, most in config.init_draws.items():
-        notes.append(f"{init}: at most {most} draws; paired comparisons use the draws both have.")
-    subsets = {(task.budget, task.draw): task.train_cases for task in tasks}
-    for (budget, draw), drawn in sorted(subsets.items()):
-        if unstated := unstated_classes((archive.cases[case] for case in drawn), archive.classes):
-            labels = "1 label" if budget == 1 else f"{budget} labels"
-            notes.append(
-                f"{labels}, draw {draw}: no labeled case states {', '.join(unstated)}, so no init can predict it there."
-            )
-    return notes
-
-
-def _place(card: Mapping[str, Any], archive: Archive) -> str:
-    """Where an encoder was pretrained, as seen from the archive of a comparison."""
-    if card["archive_fingerprint"] == archive.fingerprint:
-        return "this archive"
-    if archive.fingerprint in (several := card.get("archives", ())):
-        return f"{'+'.join(card['modalities'])} of this archive" + (" and others" if len(several) > 1 else "")
-    return "another archive"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs = []
-    for key, value in tree.items():
-        pairs += (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-        )
-    return pairs
-
-
 def _write_plan(
     out: Path,
     config: CompareConfig,
@@ -264,19 +235,23 @@ def _write_plan(
     *,
     notes: Sequence[str],
     command: str,
-    subsets: Any,
-    cases: Any,
+    folds: Sequence[labeling.Fold],
 ) -> None:
+    subsets = [
+        {str(d): {str(b): list(c) for b, c in of.items()} for d, of in fold.budgets.subsets.items()}
+        for fold in folds
+    ]
     plan = {
         "task": config.task,
         "inits": list(config.inits),
+        "kinds": config.kinds(),
         "baselines": config.baselines(),
         "low_budgets": list(config.low_budgets),
         "fits": [task.folder.relative_to(out).as_posix() for task in tasks],
         "notes": list(notes),
         "command": command,
-        "test_cases": list(cases),
-        "subsets": {str(d): {str(b): list(c) for b, c in of.items()} for d, of in subsets.items()},
+        "test_cases": [case for fold in folds for case in fold.scored],
+        "subsets": subsets[0] if len(subsets) == 1 else {str(f): of for f, of in enumerate(subsets)},
     }
     write_json(out / PLAN, plan)
 
@@ -290,8 +265,8 @@ def read_config(path: Path, assignments: Sequence[str]) -> CompareConfig:
     Raises:
         ConfigError: every wrong key at once.
     """
-    tree = plans.expand(override(plans.expand(read_yaml(path)), assignments))
-    return plans.resolve(parse(CompareConfig, tree, where=f"config {path.name}"))
+    tree = expand(override(expand(read_yaml(path)), assignments))
+    return resolve(parse(CompareConfig, tree, where=f"config {path.name}"))
 
 
 def parser() -> Parser:
@@ -312,6 +287,9 @@ def parser() -> Parser:
         default=[],
         metavar="NAME=FILE",
         help="encoder file of an init; repeat for more",
+    )
+    parser.add_argument(
+        "--budgets", type=Path, help="budgets.json of another comparison: label exactly those cases"
     )
     parser.add_argument("--workers", type=int, help="fits side by side (default: by cores, or one per GPU)")
     parser.add_argument("--engine", choices=ENGINES, default="local", help="default: %(default)s")
@@ -359,6 +337,7 @@ def _run(given: Any) -> Path:
         archive=given.archive,
         test_archive=given.test_archive,
         encoders=encoders,
+        budgets=given.budgets,
         workers=given.workers,
         engine=given.engine,
         keep=given.keep,
@@ -374,6 +353,8 @@ def _command(given: Any) -> str:
         words += ["--test-archive", "TEST_ARCHIVE"]
     for text in given.encoder:
         words += ["--encoder", f"{text.partition('=')[0]}=FILE"]
+    if given.budgets is not None:
+        words += ["--budgets", "BUDGETS"]
     return shlex.join([*words, *given.assignments])
 
 

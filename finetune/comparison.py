@@ -1,36 +1,39 @@
-"""What a comparison is: its config, and the fits that follow from it."""
+"""What a comparison is: its config, read and checked; ``planning`` has the fits that follow from it."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medseg_ssl import draws
+from medseg_ssl.baselines.base import Baseline
 from medseg_ssl.cli import locate
 from medseg_ssl.commandline import find_config
-from medseg_ssl.config import Block, ConfigError, Record, UserError, overlay, parse, read_yaml, resolved
+from medseg_ssl.config import Block, ConfigError, Record, overlay, parse, read_yaml, resolved
 from medseg_ssl.train.run_folder import differences
 from medseg_ssl.train.session import with_defaults
 from medseg_ssl.train.settings import WandbConfig
 
-from .fits import FitTask, PretrainTask
+from .inits import (
+    FIXED_KEYS,
+    SCRATCH_LONG,
+    Kind,
+    Network,
+    blocks,
+    has_key,
+    kind_of,
+    of_kind,
+)
 
 if TYPE_CHECKING:
-    from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.manifest import CaseRow
-
     from .run import FinetuneConfig
 
-SCRATCH, SCRATCH_LONG, FROM_FILE = "scratch", "scratch_long", "encoder"
-FIXED_KEYS = ("seed", "encoder", "decoder", "train.steps", "train.accumulate", "data.batch_size")
-"""What no init may have for itself: with them a comparison compares something else than the init."""
+Budget = int | str
+"""Labeled training cases, or their share as a text such as ``10%``."""
 
 
 class Metrics(Record):
@@ -38,9 +41,42 @@ class Metrics(Record):
 
     Attributes:
         nsd_tolerance_mm: distance up to which a surface counts as right.
+        flips: average predictions over every mirroring that training used (``objective.mirror_axes``).
     """
 
     nsd_tolerance_mm: float = Field(default=2.0, ge=0)
+    flips: bool = False
+
+
+class Stratify(Record):
+    """What the drawn subsets are balanced by.
+
+    Attributes:
+        by: ``classes`` draws next a subject that shows the class seen least so far, so that rare classes stand in the
+            smallest budgets; a column of the scans lets its values take turns.
+    """
+
+    by: Literal["classes", "contrast", "modality", "source", "unit"]
+
+
+class PartialLabels(Record):
+    """Which part of each drawn label counts as annotated.
+
+    Attributes:
+        classes: number of stated foreground classes per case, dealt out evenly; the others are unknown there.
+        slices: share of the axial slices that are labeled; the others are unknown.
+        spread: whether these slices are drawn (``random``) or lie at equal distances (``even``).
+    """
+
+    classes: int | None = Field(default=None, ge=1)
+    slices: float | None = Field(default=None, gt=0, lt=1)
+    spread: Literal["random", "even"] = "random"
+
+    @model_validator(mode="after")
+    def _something(self) -> PartialLabels:
+        if self.classes is None and self.slices is None:
+            raise ValueError("labels needs classes, slices or both; null keeps every label whole")
+        return self
 
 
 class CompareConfig(Record):
@@ -49,16 +85,23 @@ class CompareConfig(Record):
     Attributes:
         task: name of the task in every table.
         inits: name to ``scratch``, ``scratch_long`` (the steps of the longest pretraining on top),
-            ``encoder`` (a file given by ``--encoder NAME=FILE``) or ``{pretrain: NAME or tree}`` (pretraining
-            is part of the run; a tree may name a shipped config as its ``base``).
+            ``encoder`` (a file given by ``--encoder NAME=FILE``), ``{pretrain: NAME or tree}`` (pretraining
+            is part of the run; a tree may name a shipped config as its ``base``), ``{network: {encoder: …}}`` (another
+            network from scratch, see ``inits.Network``) or ``{baseline: NAME or block}`` (no network at all).
         finetune: the fine-tuning config of every init; ``base`` may name a shipped one.
         init_overrides: what an init has for itself; the report states it. Steps, batch, networks and seed are
             fixed.
-        budgets: numbers of labeled training cases.
+        budgets: numbers of labeled training cases, or shares of them (``10%`` or 0.1).
         draws: training subsets per budget: a number, or a number by budget.
         init_draws: at most this many draws for an init (a slow baseline); pairs use the draws that both have.
         low_budgets: budgets that count as few labels in the verdict.
-        seed: of subsets and fits.
+        stratify: what the subsets are balanced by; null draws them freely.
+        labels: which part of each drawn label is known; null for all of it.
+        pretrainings: how often each init of kind ``pretrain`` is pretrained, with seeds that follow one another; every
+            draw is fine-tuned from each.
+        folds: score every case of the training and scored subjects once per draw, by fits (and pretrainings) that saw
+            nothing of its fold; null scores ``subset`` alone.
+        seed: of subsets, folds and fits.
         split: of the archive.
         subset: which subjects are scored; recipes are tuned on ``development`` alone.
         modalities: cases of exactly these modalities, in channel order; empty takes every labeled case.
@@ -70,10 +113,14 @@ class CompareConfig(Record):
     inits: dict[str, Any] = Field(min_length=1)
     finetune: dict[str, Any]
     init_overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    budgets: tuple[int, ...] = Field(min_length=1)
-    draws: int | dict[int, int] = 5
+    budgets: tuple[Budget, ...] = Field(min_length=1)
+    draws: int | dict[Budget, int] = 5
     init_draws: dict[str, int] = Field(default_factory=dict)
-    low_budgets: tuple[int, ...] = (1, 2, 4)
+    low_budgets: tuple[Budget, ...] = (1, 2, 4)
+    stratify: Stratify | None = None
+    labels: PartialLabels | None = None
+    pretrainings: int = Field(default=1, ge=1)
+    folds: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0)
     split: str = "default"
     subset: Literal["test", "development"] = "test"
@@ -87,23 +134,28 @@ class CompareConfig(Record):
         for name, kind in value.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
                 raise ValueError(f"init {name!r} must be a plain name, since it names a folder")
-            tree = (
-                isinstance(kind, Mapping)
-                and list(kind) == ["pretrain"]
-                and isinstance(kind["pretrain"], Mapping)
-            )
-            if not tree and kind not in (SCRATCH, SCRATCH_LONG, FROM_FILE):
-                raise ValueError(
-                    f"init {name!r} is none of scratch, scratch_long, encoder (given by --encoder "
-                    f"{name}=FILE) or {{pretrain: CONFIG}}"
-                )
+            kind_of(name, kind)
         return value
+
+    @field_validator("budgets", "low_budgets", mode="before")
+    @classmethod
+    def _shares(cls, value: Any) -> Any:
+        return [as_budget(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    @field_validator("draws", mode="before")
+    @classmethod
+    def _shares_of_draws(cls, value: Any) -> Any:
+        return {as_budget(key): n for key, n in value.items()} if isinstance(value, Mapping) else value
 
     @field_validator("budgets")
     @classmethod
-    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if list(value) != sorted(set(value)) or value[0] < 1:
-            raise ValueError("budgets must be whole numbers from 1, ascending and different")
+    def _ascending(cls, value: tuple[Budget, ...]) -> tuple[Budget, ...]:
+        whole = [b for b in value if isinstance(b, int)]
+        shares = [float(b.rstrip("%")) for b in value if isinstance(b, str)]
+        if any(part != sorted(set(part)) for part in (whole, shares)) or (whole and whole[0] < 1):
+            raise ValueError(
+                "budgets must be whole numbers from 1, or shares such as 10%, ascending and different"
+            )
         return value
 
     @model_validator(mode="after")
@@ -113,6 +165,10 @@ class CompareConfig(Record):
             if unknown:
                 raise ValueError(f"{key} names no init: {unknown[0]!r}; known: {', '.join(self.inits)}")
         for name, tree in self.init_overrides.items():
+            if name in of_kind(self.inits, "baseline"):
+                raise ValueError(
+                    f"init_overrides.{name} has nothing to override: a baseline trains no network"
+                )
             fixed = [key for key in FIXED_KEYS if has_key(tree, key)]
             if fixed:
                 raise ValueError(
@@ -126,26 +182,53 @@ class CompareConfig(Record):
             raise ValueError("every budget needs at least 1 draw")
         if SCRATCH_LONG in self.inits.values() and not self.pretrained():
             raise ValueError("scratch_long adds the steps of pretraining, but no init is pretrained")
+        if self.pretrainings > 1 and not of_kind(self.inits, "pretrain"):
+            raise ValueError("pretrainings repeats the inits of kind {pretrain: …}, and there is none")
         return self
 
-    def draws_of(self, init: str, budget: int) -> int:
+    def draws_of(self, init: str, budget: Budget) -> int:
         """Draws of an init at a budget."""
         wanted = self.draws[budget] if isinstance(self.draws, dict) else self.draws
         return min(wanted, self.init_draws.get(init, wanted))
 
+    def kinds(self) -> dict[str, Kind]:
+        """Kind of every init."""
+        return {name: kind_of(name, init) for name, init in self.inits.items()}
+
     def pretrained(self) -> list[str]:
         """Inits that start from an encoder."""
-        return [name for name, kind in self.inits.items() if kind == FROM_FILE or isinstance(kind, Mapping)]
+        return of_kind(self.inits, "encoder", "pretrain")
 
     def baselines(self) -> list[str]:
-        """Inits that start from nothing."""
-        return [name for name in self.inits if name not in self.pretrained()]
+        """Inits that others are measured against: the same network from nothing.
+
+        Another network and a baseline without one are no measure of what pretraining saves; they are compared with
+        these like any init.
+        """
+        return of_kind(self.inits, "scratch", "scratch_long")
 
 
-def has_key(tree: Mapping[str, Any], dotted: str) -> bool:
-    """Whether a tree holds a key such as ``train.steps``."""
-    head, _, rest = dotted.partition(".")
-    return head in tree and (not rest or (isinstance(tree[head], Mapping) and has_key(tree[head], rest)))
+def as_budget(value: Any) -> Any:
+    """A budget as it is kept: a number of cases as int, a share (``0.1``, ``"10%"``) as a text in percent.
+
+    Raises:
+        ValueError: a share that is not above 0 % and at most 100 %, or a fraction of a case.
+    """
+    text = str(value).strip()
+    if isinstance(value, str) and text.isdigit():
+        return int(text)
+    if isinstance(value, float) and 0 < value < 1:
+        return f"{value * 100:g}%"
+    if isinstance(value, str):
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", text)
+        if found is None or not 0 < float(found[1]) <= 100:
+            raise ValueError(f"{value!r} is no budget; write a number of cases, or a share such as 10%")
+        return f"{float(found[1]):g}%"
+    if isinstance(value, float):
+        raise ValueError(
+            f"{value!r} is no budget; a share lies between 0 and 1, a number of cases has no point"
+        )
+    return value
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -182,41 +265,86 @@ def resolve(config: CompareConfig) -> CompareConfig:
     Raises:
         ConfigError: all wrong keys of all nested configs; fine-tuning steps that are no number of steps; an
             encoder that differs between pretraining and fine-tuning; pretraining on the subjects that are
-            scored.
+            scored; flips of what was never mirrored.
     """
-    trees = {name: kind["pretrain"] for name, kind in config.inits.items() if isinstance(kind, Mapping)}
-    checks: list[Callable[[], Any]] = [lambda: finetune_config(config.finetune)]
+    pretrains, networks = blocks(config.inits, "pretrain"), blocks(config.inits, "network")
+    baselines = blocks(config.inits, "baseline")
+    checks: dict[tuple[str, str], Callable[[], Any]] = {
+        ("finetune", ""): lambda: finetune_config(config.finetune)
+    }
     for name, tree in config.init_overrides.items():
-        checks.append(partial(finetune_config, config.finetune, tree, prefix=f"init_overrides.{name}"))
-    for name, tree in trees.items():
-        checks.append(partial(pretrain_config, tree, prefix=f"inits.{name}.pretrain"))
-    found = resolved(*checks)
-    finetune = found[0]
-    pretrains = dict(zip(trees, found[1 + len(config.init_overrides) :], strict=True))
+        checks["override", name] = partial(
+            finetune_config, config.finetune, tree, prefix=f"init_overrides.{name}"
+        )
+    for name, tree in pretrains.items():
+        checks["pretrain", name] = partial(pretrain_config, tree, prefix=f"inits.{name}.pretrain")
+    for name, tree in networks.items():
+        checks["network", name] = partial(
+            _network_config, config.finetune, tree, prefix=f"inits.{name}.network"
+        )
+    for name, tree in baselines.items():
+        checks["baseline", name] = partial(_baseline_block, tree, prefix=f"inits.{name}.baseline")
+    found = dict(zip(checks, resolved(*checks.values()), strict=True))
+    finetune = found["finetune", ""]
     steps_of(finetune)
-    for name, pretraining in pretrains.items():
-        if config.subset in pretraining.data.splits:
-            raise ConfigError(
-                f"inits.{name}.pretrain.data.splits holds {config.subset!r}, which is scored; leave it out"
-            )
-        if pretraining.data.split != config.split:
-            raise ConfigError(
-                f"inits.{name}.pretrain.data.split is {pretraining.data.split!r}, split is {config.split!r}"
-            )
-        if pretraining.data.protect:
-            raise ConfigError(
-                f"inits.{name}.pretrain.data.protect has no place in a comparison, which protects what it scores"
-            )
-        if finetune.encoder is not None and finetune.encoder != pretraining.encoder:
-            different = differences(finetune.encoder.model_dump(), pretraining.encoder.model_dump())
-            raise ConfigError(
-                f"finetune.encoder and inits.{name}.pretrain.encoder differ, so the weights would not fit:"
-                f" {'; '.join(different)}"
-            )
-    pretrain_trees = {name: {"pretrain": c.model_dump(mode="json")} for name, c in pretrains.items()}
-    return config.model_copy(
-        update={"finetune": finetune.model_dump(mode="json"), "inits": {**config.inits, **pretrain_trees}}
-    )
+    if finetune.keep_best is not None:
+        raise ConfigError(
+            "finetune.keep_best has no place in a comparison, where every fit takes the same steps"
+        )
+    inits = dict(config.inits)
+    for name in pretrains:
+        pretraining = found["pretrain", name]
+        _check_pretraining(config, name, pretraining, finetune)
+        inits[name] = {"pretrain": pretraining.model_dump(mode="json")}
+    for name in networks:
+        tree = found["network", name].model_dump(mode="json")
+        inits[name] = {"network": {key: tree[key] for key in ("encoder", "decoder", "objective")}}
+    for name in baselines:
+        inits[name] = {"baseline": found["baseline", name]}
+    if config.metrics.flips:
+        for (kind, name), tree in found.items():
+            if kind in ("finetune", "override", "network") and not tree.objective.options().get(
+                "mirror_axes"
+            ):
+                where = {"finetune": "finetune", "override": f"init_overrides.{name}"}.get(
+                    kind, f"inits.{name}.network"
+                )
+                raise ConfigError(
+                    "metrics.flips averages over the mirrorings of training, and "
+                    f"{where}.objective.mirror_axes names none"
+                )
+    return config.model_copy(update={"finetune": finetune.model_dump(mode="json"), "inits": inits})
+
+
+def _check_pretraining(config: CompareConfig, name: str, pretraining: Any, finetune: FinetuneConfig) -> None:
+    if config.subset in pretraining.data.splits:
+        raise ConfigError(
+            f"inits.{name}.pretrain.data.splits holds {config.subset!r}, which is scored; leave it out"
+        )
+    if pretraining.data.split != config.split:
+        raise ConfigError(
+            f"inits.{name}.pretrain.data.split is {pretraining.data.split!r}, split is {config.split!r}"
+        )
+    if pretraining.data.protect:
+        raise ConfigError(
+            f"inits.{name}.pretrain.data.protect has no place in a comparison, which protects what it scores"
+        )
+    if finetune.encoder is not None and finetune.encoder != pretraining.encoder:
+        different = differences(finetune.encoder.model_dump(), pretraining.encoder.model_dump())
+        raise ConfigError(
+            f"finetune.encoder and inits.{name}.pretrain.encoder differ, so the weights would not fit:"
+            f" {'; '.join(different)}"
+        )
+
+
+def _network_config(finetune: Mapping[str, Any], tree: Mapping[str, Any], *, prefix: str) -> FinetuneConfig:
+    return finetune_config(parse(Network, tree, prefix=prefix).over(finetune), prefix=prefix)
+
+
+def _baseline_block(tree: str | Mapping[str, Any], *, prefix: str) -> dict[str, Any]:
+    block = parse(Block, {"name": tree} if isinstance(tree, str) else tree, prefix=prefix)
+    _, options = block.resolve("medseg_ssl.baselines", Baseline, prefix=prefix)
+    return {"name": block.name, **options.model_dump(mode="json")}
 
 
 def finetune_config(
@@ -257,183 +385,3 @@ def steps_of(finetune: FinetuneConfig) -> int:
             f"finetune.train.steps must be a number of steps, equal for every budget, got '{length}'"
         )
     return length.steps()
-
-
-# -- planning ------------------------------------------------------------------------------------------------
-
-
-def training_subsets(config: CompareConfig, archive: Archive) -> dict[int, dict[int, list[str]]]:
-    """Draw to budget to labeled training cases: nested within a draw, the same for every init.
-
-    Raises:
-        ConfigError: a budget above the number of labeled training cases.
-    """
-    from medseg_ssl.data.budgets import nested_budgets
-
-    by_subject: dict[str, list[str]] = {subject: [] for subject in archive.split(config.split).train}
-    # by voxels, not by the salted key: another archive of the same data has the same budgets
-    content = {c: tuple(archive.scans[s].content_hash for s in row.scans) for c, row in archive.cases.items()}
-    for case, row in sorted(archive.cases.items(), key=lambda item: (content[item[0]], item[0])):
-        if is_wanted(config, archive, row) and row.subject in by_subject:
-            by_subject[row.subject].append(case)
-    by_subject = {s: cases for s, cases in by_subject.items() if cases}
-    most = max(config.draws_of(init, b) for init in config.inits for b in config.budgets)
-    return {d: nested_budgets(by_subject, config.budgets, seed=config.seed, draw=d) for d in range(most)}
-
-
-def is_wanted(config: CompareConfig, archive: Archive, case: CaseRow) -> bool:
-    """Whether a case is labeled and of the modalities that the config asks for."""
-    return case.labeled and (
-        not config.modalities or tuple(archive.scans[key].modality for key in case.scans) == config.modalities
-    )
-
-
-def scored_cases(config: CompareConfig, archive: Archive, test_archive: Archive) -> tuple[str, ...]:
-    """Cases to score: those of the subset, or all labeled ones of a test archive whose subset is empty.
-
-    Raises:
-        UserError: no such case, other classes, or a scan that stands on the training side too, by its voxels or looks.
-    """
-    from medseg_ssl.data.leakage import leaks
-
-    subjects = set(getattr(test_archive.split(config.split), config.subset))
-    outside = test_archive.fingerprint != archive.fingerprint
-    if outside and not subjects:
-        subjects = {row.subject for row in test_archive.cases.values()}
-    cases = tuple(
-        sorted(
-            c
-            for c, row in test_archive.cases.items()
-            if is_wanted(config, test_archive, row) and row.subject in subjects
-        )
-    )
-    if not cases:
-        raise UserError(f"no labeled case in subset {config.subset!r} of split {config.split!r}")
-    if test_archive.classes != archive.classes:
-        raise UserError(
-            f"the test archive has the classes {', '.join(test_archive.classes)},"
-            f" the archive {', '.join(archive.classes)}"
-        )
-    split = archive.split(config.split)
-    training = {
-        s for side in ("train", "development", "test") if side != config.subset for s in getattr(split, side)
-    }
-    known = [row for row in archive.scans.values() if row.subject in training or outside]
-    scored = [test_archive.scans[s] for c in cases for s in test_archive.cases[c].scans]
-    found = {leak.scan: leak for leak in leaks(scored, known, threshold=archive.recipe.near_duplicate)}
-    shared = [c for c in cases if found.keys() & set(test_archive.cases[c].scans)]
-    if shared:
-        first = next(found[s] for s in test_archive.cases[shared[0]].scans if s in found)
-        raise UserError(
-            f"{len(shared)} of {len(cases)} scored cases hold a scan that also stands on the training side (the first "
-            f"is {shared[0]}: {first}): leave these subjects out of training, or name another test archive"
-        )
-    return cases
-
-
-def pretrain_tasks(
-    config: CompareConfig, out: Path, *, archive: Path, protect: tuple[Path, ...] = ()
-) -> list[PretrainTask]:
-    """The pretrainings that are part of the run; ``protect`` are archives whose test subjects they must not see."""
-    return [
-        PretrainTask(out / "pretrain" / name, kind["pretrain"], archive, init=name, protect=protect)
-        for name, kind in config.inits.items()
-        if isinstance(kind, Mapping)
-    ]
-
-
-def fit_folder(out: Path, init: str, budget: int, draw: int) -> Path:
-    """Run folder of a fit."""
-    return out / "fits" / init / f"b{budget}" / f"d{draw}"
-
-
-def fit_grid(config: CompareConfig) -> list[tuple[str, int, int]]:
-    """(init, budget, draw) of every fit in the order of work: draw by draw over all budgets, inits in turn.
-
-    A comparison that was stopped then has a whole curve of fewer draws, rather than no point at all at many labels.
-    """
-    most = max(config.draws_of(init, budget) for init in config.inits for budget in config.budgets)
-    return [
-        (init, budget, draw)
-        for draw in range(most)
-        for budget in config.budgets
-        for init in config.inits
-        if draw < config.draws_of(init, budget)
-    ]
-
-
-def fit_tasks(
-    config: CompareConfig,
-    out: Path,
-    *,
-    archives: tuple[Path, Path],
-    subsets: Mapping[int, Mapping[int, Sequence[str]]],
-    test_cases: Sequence[str],
-    encoders: Mapping[str, Path],
-    sources: Mapping[str, str],
-    target: str,
-    pretraining_steps: int,
-    network: Mapping[str, Any] | None,
-    keep: bool,
-) -> list[FitTask]:
-    """Every fit of the comparison, in the order of work.
-
-    Args:
-        config: resolved.
-        out: folder of the comparison.
-        archives: training and test archive.
-        subsets: from ``training_subsets``.
-        test_cases: from ``scored_cases``.
-        encoders: encoder file of every pretrained init.
-        sources: modalities of the pretraining of every pretrained init.
-        target: modalities of a case.
-        pretraining_steps: of the longest pretraining, added for ``scratch_long``.
-        network: encoder block of the pretrained inits, for scratch where ``finetune.encoder`` is null.
-        keep: keep the bulky files of every fit.
-    """
-    tasks = []
-    for init, budget, draw in fit_grid(config):
-        seed = draws.key(config.seed, draw, f"fit with {budget} labels") & 0x7FFF_FFFF
-        tree = overlay(config.finetune, config.init_overrides.get(init, {}))
-        steps = steps_of(finetune_config(tree))
-        if config.inits[init] == SCRATCH_LONG:
-            steps += pretraining_steps
-        if tree.get("encoder") is None and init not in encoders and network is not None:
-            tree = {**tree, "encoder": dict(network)}
-        fixed = {
-            "seed": seed,
-            "wandb": {"mode": "disabled"},
-            "data": {"split": config.split},
-            "train": {"steps": f"{steps} steps", "preview_every": None},
-        }
-        tasks.append(
-            FitTask(
-                folder=fit_folder(out, init, budget, draw),
-                config={**overlay(tree, fixed), "evaluations": {}},
-                archive=archives[0],
-                test_archive=archives[1],
-                encoder=encoders.get(init),
-                train_cases=tuple(subsets[draw][budget]),
-                test_cases=tuple(test_cases),
-                task=config.task,
-                source=sources.get(init, ""),
-                target=target,
-                init=init,
-                budget=budget,
-                draw=draw,
-                seed=seed,
-                nsd_tolerance_mm=config.metrics.nsd_tolerance_mm,
-                steps=steps,
-                pictures=draw == 0,
-                keep=keep,
-            )
-        )
-    return tasks
-
-
-def subsets_hash(subsets: Mapping[int, Mapping[int, Sequence[str]]]) -> str:
-    """Short hash of all drawn subsets."""
-    text = ";".join(
-        f"{d}:{b}:{','.join(cases)}" for d, of in sorted(subsets.items()) for b, cases in sorted(of.items())
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,6 +18,7 @@ from medseg_ssl.train.progress import Progress
 
 from .comparison import CompareConfig
 from .fits import FitTask, PretrainTask
+from .planning import EncoderKey
 
 OVERHEAD_STEPS = 30
 """What starting and scoring a fit costs beside its steps, for the time left."""
@@ -46,11 +47,13 @@ class Crew:
 
     def pretrain(
         self, function: Callable[[PretrainTask], Path], tasks: Sequence[PretrainTask]
-    ) -> dict[str, Path]:
-        """Pretrain what is not pretrained yet; init to its encoder file."""
+    ) -> dict[EncoderKey, Path]:
+        """Pretrain what is not pretrained yet; the encoder file of every task."""
         with Progress("pretraining", quiet=self.quiet) as progress:
-            files = {task.init: task.folder / "encoder.safetensors" for task in tasks}
-            pending = [task for task in tasks if not files[task.init].is_file()]
+            files = {
+                EncoderKey(t.init, t.fold, t.pretraining): t.folder / "encoder.safetensors" for t in tasks
+            }
+            pending = [task for task, file in zip(tasks, files.values(), strict=True) if not file.is_file()]
             count = len(tasks) - len(pending)
 
             def tell(index: int, _: Any) -> None:

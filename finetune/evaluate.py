@@ -2,26 +2,27 @@
 and class.
 
 Every label is met in its own space. ``cases.csv`` holds a row per case and class, ``summary.json`` the means
-over the classes of a case, then over cases.
+over the classes of a case, then over cases. Beside them, where asked for, also later: ``robustness.csv``,
+``calibration.csv``, ``missing.csv``, ``subgroups.csv`` and ``forgetting.csv``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
-from medseg_ssl.analysis.metrics import COLUMNS, summarize
+from medseg_ssl.analysis.metrics import summarize
 from medseg_ssl.analysis.tables import claim, write_csv, write_json
 from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
+    from medseg_ssl.inference.predictor import Predictor
     from medseg_ssl.nets.encoder_file import Card
 
-MISSING_COLUMNS = ("task", "source", "target", "init", "given", "case", *COLUMNS)
 SUBSETS = ("test", "development", "train")
 SHOWN = ("dice", "nsd", "hd95_mm")
 """Metrics in the printed table, which must fit a terminal; the files hold all."""
@@ -46,12 +47,33 @@ def parser() -> Parser:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     parser.add_argument(
-        "--missing-modalities",
-        action="store_true",
-        help="also score every subset of the channels, the others zero: missing.csv",
+        "--flips", action="store_true", help="average over the mirrorings of training (mirror_axes)"
     )
     parser.add_argument(
-        "--flips", action="store_true", help="average over the mirrorings of training (mirror_axes)"
+        "--robustness",
+        action="store_true",
+        help="also score noisy, blurred, coarse, biased, shifted and incomplete scans",
+    )
+    parser.add_argument(
+        "--calibration", action="store_true", help="also compare the probabilities with what is true"
+    )
+    parser.add_argument(
+        "--missing-modalities",
+        action="store_true",
+        help="also score every subset of the channels, the others zero",
+    )
+    parser.add_argument(
+        "--by",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="also compare subgroups by a column of the manifest, such as contrast; repeat for more",
+    )
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="SEGMENTER",
+        help="also score the segmenter that this one continued from: forgetting.csv, paired by case",
     )
     return parser
 
@@ -71,13 +93,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise ConfigError(f"--nsd-tolerance-mm must not be negative, got {args.nsd_tolerance_mm:g}")
 
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.evaluations.segmentation import evaluate_cases, labeled_cases
+    from medseg_ssl.evaluations.segmentation import labeled_cases
     from medseg_ssl.inference.predictor import Predictor
     from medseg_ssl.train.run_folder import hash_file
+
+    from . import beside
 
     archive = Archive.open(args.archive)
     predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision, flips=args.flips)
     cases = labeled_cases(archive, split=args.split, subset=args.subset)
+    for column in args.by:
+        beside.column_of(archive, cases, column)  # a wrong name is told before the work
     identity = {
         "segmenter": hash_file(args.segmenter),
         "archive": archive.fingerprint,
@@ -86,12 +112,64 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "nsd_tolerance_mm": args.nsd_tolerance_mm,
         "precision": args.precision,
         "flips": args.flips,
-        **({"missing_modalities": True} if args.missing_modalities else {}),
         "task": args.task or archive.fingerprint[:12],
     }
-    if claim(args.out, identity, complete="summary.json"):
+    complete = claim(args.out, identity, complete="summary.json")
+    wanted = {
+        beside.ROBUSTNESS: args.robustness,
+        beside.CALIBRATION: args.calibration,
+        beside.MISSING: args.missing_modalities,
+    }
+    if (
+        complete
+        and not args.by
+        and args.before is None
+        and all((args.out / n).is_file() for n, asked in wanted.items() if asked)
+    ):
         console.print(f"{args.out} already holds these results")
         return args.out
+    if not complete:
+        _score(console, args, archive, predictor, cases, identity)
+    with _progress(console) as progress:
+
+        def began(title: str, total: int) -> Callable[[str], object]:
+            bar = progress.add_task(title, total=total)
+            return lambda _: progress.advance(bar)
+
+        shared = (args.out, predictor, archive, cases)
+        if args.robustness:
+            beside.write_robustness(*shared, nsd_tolerance_mm=args.nsd_tolerance_mm, progress=began)
+        if args.calibration:
+            beside.write_calibration(*shared, progress=began)
+        if args.missing_modalities:
+            beside.write_missing(*shared, nsd_tolerance_mm=args.nsd_tolerance_mm, progress=began)
+        if args.before is not None:
+            earlier = Predictor.load(args.before, device=args.device, precision=args.precision)
+            beside.write_forgetting(
+                args.out,
+                earlier,
+                archive,
+                cases,
+                identity=hash_file(args.before),
+                nsd_tolerance_mm=args.nsd_tolerance_mm,
+                progress=began,
+            )
+    if args.by:
+        beside.write_subgroups(args.out, archive, cases, by=args.by)
+    return args.out
+
+
+def _score(
+    console: Any,
+    args: Any,
+    archive: Archive,
+    predictor: Predictor,
+    cases: Sequence[str],
+    identity: Mapping[str, Any],
+) -> None:
+    """Write ``cases.csv`` and ``summary.json``, and show the means."""
+    from medseg_ssl.evaluations.segmentation import evaluate_cases
+
     with _progress(console) as progress:
         bar = progress.add_task("cases", total=len(cases))
         rows = evaluate_cases(
@@ -103,13 +181,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         )
     origin = _origin(predictor.card, archive, cases) | {"task": identity["task"]}
     write_csv(args.out / "cases.csv", ({**origin, **row} for row in rows), columns=CASE_COLUMNS)
-    summary = _summary(rows, predictor.classes)
-    if args.missing_modalities:
-        summary["missing_modalities"] = _write_missing(args, predictor, archive, cases, origin)
+    summary = _summary(rows, archive.classes)
     # last, since its presence says that all is there
     write_json(args.out / "summary.json", {**identity, **origin, "cases": len(cases), **summary})
     _show(console, summary, title=f"{len(cases)} cases, {args.subset} of {args.split!r}")
-    return args.out
 
 
 def _progress(console: Any) -> Any:
@@ -137,18 +212,6 @@ def _origin(card: Card, archive: Archive, cases: Sequence[str]) -> dict[str, str
 def _summary(rows: Sequence[Mapping[str, object]], classes: Sequence[str]) -> dict[str, Any]:
     by_class = {name: summarize([row for row in rows if row["class"] == name]) for name in classes[1:]}
     return {"metrics": summarize(rows), "classes": by_class}
-
-
-def _write_missing(
-    args: Any, predictor: Any, archive: Archive, cases: Sequence[str], origin: Mapping[str, str]
-) -> dict[str, Any]:
-    """Write ``missing.csv``; the metrics of each subset of the channels."""
-    from medseg_ssl.evaluations.missing_modalities import missing_rows
-
-    rows = missing_rows(predictor, archive, cases, nsd_tolerance_mm=args.nsd_tolerance_mm)
-    write_csv(args.out / "missing.csv", ({**origin, **row} for row in rows), columns=MISSING_COLUMNS)
-    subsets = dict.fromkeys(str(row["given"]) for row in rows)
-    return {name: summarize([row for row in rows if row["given"] == name]) for name in subsets}
 
 
 def _show(console: Any, summary: Mapping[str, Any], *, title: str) -> None:

@@ -1,4 +1,7 @@
-"""One task of a comparison: fine-tune, predict the test cases, score them; runs in a worker process."""
+"""One task of a comparison: fine-tune (or learn without a network), predict the test cases, score them.
+
+It runs in a worker process.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,21 @@ import importlib
 import shutil
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.cli import locate
-from medseg_ssl.config import UserError, parse
+from medseg_ssl.config import Block, UserError, parse
+from medseg_ssl.data.partial import Access
 
 if TYPE_CHECKING:
     import numpy as np
 
     from medseg_ssl.analysis.pictures import Slice
+    from medseg_ssl.baselines.base import Baseline
     from medseg_ssl.data.archive import Archive
+    from medseg_ssl.inference.predictor import Predictor
 
 DONE = "cases.csv"
 """Written last and whole: a fit folder that holds it is finished."""
@@ -33,19 +39,24 @@ class FitTask:
 
     Attributes:
         folder: run folder of the fit.
-        config: tree of its ``FinetuneConfig``, seed and steps filled in.
+        config: tree of its ``FinetuneConfig``, seed and steps filled in; empty for a baseline.
         archive: where the training cases are.
         test_archive: where the test cases are.
         encoder: encoder file to start from, None for scratch.
         train_cases: the drawn subset.
         test_cases: cases to score.
-        task: with source, target, init, budget, draw and seed: columns of ``cases.csv``.
+        task: with source, target, init, budget, draw, seed and pretraining: columns of ``cases.csv``.
         source: modalities of the pretraining, empty for scratch.
         target: modalities of a case.
         nsd_tolerance_mm: of the metric.
         steps: optimizer steps, for the time left.
         pictures: keep a slice of every test case for the report.
         keep: keep the bulky files.
+        pretraining: which of the init's pretrainings it starts from; 0 for inits without.
+        fold: which fold is scored.
+        access: split of the fold, and the known parts of the training labels; the test cases are scored whole.
+        baseline: block on the shelf of baselines, None for a network.
+        flips: predict with test-time mirroring.
     """
 
     folder: Path
@@ -66,11 +77,16 @@ class FitTask:
     steps: int
     pictures: bool = False
     keep: bool = False
+    pretraining: int = 0
+    fold: int = 0
+    access: Access = field(default_factory=Access)
+    baseline: Mapping[str, Any] | None = None
+    flips: bool = False
 
     @property
     def name(self) -> str:
         """For messages."""
-        return f"{self.init}, {self.budget} labels, draw {self.draw}"
+        return f"{self.init}, {self.budget} labels, draw {self.draw}{_which(self.fold, self.pretraining)}"
 
     @property
     def finished(self) -> bool:
@@ -79,7 +95,7 @@ class FitTask:
 
     def columns(self) -> dict[str, Any]:
         """The columns of ``cases.csv`` that are the same for every row of this fit."""
-        names = ("task", "source", "target", "init", "budget", "draw", "seed")
+        names = ("task", "source", "target", "init", "budget", "draw", "seed", "pretraining")
         return {name: getattr(self, name) for name in names}
 
 
@@ -97,12 +113,19 @@ class PretrainTask:
     archive: Path
     init: str
     protect: tuple[Path, ...] = ()
+    fold: int = 0
+    pretraining: int = 0
+    access: Access = field(default_factory=Access)
     more: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
         """For messages."""
-        return f"pretraining {self.init}"
+        return f"pretraining {self.init}{_which(self.fold, self.pretraining)}"
+
+
+def _which(fold: int, pretraining: int) -> str:
+    return (f", fold {fold}" if fold else "") + (f", pretraining {pretraining}" if pretraining else "")
 
 
 def pretrain_init(task: PretrainTask) -> Path:
@@ -111,7 +134,9 @@ def pretrain_init(task: PretrainTask) -> Path:
     config = parse(command.PretrainConfig, task.config, prefix=f"inits.{task.init}.pretrain")
     data = config.data.model_copy(update={"protect": task.protect})
     config = config.model_copy(update={"data": data})
-    return command.run_pretrain(config, task.folder, archive=task.archive, more=task.more, quiet=True)
+    return command.run_pretrain(
+        config, task.folder, archive=task.archive, more=task.more, access=task.access, quiet=True
+    )
 
 
 def fit_and_score(task: FitTask) -> Path:
@@ -129,7 +154,7 @@ def fit_and_score(task: FitTask) -> Path:
     if task.finished:
         return task.folder / DONE
     try:
-        rows = _score(task, _fit(task))
+        rows = _score(task, _learn(task) if task.baseline is not None else _load(task, _fit(task)))
     except UserError:
         raise
     except Exception as error:
@@ -162,29 +187,43 @@ def _fit(task: FitTask) -> Path:
         archive=task.archive,
         encoder=task.encoder,
         cases=task.train_cases,
+        access=task.access,
         quiet=True,
     )
 
 
-def _score(task: FitTask, segmenter: Path) -> list[dict[str, object]]:
-    """Rows of ``cases.csv`` of all test cases, and their slices."""
+def _learn(task: FitTask) -> Baseline:
+    """A baseline that has learned from the labels of this fit."""
+    from medseg_ssl.baselines.base import Baseline
+    from medseg_ssl.data.archive import Archive
+
+    block = Block.model_validate(task.baseline)
+    kind, options = block.resolve("medseg_ssl.baselines", Baseline, prefix=f"inits.{task.init}.baseline")
+    learned = kind(options)  # pyright: ignore[reportAbstractUsage]
+    learned.fit(Archive.open(task.archive).limited(task.access), task.train_cases, seed=task.seed)
+    return learned
+
+
+def _load(task: FitTask, segmenter: Path) -> Predictor:
+    """The segmenter of a fit, as test cases are predicted with it."""
     import torch
 
-    from medseg_ssl.analysis.metrics import case_metrics
-    from medseg_ssl.analysis.pictures import write_slices
-    from medseg_ssl.data.archive import Archive
     from medseg_ssl.inference.predictor import Predictor
 
     wants_gpu = task.config["train"].get("accelerator", "auto") != "cpu"
     device = "cuda" if wants_gpu and torch.cuda.is_available() else "cpu"
     # the precision of prediction is the same for every init, and fp32 on a CPU, where it costs little
     precision = task.config["train"].get("precision", "fp32") if device == "cuda" else "fp32"
+    return Predictor.load(segmenter, device=device, precision=precision, flips=task.flips)
+
+
+def _score(task: FitTask, predictor: Predictor | Baseline) -> list[dict[str, object]]:
+    """Rows of ``cases.csv`` of all test cases, and their slices."""
+    from medseg_ssl.analysis.metrics import case_metrics
+    from medseg_ssl.analysis.pictures import write_slices
+    from medseg_ssl.data.archive import Archive
+
     archive = Archive.open(task.test_archive)
-    predictor = Predictor.load(segmenter, device=device, precision=precision)
-    if tuple(predictor.classes) != tuple(archive.classes):
-        raise UserError(
-            f"the test archive has the classes {', '.join(archive.classes)}, not those of training"
-        )
     rows: list[dict[str, object]] = []
     slices = []
     for case, prediction_DHW in predictor.predict_cases(archive, task.test_cases):

@@ -17,9 +17,10 @@ from medseg_ssl.analysis.metrics import METRICS
 from medseg_ssl.analysis.tables import write_csv, write_json
 from medseg_ssl.config import Block
 
-from . import comparison as plans
-from .comparison import CompareConfig
+from .comparison import CompareConfig, finetune_config
 from .fits import FitTask, fit_and_score, remove_bulky
+from .labeling import is_wanted
+from .planning import fit_folder
 
 if TYPE_CHECKING:
     from medseg_ssl.nets.encoders.base import Encoder
@@ -199,9 +200,7 @@ def _voxels(task: FeatureTask, *, places: int) -> tuple[Any, Any]:
     archive = Archive.open(task.archive)
     train = set(archive.split(task.config.split).train)
     cases = sorted(
-        c
-        for c, row in archive.cases.items()
-        if plans.is_wanted(task.config, archive, row) and row.subject in train
+        c for c, row in archive.cases.items() if is_wanted(task.config, archive, row) and row.subject in train
     )
     views = labeled_views(archive, cases, _spec(task.config), crops=CROPS, seed=task.config.seed)
     return views, draw_voxels(views, places=places, seed=task.config.seed)
@@ -213,7 +212,7 @@ def _spec(config: CompareConfig) -> ViewSpec:
 
     from .run import SHELVES
 
-    finetune = plans.finetune_config(config.finetune)
+    finetune = finetune_config(config.finetune)
     together = {**finetune.objective.model_dump(), "decoder": finetune.decoder.model_dump()}
     cls, options = resolve_block(Block.model_validate(together), "objective", SHELVES)
     spec: ViewSpec = next(iter(cls.views(options).values()))  # pyright: ignore[reportAttributeAccessIssue]
@@ -243,5 +242,5 @@ def _fresh(encoder: Encoder, *, seed: int, channels: int | None = None) -> Encod
 
 def segmenters_of(folder: Path, inits: Sequence[str], *, budget: int, draw: int) -> dict[str, Path]:
     """The kept segmenters of a comparison at a budget and draw, by init."""
-    files = {init: plans.fit_folder(folder, init, budget, draw) / SEGMENTER for init in inits}
+    files = {init: fit_folder(folder, init, budget, draw) / SEGMENTER for init in inits}
     return {init: file for init, file in files.items() if file.is_file()}

@@ -18,6 +18,8 @@ from medseg_ssl.train.settings import WandbConfig
 from . import comparison as plans
 from .comparison import CompareConfig, Metrics
 from .fits import PretrainTask
+from .inits import FROM_FILE, has_key
+from .labeling import scored_cases, training_subsets
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -129,7 +131,7 @@ class MatrixConfig(Record):
         if unused:
             raise ValueError(f"no source and no target uses archive {sorted(unused)[0]!r}")
         for name, source in self.own_sources().items():
-            equal = [key for key in EQUAL_KEYS if plans.has_key(source.pretrain, key)]
+            equal = [key for key in EQUAL_KEYS if has_key(source.pretrain, key)]
             if equal:
                 raise ValueError(
                     f"sources.{name}.pretrain.{equal[0]} would make sources unequal; set it in pretrain"
@@ -147,7 +149,7 @@ class MatrixConfig(Record):
 
     def given_sources(self) -> list[str]:
         """Sources whose encoder file comes by a flag."""
-        return [name for name, source in self.sources.items() if source == plans.FROM_FILE]
+        return [name for name, source in self.sources.items() if source == FROM_FILE]
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def resolve(config: MatrixConfig) -> MatrixConfig:
     update: dict[str, Any] = {}
     if config.own_sources():
         shared = plans.pretrain_config(config.pretrain, prefix="pretrain")
-        set_here = [key for key in OURS if plans.has_key(config.pretrain, key) and _at(config.pretrain, key)]
+        set_here = [key for key in OURS if has_key(config.pretrain, key) and _at(config.pretrain, key)]
         if set_here:
             raise ConfigError(f"pretrain.{set_here[0]} is set by the benchmark, from sources and targets")
         update["pretrain"] = shared.model_dump(mode="json")
@@ -266,7 +268,7 @@ def comparison_of(config: MatrixConfig, name: str) -> CompareConfig:
     own = {key: value for key in ("budgets", "draws", "low_budgets", "metrics")
            if (value := getattr(target, key)) is not None}  # fmt: skip
     shared = {key: getattr(config, key) for key in ("budgets", "draws", "low_budgets", "metrics")}
-    inits = dict.fromkeys(config.baselines) | dict.fromkeys(config.sources, plans.FROM_FILE)
+    inits = dict.fromkeys(config.baselines) | dict.fromkeys(config.sources, FROM_FILE)
     tree = {
         "task": f"{config.task}.{name}".replace("+", "-"),
         "inits": {init: kind or init for init, kind in inits.items()},
@@ -334,8 +336,8 @@ def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) 
             f"targets.{name}: archive {config.targets[name].archive!r} has labeled cases of"
             f" {', '.join(held) or 'nothing'}; modalities {asked}"
         )
-    cases = plans.scored_cases(plan, archive, archive)
-    plans.training_subsets(plan, archive)
+    cases = scored_cases(plan, archive, archive)
+    training_subsets(plan, archive)
     return Target(
         name,
         config.targets[name].archive,

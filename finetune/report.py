@@ -95,10 +95,15 @@ def read_comparison(out: Path) -> tuple[Comparison, list[dict[str, Any]]]:
 def _comparable(out: Path, planned: Sequence[str], finished: Sequence[Path]) -> list[Path]:
     """Finished fits of every (budget, draw) that all its inits have finished, so that means are over the same draws.
 
+    An init that was pretrained several times has finished a draw with the last of them; folds count each on its own.
     Where no (budget, draw) is whole yet, every finished fit counts.
     """
-    missing = {folder.parts[-2:] for folder in {out / name for name in planned}.difference(finished)}
-    return [folder for folder in finished if folder.parts[-2:] not in missing] or list(finished)
+
+    def place(folder: Path) -> tuple[str, str]:
+        return folder.parts[-2], folder.name.partition("p")[0]
+
+    missing = {place(folder) for folder in {out / name for name in planned}.difference(finished)}
+    return [folder for folder in finished if place(folder) not in missing] or list(finished)
 
 
 def _read_plan(out: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from pydantic import Field, model_validator
 from medseg_ssl import __version__
 from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import Block, ConfigError, Record, UserError
+from medseg_ssl.data.partial import Access
 from medseg_ssl.train.session import (
     Session,
     check_bf16_depth,
@@ -23,14 +25,16 @@ from medseg_ssl.train.session import (
     with_defaults,
     with_spacing,
 )
-from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
+from medseg_ssl.train.settings import KeepBest, OptimConfig, TrainConfig, WandbConfig
+
+from .tuning import TuneConfig, check_choice, keeper, ship_plain, tune
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.loader import Loader
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
-    from medseg_ssl.types import Facts, ViewPlan
+    from medseg_ssl.types import Batch, Facts, ViewPlan
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +49,15 @@ class FinetuneData(Record):
         workers: loader processes per process; 0 loads in the training process.
         split: name of the archive's split; the labeled cases of its train list are used.
         foreground_share: share of crops centred on a labeled voxel.
+        class_balance: the class of that voxel is drawn among those of the case, each as likely; without it every
+            labeled voxel is as likely, and small structures are seldom met.
     """
 
     batch_size: int = Field(ge=1)
     workers: int = Field(default=0, ge=0)
     split: str = "default"
     foreground_share: float = Field(default=0.33, ge=0, le=1)
+    class_balance: bool = True
 
 
 class TransferConfig(Record):
@@ -75,19 +82,29 @@ class FinetuneConfig(Record):
         encoder: block on the shelf of encoders; null takes the encoder file's.
         decoder: block on the shelf of decoders.
         objective: block on the shelf of objectives, one that takes a ``decoder`` (``segmentation``).
+        tune: which of the encoder's parameters are trained.
         evaluations: name on the shelf of evaluations to its options; run on development subjects.
+        keep_best: ship the weights of the best evaluation on development subjects; null ships the last.
     """
 
     seed: int = Field(default=0, ge=0)
     encoder: Block | None = None
     decoder: Block = Block(name="unet")
     objective: Block = Block(name="segmentation")
+    tune: TuneConfig = TuneConfig()
     data: FinetuneData
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     transfer: TransferConfig = TransferConfig()
     wandb: WandbConfig = WandbConfig()
     evaluations: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    keep_best: KeepBest | None = None
+
+    @model_validator(mode="after")
+    def _best_of_what(self) -> FinetuneConfig:
+        if self.keep_best is not None:
+            check_choice(self.keep_best, self.evaluations, self.train, split=self.data.split)
+        return self
 
     @model_validator(mode="after")
     def _one_place_for_the_decoder(self) -> FinetuneConfig:
@@ -137,6 +154,8 @@ def run_finetune(
     archive: Path,
     encoder: Path | None = None,
     cases: Sequence[str] | None = None,
+    continue_from: Path | None = None,
+    access: Access | None = None,
     quiet: bool = False,
 ) -> Path:
     """Train a segmenter, or go on where an earlier call with the same config and inputs stopped.
@@ -147,6 +166,9 @@ def run_finetune(
         archive: a prepared archive with labels.
         encoder: an encoder file to start from; None starts from scratch.
         cases: labeled cases to use; None takes all of the split's train list.
+        continue_from: a segmenter to go on from, in place of ``encoder``: its networks, its classes, and those of the
+            archive that it lacks behind them.
+        access: splits and known parts of labels that differ from what the archive says.
         quiet: show no progress and no audit.
 
     Returns:
@@ -164,14 +186,28 @@ def run_finetune(
     from medseg_ssl.train import runtime
     from medseg_ssl.train.run_folder import hash_file, hash_names, open_run
 
-    opened = Archive.open(archive)
+    from .continuing import previous
+
+    access = access or Access()
+    opened = Archive.open(archive).limited(access)
+    grown = None
+    if continue_from is not None:
+        if encoder is not None:
+            raise ConfigError(
+                "--encoder and --continue-from both name weights to start from; give one of them"
+            )
+        grown = previous(continue_from, opened)
+        config = grown.networks(config)
     config = with_spacing(complete_config(config, encoder), SHELVES, opened.recipe.spacing_mm)
     used = training_cases(opened, config.data.split, cases)
     unstated = unstated_classes((opened.cases[case] for case in used), opened.classes)
     machine = runtime.start(config.train)
-    objective, options = build(config, opened.facts())
-    # a class that is unknown in every case would be free to take over the background
-    silence(heads(objective.export().head), [opened.classes.index(name) for name in unstated])
+    classes = opened.classes if grown is None else grown.relabeling.classes
+    objective, options = build(config, replace(opened.facts(), classes=classes))
+    if objective.needs_previous and grown is None:
+        raise ConfigError(
+            f"objective '{config.objective.name}' goes on from a segmenter; name it by --continue-from"
+        )
     views = type(objective).views(options)
     check_crop_sizes(views, objective.encoder.strides)
     if machine.device.type == "cpu" and config.train.precision == "bf16":
@@ -179,6 +215,16 @@ def run_finetune(
     audit = None
     if encoder is not None:
         audit = transfer(objective, encoder, config.transfer)
+    if grown is None:
+        # a class that is unknown in every case would be free to take over the background
+        silence(heads(objective.export().head), [opened.classes.index(name) for name in unstated])
+    else:
+        audit = grown.load_into(objective, unstated)
+        unstated = grown.silent(unstated)
+    fresh = () if audit is None else audit.fresh
+    tuned = tune(objective, config.tune, seed=config.seed, fresh=fresh)
+    best = None if config.keep_best is None else keeper(config.keep_best, opened, config.data.split, used)
+    objective.begin(() if grown is None else grown.kept)
     per_epoch = steps_per_epoch(config, opened, used)
     steps = config.train.steps.steps(steps_per_epoch=per_epoch)
 
@@ -192,14 +238,23 @@ def run_finetune(
         steps=1
     )  # says now, before the run folder is touched, what in the config does not go with the archive
 
-    def card() -> Card:
-        return make_card(config, opened, views, used, silent=unstated, steps=steps)
+    def card(steps: int = steps) -> Card:
+        made = make_card(config, opened, views, used, silent=unstated, steps=steps)
+        return made.model_copy(update={"classes": classes})
 
     inputs = {
         "archive": opened.fingerprint[:16],
         "encoder": None if encoder is None else hash_file(encoder),
         "cases": hash_names(sorted(used)),
+        **access.identity(),
     }
+    if continue_from is not None:
+        inputs["continue_from"] = hash_file(continue_from)
+
+    def finished(batch: Batch) -> Batch:
+        batch = batch if grown is None else grown.relabeling.batch(batch)
+        return prepare_batch(batch, plan=views)
+
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
             return Path(run) / SHIPS
@@ -210,6 +265,11 @@ def run_finetune(
                 "none of the %d labeled cases states %s: the segmenter will never predict it",
                 len(used),
                 ", ".join(unstated),
+            )
+        if encoder is None and config.tune.name != "full" and machine.is_main and not quiet:
+            logger.warning(
+                "tune '%s' leaves most of a random encoder as it is: no encoder file is given",
+                config.tune.name,
             )
         session = Session(
             run=Path(run),
@@ -223,8 +283,11 @@ def run_finetune(
             description=f"finetune {len(used)} cases",
             quiet=quiet,
             tags=("finetune", "scratch" if encoder is None else "pretrained"),
-            fresh=() if audit is None else audit.fresh,
-            prepare_batch=partial(prepare_batch, plan=views),
+            fresh=fresh,
+            undecayed=tuned.undecayed,
+            training=tuned.training,
+            best=best,
+            prepare_batch=finished,
             preview_batch=lambda: next(iter(load(steps=1))),
             evaluate=scoring(config.evaluations, partial(predictor, card=card, machine=machine), opened),
         )
@@ -234,13 +297,16 @@ def run_finetune(
             runtime=machine,
         )
         if machine.is_main:
+            if best is not None:
+                best.settle(objective)
+            ship_plain(objective, config.tune)
             parts = objective.export()
             encoder_file.save(
                 Path(run) / SHIPS,
                 encoder=parts.encoder,
                 decoder=parts.decoder,
                 head=heads(parts.head),
-                card=card(),
+                card=card() if best is None or best.step is None else card(steps=best.step),
             )
         machine.barrier()
     return Path(run) / SHIPS
@@ -263,6 +329,10 @@ def loader(
     """The loader of a run, but for its steps and for who reads which share; ``cases`` None takes all of them."""
     from medseg_ssl.data.loader import Loader
 
+    used = training_cases(archive, config.data.split, cases)
+    # unlabeled views are cut from the scans of all subjects that may be trained on
+    subjects = {*archive.split(config.data.split).train, *(archive.cases[case].subject for case in used)}
+    subjects &= {row.subject for row in archive.scans.values()}
     return partial(
         Loader,
         archive,
@@ -270,9 +340,11 @@ def loader(
         batch_size=config.data.batch_size,
         accumulate=config.train.accumulate,
         seed=config.seed,
-        cases=training_cases(archive, config.data.split, cases),
+        subjects=sorted(subjects),
+        cases=used,
         relations=relations,
         foreground_share=config.data.foreground_share,
+        class_balance=config.data.class_balance,
     )
 
 
@@ -299,6 +371,27 @@ def training_cases(archive: Archive, split: str, cases: Sequence[str] | None) ->
     if not cases:
         raise UserError("no cases to train on")
     return sorted(cases)
+
+
+def subset(
+    config: FinetuneConfig, file: Path, archive: Path, *, budget: int | None, draw: int, fold: int
+) -> tuple[list[str], Access]:
+    """The cases that a file of budgets names, and what may be known of them.
+
+    Raises:
+        ConfigError: no budget is named, or the file does not go with config and archive.
+    """
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.budget_file import chosen_cases, read_budgets
+
+    if budget is None:
+        raise ConfigError("--cases needs --budget, the number of labeled cases")
+    budgets = read_budgets(file)
+    if budgets.split != config.data.split:
+        raise ConfigError(f"{file.name} is of split '{budgets.split}', data.split is '{config.data.split}'")
+    return chosen_cases(
+        budgets, Archive.open(archive), budget=budget, draw=draw, fold=fold, where=f"the budgets {file.name}"
+    )
 
 
 def build(config: FinetuneConfig, facts: Facts) -> tuple[Objective, Any]:
@@ -425,11 +518,36 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "--archive", type=Path, required=True, help="made by 'medseg-ssl prepare', with labels"
     )
     parser.add_argument("--encoder", type=Path, help="encoder file to start from; none starts from scratch")
+    parser.add_argument(
+        "--continue-from",
+        type=Path,
+        metavar="SEGMENTER",
+        help="segmenter to go on from: its networks whatever the config names, its classes and new ones behind them",
+    )
+    parser.add_argument("--cases", type=Path, help="budgets.json of a comparison: train on a subset it drew")
+    parser.add_argument("--budget", type=int, help="with --cases: number of labeled cases")
+    parser.add_argument("--draw", type=int, default=0, help="with --cases (default: %(default)s)")
+    parser.add_argument("--fold", type=int, default=0, help="with --cases of folds (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     given = parser.parse_intermixed_args(argv)
     path = find_config(given.config, kind="finetune")
     config = read_config(FinetuneConfig, path, given.assignments, shelves=SHELVES)
-    shipped = run_finetune(config, given.run, archive=given.archive, encoder=given.encoder, quiet=given.quiet)
+    cases, access = None, None
+    if given.cases is None and given.budget is not None:
+        raise ConfigError("--budget needs --cases, the budgets.json that holds it")
+    if given.cases is not None:
+        which = {"budget": given.budget, "draw": given.draw, "fold": given.fold}
+        cases, access = subset(config, given.cases, given.archive, **which)
+    shipped = run_finetune(
+        config,
+        given.run,
+        archive=given.archive,
+        encoder=given.encoder,
+        continue_from=given.continue_from,
+        cases=cases,
+        access=access,
+        quiet=given.quiet,
+    )
     if not given.quiet:
         from rich.console import Console
 

@@ -23,7 +23,6 @@ from medseg_ssl.fanout import ENGINES, map_tasks
 from medseg_ssl.train.interrupt import Interrupted
 from medseg_ssl.train.run_folder import RunFolder, hash_file
 
-from . import comparison as plans
 from . import looks
 from .compare import compare
 from .crew import Crew, visible_gpus
@@ -39,6 +38,7 @@ from .matrix import (
     source_facts,
     target_of,
 )
+from .planning import EncoderKey, fit_grid
 from .report import PLAN
 from .transfer_tables import REPORT, write_transfer
 
@@ -97,8 +97,8 @@ def transfer(
     crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
     device = f"{len(gpus)} GPUs" if gpus else "cpu"
     with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device):
-        files = {**given, **crew.pretrain(pretrain, pretrain_tasks(config, out, paths))}
-        files = {name: files[name] for name in config.sources}
+        made = crew.pretrain(pretrain, pretrain_tasks(config, out, paths))
+        files = {name: given.get(name) or made[EncoderKey(name)] for name in config.sources}
         cards = {name: load_card(path) for name, path in files.items()}
         sources = source_facts(config, cards, opened)
         _write_plan(
@@ -190,7 +190,7 @@ def _write_plan(
     notes: Sequence[str],
     command: str,
 ) -> None:
-    planned = {t.name: len(plans.fit_grid(comparison_of(config, t.name))) for t in targets}
+    planned = {t.name: len(fit_grid(comparison_of(config, t.name))) for t in targets}
     write_json(
         out / PLAN,
         {
@@ -259,7 +259,7 @@ def _look_at_segmenters(
             alike.append(_feature_task(config, out, target, "similarity.csv", archives, encoders, kept))
         if not _several(config, target):
             continue
-        for init, at, draw in plans.fit_grid(plan):
+        for init, at, draw in fit_grid(plan):
             kept = looks.segmenters_of(folder, [init], budget=budget, draw=draw)
             if at == budget and kept:
                 missing.append(

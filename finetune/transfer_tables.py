@@ -155,7 +155,7 @@ def _missing(out: Path, task: str, targets: Sequence[Target], sources: Sequence[
                 for (init, budget), table in sorted(
                     tables(of_subset, metric).items(), key=lambda item: order.index(item[0][0])
                 ):
-                    own = crossed_interval(table.scores_ND)
+                    own = crossed_interval(table.scores_NDP)
                     head = {"task": task, "source": init if init in sources else "", "target": target.name}
                     head |= {"init": init, "budget": budget, "given": given, "metric": metric}
                     ends = {"mean": own.mean, "ci_low": own.low, "ci_high": own.high}

@@ -20,9 +20,11 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     PlainSerializer,
     ValidationError,
     model_validator,
@@ -117,6 +119,16 @@ class Duration(BaseModel):
 
 Length = Annotated[Duration, BeforeValidator(Duration.parse), PlainSerializer(str, return_type=str)]
 """A ``Duration`` field: read from its text and written back as it."""
+
+
+def _each_once(axes: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"an axis stands twice in {list(axes)}")
+    return axes
+
+
+MirrorAxes = Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], AfterValidator(_each_once)]
+"""A field of axes to mirror: 0 superior-inferior, 1 anterior-posterior, 2 left-right."""
 
 
 # -- shelves ---------------------------------------------------------------------------------------------------------

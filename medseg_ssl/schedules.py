@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+
+def _rising(shares: tuple[float, float]) -> tuple[float, float]:
+    if not 0.0 <= shares[0] <= shares[1] <= 1.0:
+        raise ValueError(f"must be two shares of the run, from 0 to 1 and rising, got {list(shares)}")
+    return shares
+
+
+Ramp = Annotated[tuple[float, float], AfterValidator(_rising)]
+"""A config's field: the shares of a run at which something begins to rise from 0, and at which it has risen to 1."""
 
 
 def _check(progress: float) -> None:
@@ -28,6 +41,15 @@ def warmup(progress: float, fraction: float) -> float:
     if fraction <= 0.0 or progress >= fraction:
         return 1.0
     return progress / fraction
+
+
+def ramp(progress: float, shares: tuple[float, float]) -> float:
+    """Factor that is 0 up to the first share of a run and rises linearly to 1 at the second."""
+    _check(progress)
+    begin, end = shares
+    if progress >= end:
+        return 1.0
+    return max(0.0, (progress - begin) / (end - begin)) if end > begin else 0.0
 
 
 def after_warmup(progress: float, fraction: float) -> float:

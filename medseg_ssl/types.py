@@ -41,6 +41,8 @@ class ViewSpec:
         overlap: smallest share of each axis two views of one scan (or of a ``same_box`` pair) have in common;
             None means independent places.
         labeled: True draws from labeled cases and fills ``View.label_BDHW``.
+        pool: ``drawn`` cuts the view from the sample's own scans; ``all`` from another case, one of all those of the
+            training subjects that look like the labeled ones (same modalities), whose label is never read.
         mirror_axes: axes (D 0, H 1, W 2) each mirrored with probability 0.5; the named augmentation mirrors none.
     """
 
@@ -51,6 +53,7 @@ class ViewSpec:
     pair: Literal["none", "same_box", "same_subject"] = "none"
     overlap: float | None = None
     labeled: bool = False
+    pool: Literal["drawn", "all"] = "drawn"
     mirror_axes: tuple[int, ...] = ()
 
 
@@ -169,10 +172,12 @@ class Template:
 class Score(NamedTuple):
     """One number of an evaluation.
 
-    ``per_case`` rows hold the columns of the evaluation's table (case, class, …), where it has one.
+    ``per_case`` rows hold the columns of the evaluation's table (case, class, …), where it has one; ``pictures`` are
+    PNG files by name, of real subjects perhaps, so that they are kept beside the scores and sent nowhere.
     """
 
     name: str
     value: float
     unit: str
     per_case: list[dict[str, object]] | None = None
+    pictures: Mapping[str, bytes] | None = None

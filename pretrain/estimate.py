@@ -162,6 +162,8 @@ def _trial(job: Mapping[str, Any]) -> dict[str, Any]:
     config = cls.model_validate(job["config"])
     machine = runtime.start(config.train)
     objective, views, batches = _objective(config, job["kind"], job["archive"], prefer=machine.device.type)
+    if job["kind"] == "finetune":
+        import_module(locate("finetune.tuning")).tune(objective, config.tune, seed=config.seed)
     optimizer = build_optimizer(objective, config.optim, total_steps=10**6, steps_per_epoch=1000)
     accumulate = config.train.accumulate
     before, counted = runtime.peak_memory_bytes(), tuple(_footprint(objective, views))

@@ -1,7 +1,8 @@
 """Measure a frozen encoder: the evaluations a config names, without training anything.
 
 ``scores.csv`` holds every score, ``summary.json`` the same by evaluation and name, ``tables/`` the rows
-behind a score.
+behind a score, ``pictures/`` what an evaluation draws (of real subjects: they stay in this folder), and
+``report.html`` all of it on one page.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from medseg_ssl.analysis.tables import claim, write_csv, write_json, write_text
+from medseg_ssl.analysis.tables import claim, write_bytes, write_csv, write_json, write_text
 from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import Block, Record, override, parse, read_yaml, resolved, to_yaml
 
@@ -102,11 +103,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         with console.status(name):
             scores[name] = list(evaluation.run(encoder, archive))
         _show(console, name, scores[name])
-    _write(args.out, scores, identity)
+    _write(args.out, scores, identity, seen=f"{encoder.card.objective}, {encoder.card.steps} steps")
     return args.out
 
 
-def _write(out: Path, scores: Mapping[str, Sequence[Score]], identity: Mapping[str, Any]) -> None:
+def _write(
+    out: Path, scores: Mapping[str, Sequence[Score]], identity: Mapping[str, Any], *, seen: str
+) -> None:
     rows = [
         {"evaluation": evaluation, "name": s.name, "value": float(s.value), "unit": s.unit}
         for evaluation, found in scores.items()
@@ -117,13 +120,32 @@ def _write(out: Path, scores: Mapping[str, Sequence[Score]], identity: Mapping[s
         table = [row for s in found for row in s.per_case or []]
         if table:
             write_csv(out / "tables" / f"{evaluation}.csv", table, columns=list(table[0]))
+        for score in found:
+            for name, png in (score.pictures or {}).items():
+                write_bytes(out / "pictures" / f"{evaluation}-{name}.png", png)
+    write_text(out / "report.html", _page(scores, seen=seen))
     summary = {e: {s.name: float(s.value) for s in found} for e, found in scores.items()}
     # last, since its presence says that all is there
     write_json(out / "summary.json", {**identity, "scores": summary})
 
 
+def _page(scores: Mapping[str, Sequence[Score]], *, seen: str) -> str:
+    """Tables and pictures of every evaluation as one HTML page that needs no network."""
+    from medseg_ssl.analysis import page
+
+    sections = []
+    for evaluation, found in scores.items():
+        lines = [[page.text(cell) for cell in line] for line in _lines(found)]
+        pictures = [
+            page.Picture(png, name) for score in found for name, png in (score.pictures or {}).items()
+        ]
+        body = page.table(["score", "value", "unit"], lines)
+        sections.append(page.section(evaluation, body + (page.gallery({"": pictures}) if pictures else "")))
+    return page.page(f"Frozen features: {seen}", sections)
+
+
 def _show(console: Any, name: str, scores: Sequence[Score]) -> None:
-    """A table of the scores, the ends of an interval (``x_low/…``, ``x_high/…``) beside their score."""
+    """A table of the scores."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -131,8 +153,16 @@ def _show(console: Any, name: str, scores: Sequence[Score]) -> None:
     table.add_column("score")
     table.add_column("value", justify="right")
     table.add_column("unit")
+    for score, value, unit in _lines(scores):
+        table.add_row(score, escape(value), unit)
+    console.print(table)
+
+
+def _lines(scores: Sequence[Score]) -> list[tuple[str, str, str]]:
+    """Name, value and unit, the ends of an interval (``x_low/…``, ``x_high/…``) beside their score."""
     values = {score.name: score.value for score in scores}
     shown: set[str] = set()
+    lines = []
     for score in scores:
         head, _, tail = score.name.rpartition("/")
         ends = [f"{head}_{end}/{tail}" for end in ("low", "high")]
@@ -141,8 +171,8 @@ def _show(console: Any, name: str, scores: Sequence[Score]) -> None:
             interval = f"  [{values[ends[0]]:.3f}, {values[ends[1]]:.3f}]"
             shown.update(ends)
         if score.name not in shown:
-            table.add_row(score.name, escape(f"{score.value:.3f}{interval}"), score.unit)
-    console.print(table)
+            lines.append((score.name, f"{score.value:.3f}{interval}", score.unit))
+    return lines
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from medseg_ssl import __version__
 from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import Block, ConfigError, Record, UserError
+from medseg_ssl.data.partial import Access
 from medseg_ssl.train.session import (
     Session,
     check_bf16_depth,
@@ -24,7 +25,9 @@ from medseg_ssl.train.session import (
     with_defaults,
     with_spacing,
 )
-from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
+from medseg_ssl.train.settings import KeepBest, OptimConfig, TrainConfig, WandbConfig
+
+from .probing import frozen, keep_picture, with_interval, with_judge
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHIPS = "encoder.safetensors"
+LAST = "encoder_last.safetensors"
+"""The last weights, beside the best ones that ship where ``keep_best`` chose others."""
 
 
 class PretrainData(Record):
@@ -79,6 +84,7 @@ class PretrainConfig(Record):
         encoder: block on the shelf of encoders.
         objective: block on the shelf of objectives.
         evaluations: name on the shelf of evaluations to its options; run on development subjects.
+        keep_best: ship the weights of the evaluated step with the best score; never judged by test subjects.
     """
 
     seed: int = Field(default=0, ge=0)
@@ -89,6 +95,7 @@ class PretrainConfig(Record):
     train: TrainConfig
     wandb: WandbConfig = WandbConfig()
     evaluations: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    keep_best: KeepBest | None = None
 
 
 def _encoder_contract() -> type:
@@ -110,7 +117,13 @@ SHELVES = {
 
 
 def run_pretrain(
-    config: PretrainConfig, run: Path, *, archive: Path, more: Sequence[Path] = (), quiet: bool = False
+    config: PretrainConfig,
+    run: Path,
+    *,
+    archive: Path,
+    more: Sequence[Path] = (),
+    access: Access | None = None,
+    quiet: bool = False,
 ) -> Path:
     """Pretrain an encoder, or go on where an earlier call with the same config stopped.
 
@@ -119,26 +132,34 @@ def run_pretrain(
         run: the run folder.
         archive: a prepared archive.
         more: archives whose scans are drawn from as well.
+        access: splits that differ from what ``archive`` says.
         quiet: show no progress.
 
     Returns:
         ``RUN/encoder.safetensors``.
 
     Raises:
-        ConfigError: config and archive do not go together, a training scan repeats a protected one, or the folder
-            holds another run.
+        ConfigError: config and archive do not go together, a training scan repeats a protected one, an evaluation
+            cannot judge an encoder or would choose it by test subjects, or the folder holds another run.
         UserError: a broken archive, a loss that is not finite, a full disk.
     """
     from medseg_ssl.data.augment import prepare_batch
     from medseg_ssl.data.leakage import guard
     from medseg_ssl.nets import encoder_file
     from medseg_ssl.train import runtime
+    from medseg_ssl.train.best import Best
     from medseg_ssl.train.run_folder import open_run
 
-    opened = open_archives(config.data, [archive, *more])
+    access = access or Access()
+    opened = open_archives(config.data, [archive, *more], access=access)
     config = with_spacing(with_defaults(config, SHELVES), SHELVES, opened.recipe.spacing_mm)
+    config, judged_on = with_judge(config)
     subjects = training_subjects(opened, config.data)
     checked = guard(opened, subjects, split=config.data.split, protect=config.data.protect)
+    lists = access.identity().get("splits")
+    if lists is not None:
+        # an encoder of a fold has seen subjects whom the archive's own split keeps back, and its card must not hide it
+        checked = ({**checked[0], "split": f"{config.data.split}, other lists {lists}"}, *checked[1:])
     machine = runtime.start(config.train)
     objective, options = build(config, opened.facts())
     views = type(objective).views(options)
@@ -162,7 +183,7 @@ def run_pretrain(
         made = make_card(config, opened, views, steps=steps, channels=objective.encoder.channels_in)
         return made.model_copy(update={"checked_against": checked})
 
-    inputs: dict[str, Any] = {"archive": opened.fingerprint[:16]}
+    inputs: dict[str, Any] = {"archive": opened.fingerprint[:16], **access.identity()}
     if config.data.protect:
         inputs["protect"] = [entry["archive"][:16] for entry in checked[len(opened.members) :]]
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
@@ -171,11 +192,19 @@ def run_pretrain(
         if objective.takes_templates:
             found = templates(opened, subjects, Path(run), machine=machine, quiet=quiet)
             objective.use_templates(found, seed=config.seed)
+        best = Best(config.keep_best) if config.keep_best is not None else None
+        look_at = partial(frozen, card=card, device=machine.device, precision=config.train.precision)
+        judged = partial(scoring, config.evaluations, look_at, opened)
+        if machine.is_main and not (Path(run) / "last.ckpt").exists() and (look := judged()) is not None:
+            scores = look(objective, 0)  # says before hours of training what an evaluation lacks
+            if best is not None:
+                best.check(scores)
+        machine.barrier()
         session = Session(
             run=Path(run),
             config=config.model_dump(mode="json"),
             seed=config.seed,
-            train=config.train,
+            train=with_interval(config, steps),
             optim=config.optim,
             wandb=config.wandb,
             steps=steps,
@@ -185,7 +214,8 @@ def run_pretrain(
             tags=("pretrain", config.objective.name),
             prepare_batch=partial(prepare_batch, plan=views),
             preview_batch=lambda: next(iter(load(steps=1))),
-            evaluate=scoring(config.evaluations, partial(frozen, card=card, machine=machine), opened),
+            evaluate=judged(pictures=partial(keep_picture, Path(run))),
+            best=best,
         )
         session.fit(
             objective,
@@ -195,15 +225,26 @@ def run_pretrain(
         if machine.is_main:
             exported = objective.export()
             described = card().model_copy(update={"untrained": exported.untrained})
-            encoder_file.save(
-                Path(run) / SHIPS, encoder=exported.encoder, decoder=exported.decoder, card=described
-            )
+            parts = {"encoder": exported.encoder, "decoder": exported.decoder}
+            if best is not None and best.step is not None:
+                encoder_file.save(Path(run) / LAST, **parts, card=described)
+                best.settle(objective)
+                chosen = best.record(subset=judged_on, steps=steps)
+                described = described.model_copy(update={"steps": best.step, "chosen_by": chosen})
+            elif best is not None:
+                logger.warning("%s was never a number; the last weights ship", best.keep.score)
+            encoder_file.save(Path(run) / SHIPS, **parts, card=described)
         machine.barrier()
     return Path(run) / SHIPS
 
 
-def open_archives(data: PretrainData, paths: Sequence[Path]) -> Archive:
+def open_archives(data: PretrainData, paths: Sequence[Path], *, access: Access | None = None) -> Archive:
     """What is drawn from: an archive, or the wanted modalities of one or several.
+
+    Args:
+        data: names the modalities.
+        paths: of the archives.
+        access: splits that differ from what the first archive says.
 
     Raises:
         ConfigError: lists of modalities that do not go with the archives; see ``mix``.
@@ -217,7 +258,9 @@ def open_archives(data: PretrainData, paths: Sequence[Path]) -> Archive:
         raise ConfigError(
             f"data.modalities has {len(lists)} lists for {len(paths)} archive(s); give one list, or one per --archive"
         )
-    return mix([(Archive.open(p), lists[i if len(lists) > 1 else 0]) for i, p in enumerate(paths)])
+    first, *more = paths
+    opened = [Archive.open(first).limited(access or Access()), *(Archive.open(path) for path in more)]
+    return mix([(one, lists[i if len(lists) > 1 else 0]) for i, one in enumerate(opened)])
 
 
 def steps_per_epoch(config: PretrainConfig, archive: Archive) -> int:
@@ -356,13 +399,6 @@ def make_card(
         objective=config.objective.name,
         steps=steps,
     )
-
-
-def frozen(objective: Objective, *, card: Any, machine: Any) -> Any:
-    """The objective's encoder as an evaluation wants it."""
-    from medseg_ssl.inference.frozen import FrozenEncoder
-
-    return FrozenEncoder(objective.export().encoder, card(), device=str(machine.device))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

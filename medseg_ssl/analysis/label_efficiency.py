@@ -1,9 +1,10 @@
 """From the rows of ``cases.csv`` to the label-efficiency curve, its area, and the labels that pretraining
 saved.
 
-Everything here is linear in the scores of single (case, draw) cells, or inverted from something that is:
-areas, differences and interpolated baselines are tables too, so every interval is the one of
-``statistics.crossed_interval``.
+Everything here is linear in the scores of single (case, draw, pretraining) cells, or inverted from something that
+is: areas, differences and interpolated baselines are tables too, so every interval is the one of
+``statistics.crossed_interval``. Rows tell which pretraining an encoder came from in an optional column
+``pretraining``; without it all are of pretraining 0.
 """
 
 from __future__ import annotations
@@ -21,11 +22,20 @@ from typing import Any
 import numpy as np
 
 from medseg_ssl.analysis.metrics import METRICS
-from medseg_ssl.analysis.statistics import Interval, crossed_interval, holm, paired_interval, paired_tests
+from medseg_ssl.analysis.statistics import (
+    Interval,
+    crossed_interval,
+    detectable_difference,
+    holm,
+    paired_interval,
+    paired_tests,
+)
+from medseg_ssl.analysis.verdicts import verdicts
 
 CASE_COLUMNS = (
     "task", "source", "target", "init", "budget", "draw", "seed", "case", "class",
     "dice", "iou", "nsd", "nsd_tolerance_mm", "hd95_mm", "precision", "recall",
+    "pretraining",
 )  # fmt: skip
 CURVE_COLUMNS = (
     "task", "source", "target", "init", "budget", "metric", "mean", "ci_low", "ci_high", "draws", "cases",
@@ -41,19 +51,45 @@ class Table:
     """Scores of one init at one budget.
 
     Attributes:
-        scores_ND: (cases, draws), NaN = missing; means over classes.
+        scores_NDP: (cases, draws, pretrainings), NaN = missing; means over classes. Given as (cases, draws), it gets
+            one layer.
         cases: names of the rows.
         draws: numbers of the columns.
+        pretrainings: numbers of the layers; empty where the init has a single pretraining, or none as scratch, and so
+            stands beside every pretraining of another. Left out with several layers, they count from 0.
     """
 
-    scores_ND: np.ndarray
+    scores_NDP: np.ndarray
     cases: tuple[str, ...]
     draws: tuple[int, ...]
+    pretrainings: tuple[int, ...] = ()
 
-    def select(self, cases: Sequence[str], draws: Sequence[int]) -> np.ndarray:
-        """The scores of these cases and draws, all of which the table must have."""
-        rows = [self.cases.index(c) for c in cases]
-        return self.scores_ND[np.ix_(rows, [self.draws.index(d) for d in draws])]
+    def __post_init__(self) -> None:
+        """Give every table three axes."""
+        if self.scores_NDP.ndim == 2:
+            object.__setattr__(self, "scores_NDP", self.scores_NDP[..., None])
+        layers = self.scores_NDP.shape[2]
+        if not self.pretrainings and layers != 1:
+            object.__setattr__(self, "pretrainings", tuple(range(layers)))
+
+    @property
+    def scores_ND(self) -> np.ndarray:
+        """Means over the pretrainings that have a score; an interval of it is for these very pretrainings."""
+        count_ND = (~np.isnan(self.scores_NDP)).sum(axis=2)
+        return np.where(count_ND > 0, np.nansum(self.scores_NDP, axis=2) / np.maximum(count_ND, 1), np.nan)
+
+    def select(
+        self, cases: Sequence[str], draws: Sequence[int], pretrainings: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """The scores of these cases, draws and pretrainings (None: its own), all of which the table must have.
+
+        A table of a single pretraining is repeated for each.
+        """
+        rows, columns = [self.cases.index(c) for c in cases], [self.draws.index(d) for d in draws]
+        layers = list(range(self.scores_NDP.shape[2]))
+        if pretrainings is not None:
+            layers = [self.pretrainings.index(p) if self.pretrainings else 0 for p in pretrainings]
+        return self.scores_NDP[np.ix_(rows, columns, layers)]
 
 
 Tables = dict[tuple[str, int], Table]
@@ -64,12 +100,16 @@ Tables = dict[tuple[str, int], Table]
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``cases.csv`` with numbers as numbers; an empty metric is NaN, an empty count −1."""
+    """Rows of a ``cases.csv`` with numbers as numbers; an empty metric is NaN, an empty count −1.
+
+    The optional column ``pretraining`` is 0 where it is empty or missing.
+    """
     rows: list[dict[str, Any]] = []
     with Path(path).open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             for column in ("budget", "draw", "seed"):
                 row[column] = int(row[column]) if row[column] else -1  # `evaluate` knows none of them
+            row["pretraining"] = int(row.get("pretraining") or 0)
             for column in (*METRICS, "nsd_tolerance_mm"):
                 row[column] = float(row[column]) if row[column] not in ("", None) else math.nan
             rows.append(row)
@@ -94,28 +134,45 @@ def tables(rows: Iterable[Row], metric: str = "dice", *, of_class: str | None = 
         metric: one of ``METRICS``.
         of_class: only this class.
     """
-    cells: dict[tuple[str, int], dict[tuple[str, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+    cells: dict[tuple[str, int], dict[tuple[str, int, int], list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    pretrainings: dict[str, set[int]] = defaultdict(set)
     for row in rows:
         if of_class is None or row["class"] == of_class:
             value = math.nan if row[metric] is None else float(row[metric])
-            cells[row["init"], row["budget"]][str(row["case"]), row["draw"]].append(value)
+            number = int(row.get("pretraining") or 0)
+            cells[row["init"], row["budget"]][str(row["case"]), row["draw"], number].append(value)
+            pretrainings[row["init"]].add(number)
     out: Tables = {}
-    for key, cell in cells.items():
-        cases, draws = (sorted({c for c, _ in cell}), sorted({d for _, d in cell}))
-        scores_ND = np.full((len(cases), len(draws)), np.nan)
-        for (case, draw), values in cell.items():
+    for (init, budget), cell in cells.items():
+        cases, draws, layers = (sorted(set(names)) for names in zip(*cell, strict=True))
+        scores_NDP = np.full((len(cases), len(draws), len(layers)), np.nan)
+        for (case, draw, layer), values in cell.items():
             known = [v for v in values if not math.isnan(v)]
             if known:
-                scores_ND[cases.index(case), draws.index(draw)] = sum(known) / len(known)
-        out[key] = Table(scores_ND, tuple(cases), tuple(draws))
+                place = cases.index(case), draws.index(draw), layers.index(layer)
+                scores_NDP[place] = sum(known) / len(known)
+        numbers = tuple(layers) if len(pretrainings[init]) > 1 else ()
+        out[init, budget] = Table(scores_NDP, tuple(cases), tuple(draws), numbers)
     return out
 
 
 def common(tables_: Sequence[Table]) -> list[np.ndarray]:
-    """The scores of several tables on the cases and draws that all of them have, in one order."""
+    """The scores (cases, draws, pretrainings) of several tables on what all of them have, in one order.
+
+    A table of a single pretraining, or of none, is repeated for the pretrainings of the others: it is the same
+    whichever of them it stands beside.
+    """
+    cases, draws, pretrainings = _shared(tables_)
+    return [t.select(cases, draws, pretrainings) for t in tables_]
+
+
+def _shared(tables_: Sequence[Table]) -> tuple[list[str], list[int], list[int] | None]:
     cases = sorted(reduce(set.intersection, (set(t.cases) for t in tables_)))
     draws = sorted(reduce(set.intersection, (set(t.draws) for t in tables_)))
-    return [t.select(cases, draws) for t in tables_]
+    numbered = [set(t.pretrainings) for t in tables_ if t.pretrainings]
+    return cases, draws, sorted(reduce(set.intersection, numbered)) if numbered else None
 
 
 def budgets_of(tables_: Tables, init: str) -> list[int]:
@@ -146,7 +203,7 @@ def curve_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for init in inits_of(group):
             for budget in budgets_of(by_metric["dice"], init):
                 for label, _, _ in wanted:
-                    interval = crossed_interval(by_metric[label][init, budget].scores_ND)
+                    interval = crossed_interval(by_metric[label][init, budget].scores_NDP)
                     out.append(
                         {"task": task, "source": source, "target": target, "init": init, "budget": budget}
                         | {
@@ -162,19 +219,18 @@ def curve_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def area(tables_: Tables, init: str, budgets: Sequence[int]) -> Interval:
     """Mean score over log2(budget) by trapezoids, with its interval; one budget gives the score at it."""
-    return crossed_interval(area_table([tables_[init, b] for b in budgets], budgets).scores_ND)
+    return crossed_interval(area_table([tables_[init, b] for b in budgets], budgets).scores_NDP)
 
 
 def area_table(parts: Sequence[Table], budgets: Sequence[int]) -> Table:
-    """The area of every (case, draw) that all budgets have."""
-    cases = sorted(reduce(set.intersection, (set(t.cases) for t in parts)))
-    draws = sorted(reduce(set.intersection, (set(t.draws) for t in parts)))
-    stacked_SND = np.stack([t.select(cases, draws) for t in parts])
-    if len(budgets) == 1:
-        return Table(stacked_SND[0], tuple(cases), tuple(draws))
-    x_S = np.log2(np.asarray(budgets, dtype=np.float64))
-    mean_ND = np.trapezoid(stacked_SND, x_S, axis=0) / (x_S[-1] - x_S[0])
-    return Table(mean_ND, tuple(cases), tuple(draws))
+    """The area of every (case, draw, pretraining) that all budgets have."""
+    cases, draws, pretrainings = _shared(parts)
+    stacked_SNDP = np.stack([t.select(cases, draws, pretrainings) for t in parts])
+    area_NDP = stacked_SNDP[0]
+    if len(budgets) > 1:
+        x_S = np.log2(np.asarray(budgets, dtype=np.float64))
+        area_NDP = np.trapezoid(stacked_SNDP, x_S, axis=0) / (x_S[-1] - x_S[0])
+    return Table(area_NDP, tuple(cases), tuple(draws), tuple(pretrainings or ()))
 
 
 # -- comparisons ---------------------------------------------------------------------------------------------
@@ -185,32 +241,36 @@ def comparisons(
 ) -> list[dict[str, Any]]:
     """Paired differences ``init`` − ``baseline``: per budget, pooled over the low budgets, and of the area.
 
-    Pooling averages the differences of a (case, draw) over the budgets: budgets are nested within a draw, so
-    a pooled cell stays one observation.
+    Pooling averages the differences of a (case, draw, pretraining) over the budgets: budgets are nested within a draw,
+    so a pooled cell stays one observation. ``detectable`` is the smallest true difference that four of five such
+    comparisons would find at 5 %; NaN where there is a single case or draw, since the error then lacks a part.
     """
     shared = [b for b in budgets_of(tables_, init) if (baseline, b) in tables_]
     low = [b for b in shared if b in low_budgets]
     out = []
     for budget in shared:
-        pair = common([tables_[init, budget], tables_[baseline, budget]])
-        out.append(_comparison(pair[0], pair[1], init, baseline, f"budget {budget}", [budget]))
+        first_NDP, second_NDP = common([tables_[init, budget], tables_[baseline, budget]])
+        out.append(_comparison(first_NDP, second_NDP, init, baseline, f"budget {budget}", [budget]))
     if low:
         both = common([tables_[i, b] for i in (init, baseline) for b in low])
-        first_ND, second_ND = np.mean(both[: len(low)], axis=0), np.mean(both[len(low) :], axis=0)
-        out.append(_comparison(first_ND, second_ND, init, baseline, "low budgets", low))
+        first_NDP, second_NDP = np.mean(both[: len(low)], axis=0), np.mean(both[len(low) :], axis=0)
+        out.append(_comparison(first_NDP, second_NDP, init, baseline, "low budgets", low))
     if len(shared) > 1:
         areas = [area_table([tables_[i, b] for b in shared], shared) for i in (init, baseline)]
-        first_ND, second_ND = common(areas)
-        out.append(_comparison(first_ND, second_ND, init, baseline, "area", shared))
+        first_NDP, second_NDP = common(areas)
+        out.append(_comparison(first_NDP, second_NDP, init, baseline, "area", shared))
     return out
 
 
 def _comparison(
-    first_ND, second_ND, init: str, baseline: str, scope: str, budgets: Sequence[int]
+    first_NDP, second_NDP, init: str, baseline: str, scope: str, budgets: Sequence[int]
 ) -> dict[str, Any]:
-    interval, tests = paired_interval(first_ND, second_ND), paired_tests(first_ND, second_ND)
+    interval, tests = paired_interval(first_NDP, second_NDP), paired_tests(first_NDP, second_NDP)
     head = {"init": init, "baseline": baseline, "scope": scope, "budgets": list(budgets)}
-    return head | asdict(interval) | {"t_p": tests.t_p, "wilcoxon_p": tests.wilcoxon_p}
+    whole = min(interval.cases, interval.draws) > 1
+    detectable = detectable_difference(interval.standard_error, interval.freedom) if whole else math.nan
+    tail = {"t_p": tests.t_p, "wilcoxon_p": tests.wilcoxon_p, "detectable": detectable}
+    return head | asdict(interval) | tail
 
 
 def adjust(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -254,7 +314,7 @@ def savings(tables_: Tables, *, init: str, baseline: str) -> list[dict[str, Any]
         censored, first = len(reached) == 0, int(reached[0]) if len(reached) else len(labels_G) - 1
         labels = _crossing(labels_G, mean_G, first) if not censored else float(labels_G[-1])
         possible = np.flatnonzero((low_G <= 0) & (high_G >= 0))
-        ci_low, ci_high = _ends(labels_G, low_G, possible, first=None if censored else first)
+        ci_low, ci_high = _ends(labels_G, low_G, high_G, possible, first=None if censored else first)
         out.append(
             {
                 "init": init,
@@ -271,7 +331,7 @@ def savings(tables_: Tables, *, init: str, baseline: str) -> list[dict[str, Any]
     return out
 
 
-def _differences(scores_ND: np.ndarray, baseline: Sequence[np.ndarray], grid: Sequence[int]):
+def _differences(scores_NDP: np.ndarray, baseline: Sequence[np.ndarray], grid: Sequence[int]):
     """Mean and interval of ``scores − baseline(labels)`` along the baseline's interpolated curve."""
     x_S = np.log2(np.asarray(grid, dtype=np.float64))
     points = [x_S[:1], *(np.linspace(a, b, SAVINGS_GRID + 1)[1:] for a, b in pairwise(x_S))]
@@ -281,7 +341,7 @@ def _differences(scores_ND: np.ndarray, baseline: Sequence[np.ndarray], grid: Se
         right = int(min(max(np.searchsorted(x_S, x), 1), len(x_S) - 1)) if len(x_S) > 1 else 0
         left = max(right - 1, 0)
         weight = (x - x_S[left]) / (x_S[right] - x_S[left]) if right > left else 0.0
-        found.append(paired_interval(scores_ND, (1 - weight) * baseline[left] + weight * baseline[right]))
+        found.append(paired_interval(scores_NDP, (1 - weight) * baseline[left] + weight * baseline[right]))
     return (
         2.0**x_G,
         np.array([f.mean for f in found]),
@@ -290,27 +350,34 @@ def _differences(scores_ND: np.ndarray, baseline: Sequence[np.ndarray], grid: Se
     )
 
 
-def _crossing(labels_G: np.ndarray, mean_G: np.ndarray, first: int) -> float:
+def _crossing(labels_G: np.ndarray, value_G: np.ndarray, first: int) -> float:
+    """Where a value changes its sign between the points ``first`` − 1 and ``first``, linear in log2(labels)."""
     if first == 0:
         return float(labels_G[0])
-    above, below = mean_G[first - 1], mean_G[first]
+    above, below = value_G[first - 1], value_G[first]
     x = np.log2(labels_G[first - 1 : first + 1])
     return float(2.0 ** (x[0] + (x[1] - x[0]) * above / (above - below)))
 
 
-def _ends(labels_G: np.ndarray, low_G: np.ndarray, possible: np.ndarray, *, first: int | None):
+def _ends(
+    labels_G: np.ndarray, low_G: np.ndarray, high_G: np.ndarray, possible: np.ndarray, *, first: int | None
+) -> tuple[float | None, float | None]:
     """Ends of the set of label counts that the data allow, None where it runs past the baseline's budgets."""
     if np.isnan(low_G).all():
         return None, None
     if len(possible) > 0:
-        low = float(labels_G[possible[0]]) if possible[0] > 0 else None
-        high = float(labels_G[possible[-1]]) if possible[-1] < len(labels_G) - 1 else None
-        return low, high
+        start, end = int(possible[0]), int(possible[-1])
+        below = low_G if low_G[start - 1] > 0 else high_G  # which end of the difference touches 0 there
+        above = high_G if high_G[min(end + 1, len(high_G) - 1)] < 0 else low_G
+        return (
+            _crossing(labels_G, below, start) if start > 0 else None,
+            _crossing(labels_G, above, end + 1) if end < len(labels_G) - 1 else None,
+        )
     if first is None:  # better than the baseline with every number of labels, significantly
         return float(labels_G[-1]), None
     if first == 0:  # worse than the baseline with its fewest labels, significantly
         return None, float(labels_G[0])
-    return float(labels_G[first - 1]), float(labels_G[first])  # an interval narrower than the grid
+    return _crossing(labels_G, low_G, first), _crossing(labels_G, high_G, first)  # narrower than the grid
 
 
 # -- summary -------------------------------------------------------------------------------------------------
@@ -370,57 +437,3 @@ def _better_baseline(dice: Tables, init: str, baselines: Sequence[str]) -> list[
         min(items, key=lambda i: (i["savings"], i["censored"], i["gap"]))
         for _, items in sorted(by_budget.items())
     ]
-
-
-def verdicts(summary: Mapping[str, Any]) -> list[str]:
-    """One line per init in plain words, strongest claim first and its limits with it."""
-    lines = []
-    inits = [i for i in summary["inits"] if i not in summary["baselines"]]
-    for init in inits:
-        pooled = [c for c in summary["comparisons"] if c["init"] == init and c["scope"] == "low budgets"]
-        pooled = pooled or [c for c in summary["comparisons"] if c["init"] == init and c["scope"] == "area"]
-        if pooled:
-            lines.append(_verdict(init, pooled))
-    if not lines and inits:
-        lines.append("No scratch baseline has finished fits yet: nothing can be said about savings.")
-    return lines
-
-
-def _verdict(init: str, pooled: Sequence[Mapping[str, Any]]) -> str:
-    first = pooled[0]
-    known = [c for c in pooled if not math.isnan(c["low"])]
-    where = f"at {_and(first['budgets'])} {'label' if first['budgets'] == [1] else 'labels'}"
-    if first["scope"] == "area":
-        where = "over all budgets"
-    numbers = "; ".join(
-        f"{c['mean']:+.3f} Dice against {c['baseline']} (95 % interval {c['low']:+.3f} to {c['high']:+.3f},"
-        f" {c['cases']} cases × {c['draws']} draws)"
-        for c in known
-    )
-    if len(known) < len(pooled) or not known:
-        return f"{init}: too few finished fits for an interval {where}."
-
-    def names(items: Sequence[Mapping[str, Any]]) -> str:
-        return _and([c["baseline"] for c in items])
-
-    won, lost = [c for c in known if c["low"] > 0], [c for c in known if c["high"] < 0]
-    open_ = [c for c in known if c not in won and c not in lost]
-    thin = [c for c in known if c["covers"] != "cases and draws"]
-    if thin:
-        lead = f"{init} cannot be judged against {names(thin)} {where} (a single draw or case)"
-    elif won == known:
-        tail = (
-            "" if all(c["p_holm"] < 0.05 for c in known) else " (not after Holm's correction for all inits)"
-        )
-        lead = f"{init} beats {names(won)} {where}, significantly{tail}"
-    else:
-        clauses = [f"beats {names(won)}"] if won else []
-        clauses += [f"shows no significant difference from {names(open_)}"] if open_ else []
-        clauses += [f"is significantly worse than {names(lost)}"] if lost else []
-        lead = f"{init} {_and(clauses)} {where}" + (", so no saving can be claimed" if won else "")
-    return f"{lead}: {numbers}."
-
-
-def _and(items: Sequence[object]) -> str:
-    words = [str(i) for i in items]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -29,6 +29,8 @@ SOME_MODALITIES = "some of the modalities"
 SAME_ARCHIVE = "other modality, same archive"
 OTHER = "other modality"
 UNKNOWN = "unknown"
+JUDGED = ("cases and draws", "cases, draws and pretrainings")
+"""What an interval must cover for a verdict."""
 CONTROLS = {
     "same modality, other data − other modality": ((SAME_MODALITY,), (SAME_ARCHIVE, OTHER)),
     "same data − other modality": ((SAME_DATA,), (SAME_ARCHIVE, OTHER)),
@@ -184,11 +186,11 @@ def matrix_rows(
             for budget in budgets_of(cells.dice, source.name):
                 baseline = cells.baseline([budget])
                 for metric, found in by_metric.items():
-                    own = crossed_interval(found[source.name, budget].scores_ND)
+                    own = crossed_interval(found[source.name, budget].scores_NDP)
                     gain = None
                     if baseline is not None:
                         pair = difference_table(found[source.name, budget], found[baseline, budget])
-                        gain = crossed_interval(pair.scores_ND)
+                        gain = crossed_interval(pair.scores_NDP)
                     out.append(
                         {"task": task, "source": source.name, "target": target.name, "budget": budget}
                         | {"metric": metric, "mean": own.mean, "ci_low": own.low, "ci_high": own.high}
@@ -233,7 +235,7 @@ def _gains(known: Sequence[Cells], sources: Sequence[Source]) -> list[dict[str, 
                     "kind": kind_of(source, cells.target),
                 }
                 head |= {"budgets": cells.budgets, "baseline": cells.baseline(cells.budgets)}
-                out.append(head | asdict(crossed_interval(gain.scores_ND)))
+                out.append(head | asdict(crossed_interval(gain.scores_NDP)))
     return _with_holm(out)
 
 
@@ -249,7 +251,7 @@ def _controls(cells: Cells, sources: Sequence[Source]) -> list[dict[str, Any]]:
         if all(groups):
             a, b = (mean_table([cells.pooled(n) for n in group]) for group in groups)
             head = {"control": name, "target": cells.target.name, "first": groups[0], "second": groups[1]}
-            out.append(head | asdict(crossed_interval(difference_table(a, b).scores_ND)))
+            out.append(head | asdict(crossed_interval(difference_table(a, b).scores_NDP)))
     return out
 
 
@@ -266,16 +268,16 @@ def _asymmetry(known: Sequence[Cells], sources: Sequence[Source]) -> list[dict[s
         paired = _by_subject(there, b.target), _by_subject(back, a.target)
         same = a.target.archive == b.target.archive and paired[0] is not None and paired[1] is not None
         if same and set(paired[0].cases) == set(paired[1].cases):  # pyright: ignore[reportOptionalMemberAccess]
-            interval = crossed_interval(difference_table(*paired).scores_ND)  # pyright: ignore[reportArgumentType]
+            interval = crossed_interval(difference_table(*paired).scores_NDP)  # pyright: ignore[reportArgumentType]
         else:
             interval = independent_difference(
-                crossed_interval(there.scores_ND), crossed_interval(back.scores_ND)
+                crossed_interval(there.scores_NDP), crossed_interval(back.scores_NDP)
             )
         head = {
             "there": [own[0].name, b.target.name],
             "back": [own[1].name, a.target.name],
-            "gain_there": crossed_interval(there.scores_ND).mean,
-            "gain_back": crossed_interval(back.scores_ND).mean,
+            "gain_there": crossed_interval(there.scores_NDP).mean,
+            "gain_back": crossed_interval(back.scores_NDP).mean,
         }
         out.append(head | asdict(interval))
     return _with_holm(out)
@@ -294,7 +296,9 @@ def _by_subject(table: Table, target: Target) -> Table | None:
     """The table with subjects in place of cases, where each scored subject has one case."""
     subjects = [target.subjects.get(case, case) for case in table.cases]
     return (
-        Table(table.scores_ND, tuple(subjects), table.draws) if len(set(subjects)) == len(subjects) else None
+        Table(table.scores_NDP, tuple(subjects), table.draws, table.pretrainings)
+        if len(set(subjects)) == len(subjects)
+        else None
     )
 
 
@@ -308,12 +312,12 @@ def _mixed(cells: Cells, sources: Sequence[Source]) -> list[dict[str, Any]]:
         ]  # fmt: skip
         if len(union.modalities) < 2 or len(singles) < 2 or not cells.has(union.name):
             continue
-        means = {s.name: crossed_interval(cells.pooled(s.name).scores_ND).mean for s in singles}
+        means = {s.name: crossed_interval(cells.pooled(s.name).scores_NDP).mean for s in singles}
         best = max(means, key=lambda name: means[name])
         for single in singles:
             table = difference_table(cells.pooled(union.name), cells.pooled(single.name))
             head = {"union": union.name, "single": single.name, "target": cells.target.name}
-            out.append(head | {"best": single.name == best} | asdict(crossed_interval(table.scores_ND)))
+            out.append(head | {"best": single.name == best} | asdict(crossed_interval(table.scores_NDP)))
     return out
 
 
@@ -359,7 +363,7 @@ def _cells_verdict(cells: Sequence[Mapping[str, Any]]) -> str:
             f"{c['source']} → {c['target']} ({c['mean']:+.3f}, {c['low']:+.3f} to {c['high']:+.3f})" for c in chosen
         )  # fmt: skip
 
-    judged = [c for c in cells if c["covers"] == "cases and draws"]
+    judged = [c for c in cells if c["covers"] in JUDGED]
     if not judged:
         return f"None of {len(cells)} cells can be judged: that takes two draws and two test cases."
     better = listed(lambda c: c in judged and c["low"] > 0 and c["p_holm"] < 0.05)
@@ -373,7 +377,7 @@ def _cells_verdict(cells: Sequence[Mapping[str, Any]]) -> str:
 
 def _line(what: str, item: Mapping[str, Any], more: str, less: str) -> str:
     numbers = f"{item['mean']:+.3f} Dice"
-    if math.isnan(item["low"]) or item["covers"] != "cases and draws":
+    if math.isnan(item["low"]) or item["covers"] not in JUDGED:
         return f"{what}: {numbers}; too few draws or cases to judge."
     numbers += f" (95 % interval {item['low']:+.3f} to {item['high']:+.3f})"
     if item["low"] > 0 or item["high"] < 0:

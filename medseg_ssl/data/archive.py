@@ -16,6 +16,7 @@ processes); the rows are committed at the end by one ``ArchiveWriter``.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -30,10 +31,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationError, fiel
 
 from medseg_ssl.config import Block, Record, UserError
 from medseg_ssl.data.appearance import SIMILARITY
-from medseg_ssl.data.budgets import read_split
+from medseg_ssl.data.budgets import check_split, read_split
 from medseg_ssl.data.coregistration import Coregister
 from medseg_ssl.data.intensity import Linear, Policy, linear, policies
 from medseg_ssl.data.manifest import CaseRow, PairRow, Row, ScanRow, Split
+from medseg_ssl.data.partial import Access, limit_label, limited_cases
 from medseg_ssl.data.quality import Quality
 from medseg_ssl.data.sources.base import Source
 from medseg_ssl.data.store import NO_DATA, open_array, read_box
@@ -170,6 +172,7 @@ class Archive:
         self.scans = {row.key: row for row in scans}
         self.cases = {row.case: row for row in cases}
         self.pairs = list(pairs)
+        self._access = Access()
         self._files: OrderedDict[Path, Any] = OrderedDict()
         self._process = os.getpid()
 
@@ -207,6 +210,22 @@ class Archive:
     def __getstate__(self) -> dict[str, Any]:
         """Everything but open files."""
         return {**self.__dict__, "_files": OrderedDict(), "_process": -1}
+
+    def limited(self, access: Access) -> Archive:
+        """A copy that reads with other splits, or labels of which only a part is known; no file is touched.
+
+        Raises:
+            UserError: a part of a label that the archive does not have.
+        """
+        if access == Access():
+            return self
+        unknown = [case for case in access.labels if case not in self.cases or not self.cases[case].labeled]
+        if unknown:
+            raise UserError(f"{self.path} has no labeled case {unknown[0]!r}")
+        other = copy.copy(self)
+        other._access = access
+        other.cases = dict(limited_cases(self.cases, self.classes, access))
+        return other
 
     # -- facts -----------------------------------------------------------------------------------------------
 
@@ -257,6 +276,9 @@ class Archive:
             UserError: no split of this name, or one with a subject in two lists or one unknown here.
         """
         subjects = {row.subject for row in self.scans.values()}
+        for given in self._access.splits:
+            if given.name == name:
+                return check_split(given, known=subjects)
         return read_split(self.path / "splits" / f"{name}.json", known=subjects)
 
     # -- voxels ----------------------------------------------------------------------------------------------
@@ -280,7 +302,10 @@ class Archive:
             UserError: the label's file is missing or damaged.
         """
         self._labeled(case)
-        return self._box(Path("labels") / f"{case}.b2nd", start, size, outside=0)
+        label_DHW = self._box(Path("labels") / f"{case}.b2nd", start, size, outside=0)
+        return self._known_part(
+            case, label_DHW, np.array(self.scans[self.cases[case].scans[0]].affine_44), start
+        )
 
     def original_label(self, case: str) -> tuple[np.ndarray, np.ndarray]:
         """The label on its own grid: uint8 (D, H, W) and its float64 affine.
@@ -293,9 +318,25 @@ class Archive:
         name = Path("labels") / f"{case}.original.b2nd"
         array = self._file(name)
         try:
-            return array[...], np.array(array.schunk.vlmeta["affine_44"], dtype=np.float64)
+            label_DHW, affine_44 = array[...], np.array(array.schunk.vlmeta["affine_44"], dtype=np.float64)
         except (RuntimeError, KeyError, OSError, ValueError) as error:
             raise UserError(f"cannot read {self.path / name}; run prepare again") from error
+        return self._known_part(case, label_DHW, affine_44, (0, 0, 0)), affine_44
+
+    def original_grid(self, case: str) -> tuple[Triple, np.ndarray]:
+        """Shape and float64 affine of the label's own grid, no voxel read; without a label the first scan's grid.
+
+        Raises:
+            KeyError: no such case.
+            UserError: the label's file is missing or damaged.
+        """
+        row = self.cases[case]
+        if not row.labeled:
+            first = self.scans[row.scans[0]]
+            return first.shape, np.array(first.affine_44, dtype=np.float64)
+        file = self._file(Path("labels") / f"{case}.original.b2nd")
+        d, h, w = file.shape
+        return (d, h, w), np.array(file.schunk.vlmeta["affine_44"], dtype=np.float64)
 
     def original_spacing_mm(self, case: str) -> TripleMm:
         """Voxel size (D, H, W) of the label's own grid.
@@ -304,9 +345,17 @@ class Archive:
             KeyError: no such labeled case.
         """
         self._labeled(case)
-        affine = np.array(self._file(Path("labels") / f"{case}.original.b2nd").schunk.vlmeta["affine_44"])
-        d, h, w = np.linalg.norm(affine[:3, :3], axis=0)
+        d, h, w = np.linalg.norm(self.original_grid(case)[1][:3, :3], axis=0)
         return float(d), float(h), float(w)
+
+    def _known_part(
+        self, case: str, label_DHW: np.ndarray, affine_44: np.ndarray, start: Triple
+    ) -> np.ndarray:
+        part = self._access.labels.get(case)
+        if part is None:
+            return label_DHW
+        row_4 = (np.linalg.inv(self.original_grid(case)[1]) @ affine_44)[0]
+        return limit_label(label_DHW, part, classes=self.classes, row_4=row_4, start=start)
 
     def _labeled(self, case: str) -> None:
         if case not in self.cases or not self.cases[case].labeled:

@@ -1,4 +1,4 @@
-"""Splits by subject and nested label budgets.
+"""Splits and folds by subject, and nested label budgets.
 
 The order of subjects comes from the content of their scans, not from names or salted keys, so the same data
 split the same way in every archive; subjects that share a scan (a duplicate) always stand on the same side.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def make_split(
     content = {tuple(group): min(h for s in group for h in hashes[s]) for group in groups}
 
     def place(group: Sequence[str]) -> str:
-        return hashlib.sha256(f"{seed}:{content[tuple(group)]}".encode()).hexdigest()
+        return _place(seed, content[tuple(group)])
 
     free.sort(key=place)
     total = sum(map(len, free))
@@ -77,6 +78,40 @@ def make_split(
     for group in sorted((g for g in groups if g[0] in reserved), key=place):
         sides["test"] += group
     return Split(name=name, seed=seed, **{side: tuple(members) for side, members in sides.items()})
+
+
+def make_folds(
+    subject_hashes: Mapping[str, Iterable[str]], *, folds: int, seed: int, labeled: Collection[str]
+) -> list[tuple[str, ...]]:
+    """Deal subjects out to folds of nearly equal size; subjects that share a scan are in one fold.
+
+    Subjects are ordered as in ``make_split`` and go to the fold that holds fewest so far: those with labels first, so
+    that every fold has its share of them.
+
+    Args:
+        subject_hashes: subject to the content hashes of its scans.
+        folds: number of folds.
+        seed: of the order.
+        labeled: subjects with a labeled case.
+
+    Returns:
+        The subjects of every fold, in the order of their hashes.
+
+    Raises:
+        ConfigError: fewer than 2 folds, or fewer labeled subjects (that share no scan) than folds.
+    """
+    hashes = {subject: sorted(contents) for subject, contents in subject_hashes.items()}
+    content = {subject: min(contents) for subject, contents in hashes.items()}
+    groups = sorted(_groups(hashes), key=lambda group: _place(seed, min(content[s] for s in group)))
+    first = [group for group in groups if any(s in labeled for s in group)]
+    if not 2 <= folds <= len(first):
+        raise ConfigError(
+            f"folds must lie between 2 and the number of labeled subjects, {len(first)}, got {folds}"
+        )
+    dealt: list[list[str]] = [[] for _ in range(folds)]
+    for group in (*first, *(group for group in groups if group not in first)):
+        min(dealt, key=len).extend(group)
+    return [tuple(sorted(fold, key=lambda s: (_place(seed, content[s]), s))) for fold in dealt]
 
 
 def check_split(split: Split, *, known: Collection[str] | None = None, where: str = "") -> Split:
@@ -151,6 +186,7 @@ def nested_budgets(
     seed: int,
     draw: int,
     stratify: Mapping[str, str] | None = None,
+    cover: Mapping[str, Collection[str]] | None = None,
 ) -> dict[int, list[str]]:
     """Choose the labeled training cases of each budget; a smaller one is the start of a larger one.
 
@@ -164,6 +200,8 @@ def nested_budgets(
         seed: of the comparison.
         draw: number of the draw; other draws give other permutations.
         stratify: subject to stratum; strata take turns in the permutation, the most frequent ones first.
+        cover: subject to the classes it shows; the next subject always shows the class that was seen least so far
+            (of several the rarest), so that rare classes stand in the smallest budgets too.
 
     Returns:
         Budget to its cases, in order of the permutation.
@@ -180,6 +218,8 @@ def nested_budgets(
     order = [subjects[i] for i in generator.permutation(len(subjects))]
     if stratify is not None:
         order = _turns(order, stratify)
+    if cover is not None:
+        order = _covering(order, cover)
     cases = [case for subject in order for case in cases_by_subject[subject]]
     return {budget: cases[:budget] for budget in budgets}
 
@@ -192,6 +232,30 @@ def _turns(order: Sequence[str], stratum: Mapping[str, str]) -> list[str]:
     # ties keep the order of the permutation, so that rare strata do not always come last
     rows = sorted(queues.values(), key=len, reverse=True)
     return [queue[turn] for turn in range(len(rows[0]) if rows else 0) for queue in rows if turn < len(queue)]
+
+
+def _covering(order: Sequence[str], classes_of: Mapping[str, Collection[str]]) -> list[str]:
+    """Reorder so that every class comes up as early and as often as it can.
+
+    Greedy, the rarest class first, as the iterative stratification of several labels does (Sechidis et al. 2011,
+    doi:10.1007/978-3-642-23808-6_10), but for one growing list instead of folds.
+    """
+    pool = Counter(name for subject in order for name in set(classes_of.get(subject, ())))
+    left, seen, out = list(order), Counter(), []
+    while left:
+        shown = {name for subject in left for name in classes_of.get(subject, ())}
+        if not shown:
+            return out + left
+        wanted = min(shown, key=lambda name: (seen[name], pool[name], name))
+        subject = next(s for s in left if wanted in classes_of.get(s, ()))
+        left.remove(subject)
+        out.append(subject)
+        seen.update(set(classes_of[subject]))
+    return out
+
+
+def _place(seed: int, content: str) -> str:
+    return hashlib.sha256(f"{seed}:{content}".encode()).hexdigest()
 
 
 def _groups(hashes: Mapping[str, Sequence[str]]) -> list[list[str]]:

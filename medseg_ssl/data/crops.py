@@ -81,12 +81,16 @@ def check_plan(plan: ViewPlan, rows: Sequence[ScanRow]) -> None:
             wrong.append(f"{where}: count must be at least 1, got {spec.count}")
         if spec.pair != "none" and spec.count != 2:
             wrong.append(f"{where}: a paired view has count 2 (one crop of each scan), got {spec.count}")
+        if spec.pool != "drawn" and (spec.labeled or spec.pair != "none"):
+            wrong.append(f"{where}: a view from the pool of all cases is neither labeled nor paired")
         if spec.pair != "none" and spec.labeled:
             wrong.append(f"{where}: a view is either paired or labeled")
         if spec.overlap is not None and not 0 <= spec.overlap <= 1:
             wrong.append(f"{where}: overlap must be a share from 0 to 1, got {spec.overlap}")
     if any(s.labeled for s in plan.values()) and any(s.pair != "none" for s in plan.values()):
         wrong.append("labeled and paired views cannot stand in one plan")
+    if any(s.pool != "drawn" for s in plan.values()) and not any(s.labeled for s in plan.values()):
+        wrong.append("a view from the pool of all cases needs a labeled view beside it")
     if not plan:
         wrong.append("the plan asks for no view")
     if wrong:

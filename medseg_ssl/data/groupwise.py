@@ -213,8 +213,8 @@ def _read(
     """Key and working affine of the scans that show any body, and their voxels."""
     grids, found = [], []
     for row in rows:
-        affine_44 = _centred(row, spacing_mm=spacing_mm, size=size)
-        image, valid, body = _normalised(archive, row, size=size, affine_44=affine_44)
+        affine_44 = centred_grid(row, spacing_mm=spacing_mm, size=size)
+        image, valid, body = normalised_on(archive, row, size=size, affine_44=affine_44)
         if body.any():
             grids.append((row.key, affine_44))
             found.append((image, valid.astype(np.float32), body.astype(np.float32)))
@@ -223,7 +223,7 @@ def _read(
     return grids, _Prepared(*(torch.from_numpy(np.stack(v))[:, None] for v in zip(*found, strict=True)))
 
 
-def _centred(row: ScanRow, *, spacing_mm: float, size: Triple) -> np.ndarray:
+def centred_grid(row: ScanRow, *, spacing_mm: float, size: Triple) -> np.ndarray:
     """Affine of the working grid around the middle of a scan's body, along the scan's own axes."""
     scan_44 = np.array(row.affine_44, dtype=np.float64)
     low, high = (np.array(corner, dtype=np.float64) for corner in row.foreground_box)
@@ -234,7 +234,7 @@ def _centred(row: ScanRow, *, spacing_mm: float, size: Triple) -> np.ndarray:
     return affine_44
 
 
-def _normalised(
+def normalised_on(
     archive: Archive, row: ScanRow, *, size: Triple, affine_44: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A scan on the working grid after its intensity policy, where it has data, and where it shows body."""

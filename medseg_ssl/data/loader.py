@@ -57,6 +57,7 @@ class Loader:
         cases: Collection[str] | None = None,
         relations: Sequence[str] = (),
         foreground_share: float = 0.33,
+        class_balance: bool = True,
         minimum_foreground: float = 0.05,
         modality_temperature: float = 0.5,
         max_offset_mm: float | None = None,
@@ -77,9 +78,11 @@ class Loader:
             world: number of training processes.
             accumulate: micro-batches per step.
             subjects: subject keys to draw from; None for all.
-            cases: labeled cases to draw from; None for all of the subjects.
+            cases: labeled cases to draw from; None for all of the subjects. A view from the pool of all cases needs
+                ``subjects`` too: the scans of all of them are its pool.
             relations: of pairs the objective takes; empty for all.
             foreground_share: share of labeled crops centred on a voxel of a random known class.
+            class_balance: every class of a case is as likely; without it every one of their voxels.
             minimum_foreground: share of an unlabeled crop that should be body.
             modality_temperature: 1 keeps the archive's proportions of modalities, 0 evens them out.
             max_offset_mm: pairs that were measured to lie further apart are left out.
@@ -108,18 +111,22 @@ class Loader:
             modality_temperature=modality_temperature,
             max_offset_mm=max_offset_mm,
         )
-        used = {key for unit in self.sampler.units for key in unit.scans}
+        self.pool = self.sampler.pool() if any(spec.pool == "all" for spec in plan.values()) else self.sampler
+        used = {key for dealt in (self.sampler, self.pool) for unit in dealt.units for key in unit.scans}
         crops.check_plan(plan, [archive.scans[key] for key in sorted(used)])
         maker = ViewMaker(
             archive,
             plan,
             seed=seed,
             foreground_share=foreground_share,
+            class_balance=class_balance,
             minimum_foreground=minimum_foreground,
             spatial=spatial,
         )
         size = batch_size // (world * accumulate)
-        self._batches = _Batches(maker, self.sampler, size=size, rank=rank, world=world)
+        self._batches = _Batches(
+            maker, {"drawn": self.sampler, "all": self.pool}, size=size, rank=rank, world=world
+        )
         self._numbers = range(start_step * accumulate, steps * accumulate)
         self._workers, self._pin = workers, pin_memory
 
@@ -176,8 +183,12 @@ class Loader:
 class _Batches(Dataset):
     """Micro-batches by number, as nested dicts that DataLoader knows how to share and pin."""
 
-    def __init__(self, maker: ViewMaker, sampler: Sampler, *, size: int, rank: int, world: int) -> None:
-        self.maker, self.sampler = maker, sampler
+    def __init__(
+        self, maker: ViewMaker, samplers: Mapping[str, Sampler], *, size: int, rank: int, world: int
+    ) -> None:
+        self.maker = maker
+        # by ``ViewSpec.pool``, those that the plan asks for
+        self.samplers = {spec.pool: samplers[spec.pool] for spec in maker.plan.values()}
         self.size, self.rank, self.world = size, rank, world
 
     def __getitem__(self, number: int) -> dict[str, Any] | _Failure:
@@ -190,17 +201,19 @@ class _Batches(Dataset):
     def make(self, number: int) -> dict[str, Any]:
         """The micro-batch of a number (step · accumulate + micro-batch), errors raised."""
         first = (number * self.world + self.rank) * self.size
-        samples = [self.sampler.sample(index) for index in range(first, first + self.size)]
         plan = self.maker.plan
+        drawn = {p: [s.sample(i) for i in range(first, first + self.size)] for p, s in self.samplers.items()}
+        samples = drawn["drawn"]
         views: dict[str, list[dict[str, Any]]] = {}
         for name, spec in plan.items():
             channels = len(samples[0].scans) if spec.labeled or spec.pair == "none" else 1
             views[name] = [_allocate(spec, len(samples), channels) for _ in range(spec.count)]
-        for i, sample in enumerate(samples):
-            out = {name: [_slices(view, i) for view in many] for name, many in views.items()}
-            for name, crops_placed in self.maker.fill(sample, out).items():
-                for view, placed in zip(views[name], crops_placed, strict=True):
-                    _describe(view, i, placed)
+        for pool, dealt in drawn.items():
+            for i, sample in enumerate(dealt):
+                out = {n: [_slices(v, i) for v in many] for n, many in views.items() if plan[n].pool == pool}
+                for name, crops_placed in self.maker.fill(sample, out).items():
+                    for view, placed in zip(views[name], crops_placed, strict=True):
+                        _describe(view, i, placed)
         for name, spec in plan.items():
             if spec.labeled:
                 known_BK = torch.tensor([self._known(sample) for sample in samples], dtype=torch.bool)
@@ -212,7 +225,10 @@ class _Batches(Dataset):
             "relation_B": [s.relation for s in samples],
             "sample_index_B": torch.tensor([s.index for s in samples], dtype=torch.int64),
             "seed": self.maker.seed,
-            "scans_B": [s.scans for s in samples],
+            "scans_B": [
+                tuple(key for s in together for key in s.scans)
+                for together in zip(*drawn.values(), strict=True)
+            ],
         }
 
     def _known(self, sample: SampleSpec) -> tuple[bool, ...]:

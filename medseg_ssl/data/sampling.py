@@ -67,6 +67,8 @@ class Sampler:
         relations: Sequence[str] = (),
         modality_temperature: float = 0.5,
         max_offset_mm: float | None = None,
+        units: Sequence[_Unit] | None = None,
+        purpose: str = "sampling",
     ) -> None:
         """List the units.
 
@@ -80,6 +82,8 @@ class Sampler:
             modality_temperature: 1 keeps the proportions of the archive, 0 gives every modality the same
                 share.
             max_offset_mm: leave out pairs that were measured to lie further apart.
+            units: what to deal out in place of what the plan asks for; see ``pool``.
+            purpose: names the stream of draws, so that two samplers of one run deal independently.
 
         Raises:
             UserError: nothing to draw from, or a subject or case the archive does not have.
@@ -88,11 +92,15 @@ class Sampler:
         if not 0 <= modality_temperature <= 1:
             raise ConfigError(f"modality_temperature must lie in [0, 1], got {modality_temperature}")
         self.seed = seed
+        self._temperature = modality_temperature
         self._archive = archive
         self._subjects = (
             None if subjects is None else self._known(subjects, {r.subject for r in archive.scans.values()})
         )
-        if any(spec.labeled for spec in plan.values()):
+        self._purpose = purpose
+        if units is not None:
+            self.units = list(units)
+        elif any(spec.labeled for spec in plan.values()):
             self.units = self._cases(cases)
         elif any(spec.pair != "none" for spec in plan.values()):
             self.units = self._pairs(relations, max_offset_mm)
@@ -129,7 +137,7 @@ class Sampler:
     def _deal(self, number: int) -> np.ndarray:
         # units of one round: each group's share of places, filled from a stream of permutations of its
         # members
-        generator = numpy_generator(self.seed, number, "sampling/round")
+        generator = numpy_generator(self.seed, number, f"{self._purpose}/round")
         total = len(self.units)
         bounds = np.floor(np.cumsum([0.0, *self.shares.values()]) * total + generator.random()).astype(int)
         bounds[0], bounds[-1] = 0, total
@@ -139,6 +147,32 @@ class Sampler:
             stream = [generator.permutation(members) for _ in range(rounds)]
             chosen.append(np.concatenate(stream)[:count] if stream else np.empty(0, int))
         return generator.permutation(np.concatenate(chosen)).astype(int)
+
+    def pool(self) -> Sampler:
+        """A sampler of every case of the subjects, labeled or not, with the modalities of one of this one's cases.
+
+        What it deals out has no ``case``: nobody can read a label by it.
+
+        Raises:
+            ConfigError: the subjects were not stated, so that the pool could hold test subjects.
+        """
+        if self._subjects is None:
+            raise ConfigError("a view from the pool of all cases needs the subjects that may be drawn from")
+        groups = {unit.group for unit in self.units}
+        found = []
+        for row in self._archive.cases.values():
+            group = tuple(self._archive.scans[key].modality for key in row.scans)
+            if group in groups and self._wanted(row.subject):
+                found.append(_Unit(group, row.subject, row.scans))
+        units = self._ordered(found)
+        return Sampler(
+            self._archive,
+            {},
+            seed=self.seed,
+            modality_temperature=self._temperature,
+            units=units,
+            purpose="sampling/pool",
+        )
 
     # -- units -----------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,6 +54,12 @@ class Placed:
         return np.array(self.rows[0].affine_44) @ self.matrix
 
 
+class _ClassVoxels(NamedTuple):
+    # how many voxels of a case are of a class, and the flat indices of some of them
+    voxels: int
+    some: np.ndarray
+
+
 class ViewMaker:
     """Makes the views of a sample."""
 
@@ -63,6 +70,7 @@ class ViewMaker:
         *,
         seed: int,
         foreground_share: float,
+        class_balance: bool,
         minimum_foreground: float,
         spatial: Mapping[str, Spatial],
     ) -> None:
@@ -73,6 +81,7 @@ class ViewMaker:
             plan: the views.
             seed: of the run.
             foreground_share: share of labeled crops centred on a voxel of a random class.
+            class_balance: every class of a case is as likely; without it every one of their voxels.
             minimum_foreground: share of an unlabeled crop that should be body; tried four times. Thin bodies
                 ask for at most a quarter of their scan's own share.
             spatial: recipe by ``ViewSpec.augment``.
@@ -83,13 +92,14 @@ class ViewMaker:
             minimum_foreground,
             spatial,
         )
-        self._positions: dict[str, dict[int, np.ndarray]] = {}
+        self.class_balance = class_balance
+        self._positions: dict[str, list[_ClassVoxels]] = {}
         self._lines: dict[str, np.ndarray] = {}
 
     def fill(self, sample: SampleSpec, out: Mapping[str, list[ViewArrays]]) -> dict[str, list[Placed]]:
-        """Cut every view of a sample into its arrays and say where they lie."""
+        """Cut the views that ``out`` names into their arrays and say where they lie."""
         for attempt in range(_ATTEMPTS):
-            placed = {name: self._place(name, spec, sample, attempt) for name, spec in self.plan.items()}
+            placed = {name: self._place(name, self.plan[name], sample, attempt) for name in out}
             self._cut(sample, placed, out)
             if all(
                 self.plan[name].labeled or self._shows_body(crop, arrays)
@@ -150,12 +160,16 @@ class ViewMaker:
         positions = self._class_positions(sample.case, row)
         if not positions:
             return anywhere
-        chosen = positions[sorted(positions)[int(which * len(positions))]]
+        number = int(which * len(positions))
+        if not self.class_balance:
+            ends = np.cumsum([of_class.voxels for of_class in positions])
+            number = int(np.searchsorted(ends, which * ends[-1], side="right"))
+        chosen = positions[number].some
         centre = np.unravel_index(int(chosen[int(voxel * chosen.size)]), row.shape)
         return crops.centred_start(np.array(centre), extent=extent, shape=row.shape, whole=ratio == 1)
 
-    def _class_positions(self, case: str, row: ScanRow) -> dict[int, np.ndarray]:
-        # some voxels (flat indices) of every known class that occurs; the same in every process
+    def _class_positions(self, case: str, row: ScanRow) -> list[_ClassVoxels]:
+        # every known class that occurs, in order; the same in every process
         if case not in self._positions:
             known = self.archive.cases[case].known_classes
             label = self.archive.read_label(case, (0, 0, 0), row.shape).reshape(-1)
@@ -167,12 +181,12 @@ class ViewMaker:
             most = max(64, min(_POSITIONS, 20_000 // max(1, classes.size)))
             # by voxels: keys are salted, and a run must see the same crops from every archive of the same data
             generator = numpy_generator(0, 0, f"class positions/{row.content_hash}")
-            kept = {}
+            kept = []
             for value, members in zip(classes.tolist(), np.split(found, first[1:]), strict=True):
                 if value == UNKNOWN_LABEL or (known and (value >= len(known) or not known[value])):
                     continue
                 picked = generator.choice(members, most, replace=False) if members.size > most else members
-                kept[value] = picked.astype(np.int32)
+                kept.append(_ClassVoxels(voxels=members.size, some=picked.astype(np.int32)))
             self._positions[case] = kept
         return self._positions[case]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 from medseg_ssl.config import Record
 from medseg_ssl.types import Score
@@ -15,9 +16,16 @@ class EvaluationConfig(Record):
 
 
 class Evaluation(ABC):
-    """A protocol: what is measured, on what, and how it is summed up."""
+    """A protocol: what is measured, on what, and how it is summed up.
+
+    Attributes:
+        of: what ``run`` looks at: a frozen encoder or a segmenter's predictor.
+        sparing: options that a training run takes where its config leaves them open, so that looking costs little.
+    """
 
     Config: ClassVar[type[EvaluationConfig]]
+    of: ClassVar[Literal["encoder", "segmenter"]] = "encoder"
+    sparing: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: EvaluationConfig) -> None:
         self.config = config

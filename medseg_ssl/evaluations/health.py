@@ -9,18 +9,16 @@ dimensions).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 
-from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.draws import numpy_generator
-from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
-from medseg_ssl.inference.frozen import FrozenEncoder, network_crop
-from medseg_ssl.inference.inputs import crop_size_of, network_spacing
-from medseg_ssl.nets.heads import Pooling
-from medseg_ssl.types import Score, Triple
+from medseg_ssl.evaluations._crops import CropConfig, body_crops, check_encoder, scans_by_modality
+from medseg_ssl.evaluations.base import Evaluation
+from medseg_ssl.inference.frozen import FrozenEncoder
+from medseg_ssl.types import Score
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -33,31 +31,17 @@ DEAD_STD = 1e-4
 class Health(Evaluation):
     """Effective rank, mean pairwise cosine and per-dimension spread of pooled features."""
 
-    class Config(EvaluationConfig):
+    class Config(CropConfig):
         """Which crops.
 
         Attributes:
-            split: name of the archive's split.
-            subset: which of its lists; ``all`` takes every subject.
             crops: crops per modality, spread over its scans in turn.
-            crop_size: voxels (D, H, W) at the encoder's spacing; null takes the size the encoder was trained
-                on.
-            levels: pool the deepest map, or every level and join them.
-            pool: ``mean`` over the voxels, or ``mean_max``: mean and maximum, joined.
-            seed: of the crops' places.
-            batch_size: crops per forward pass.
         """
 
-        split: str = "default"
-        subset: Literal["train", "development", "test", "all"] = "all"
         crops: int = Field(default=128, ge=FEWEST_CROPS)
-        crop_size: Triple | None = None
-        levels: Literal["deepest", "all"] = "deepest"
-        pool: Pooling = "mean"
-        seed: int = 0
-        batch_size: int = Field(default=8, ge=1)
 
     config: Config
+    sparing = MappingProxyType({"crops": 24})
 
     def run(self, model: FrozenEncoder, archive: Archive) -> Iterator[Score]:
         """Yield the numbers for each modality and, where there are several, for all crops together.
@@ -66,55 +50,30 @@ class Health(Evaluation):
             ConfigError: ``model`` is no encoder.
             UserError: the subset has no scan.
         """
-        if not isinstance(model, FrozenEncoder):
-            raise ConfigError("health looks at an encoder's features; a segmenter is scored by `evaluate`")
-        scans = self._scans(archive)
-        if not scans:
-            raise UserError(f"no scan in subset {self.config.subset!r} of split {self.config.split!r}")
+        check_encoder(model, "health")
+        scans = scans_by_modality(archive, self.config.split, self.config.subset)
         features = {modality: self._features(model, archive, keys) for modality, keys in scans.items()}
         for modality, features_NE in features.items():
             yield from _scores(modality, features_NE)
         if len(features) > 1:
             yield from _scores("all", np.concatenate(list(features.values())))
 
-    def _scans(self, archive: Archive) -> dict[str, list[str]]:
-        """Scan keys per modality, sorted."""
-        subset = self.config.subset
-        subjects = None if subset == "all" else set(getattr(archive.split(self.config.split), subset))
-        out: dict[str, list[str]] = {}
-        for key, row in sorted(archive.scans.items()):
-            if subjects is None or row.subject in subjects:
-                out.setdefault(row.modality, []).append(key)
-        return dict(sorted(out.items()))
-
     def _features(self, model: FrozenEncoder, archive: Archive, keys: list[str]) -> np.ndarray:
         """Pooled features (N, E) of crops whose middle lies in the body's box."""
-        size = tuple(self.config.crop_size or crop_size_of(model.card))
-        levels = list(range(model.levels)) if self.config.levels == "all" else [-1]
-        by_scan: dict[str, list[np.ndarray]] = {}
-        for i in range(self.config.crops):
-            key = keys[i % len(keys)]
+        size, found = self.config.size(model), []
+        for first, key in enumerate(keys[: self.config.crops]):
             row = archive.scans[key]
-            rng = numpy_generator(self.config.seed, i, f"health:{row.modality}")
-            extent = np.array(size) * np.array(network_spacing(model.card, row)) / np.array(row.spacing_mm)
-            low, high = (np.array(end, dtype=float) for end in row.foreground_box)
-            start = rng.uniform(low, np.maximum(high, low + 1e-6)) - extent / 2
-            start = np.clip(start, 0, np.maximum(np.array(row.shape) - extent, 0))
-            by_scan.setdefault(key, []).append(
-                network_crop(archive, key, model.card, start=start, size=size).image_DHW[None]
+            crops, _ = body_crops(
+                archive,
+                model,
+                key,
+                size=size,
+                numbers=range(first, self.config.crops, len(keys)),
+                seed=self.config.seed,
+                purpose=f"health:{row.modality}",
             )
-        return np.concatenate(
-            [
-                model.pooled(
-                    np.stack(crops),
-                    spacing_mm=network_spacing(model.card, archive.scans[key]),
-                    levels=levels,
-                    batch_size=self.config.batch_size,
-                    how=self.config.pool,
-                )
-                for key, crops in by_scan.items()
-            ]
-        )
+            found.append(self.config.pooled(model, crops, row))
+        return np.concatenate(found)
 
 
 def effective_rank(features_NE: np.ndarray) -> float:

@@ -7,7 +7,7 @@ where a scan had no data. Grid and body still come from the case, so only intens
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
@@ -63,7 +63,12 @@ class MissingModalities(Evaluation):
 
 
 def missing_rows(
-    predictor: Predictor, archive: Archive, cases: Sequence[str], *, nsd_tolerance_mm: float
+    predictor: Predictor,
+    archive: Archive,
+    cases: Sequence[str],
+    *,
+    nsd_tolerance_mm: float,
+    on_case: Callable[[str], object] | None = None,
 ) -> list[dict[str, object]]:
     """Rows of ``segmentation.evaluate_cases`` for every subset, with a column ``given``; fewest channels first.
 
@@ -75,7 +80,7 @@ def missing_rows(
     for shown, name in channel_subsets(predictor.card.modalities):
         of_subset = copy.copy(predictor)
         of_subset.segmenter = Given(predictor.segmenter, shown)
-        found = evaluate_cases(of_subset, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm)
+        found = evaluate_cases(of_subset, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
         rows += [{"given": name, **row} for row in found]
     return rows
 

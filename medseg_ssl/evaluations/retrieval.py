@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, permutations
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
 from medseg_ssl.analysis.metrics import wilson_interval
-from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.config import UserError
 from medseg_ssl.draws import numpy_generator
+from medseg_ssl.evaluations._crops import check_encoder, intensity_statistics, subjects_of
 from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
 from medseg_ssl.inference.frozen import Crop, FrozenEncoder, network_crop
 from medseg_ssl.inference.inputs import crop_size_of, network_spacing
@@ -29,7 +31,6 @@ from medseg_ssl.types import Score, Triple
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
 
-PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 OUTLINE_GRID = 4
 METHODS = ("encoder", "outline", "intensity")
 
@@ -75,6 +76,7 @@ class Retrieval(Evaluation):
         batch_size: int = Field(default=8, ge=1)
 
     config: Config
+    sparing = MappingProxyType({"draws": 2})
 
     def run(self, model: FrozenEncoder, archive: Archive) -> Iterator[Score]:
         """Yield per ordered pair the top-1 share of each method with its interval, the median rank, and
@@ -84,8 +86,7 @@ class Retrieval(Evaluation):
             ConfigError: ``model`` is no encoder.
             UserError: fewer than two subjects have every modality in scans that hold the crop.
         """
-        if not isinstance(model, FrozenEncoder):
-            raise ConfigError("retrieval looks at an encoder's features; a segmenter is scored by `evaluate`")
+        check_encoder(model, "retrieval")
         size = tuple(self.config.crop_size or crop_size_of(model.card))
         scans = self._scans(archive, model, size)
         subjects = sorted(scans)
@@ -109,7 +110,7 @@ class Retrieval(Evaluation):
         """Per subject of the subset, the first scan (by key) of each modality that is large enough for the
         crop.
         """
-        wanted = _subjects(archive, self.config.split, self.config.subset)
+        wanted = subjects_of(archive, self.config.split, self.config.subset)
         found: dict[str, dict[str, str]] = {}
         small = 0
         for key, row in sorted(archive.scans.items()):
@@ -153,7 +154,7 @@ class Retrieval(Evaluation):
                 )
             )
             outlines.append([np.concatenate([_coarse(c.body_DHW), _coarse(c.valid_DHW)]) for c in crops])
-            statistics.append([_statistics(crop.image_DHW, crop.valid_DHW) for crop in crops])
+            statistics.append([intensity_statistics(crop) for crop in crops])
         return {
             "encoder": _normalise(np.stack(encoded), self.config.normalise),
             "outline": _normalise(np.array(outlines), "standardise"),
@@ -191,12 +192,6 @@ class Retrieval(Evaluation):
         return best[1]
 
 
-def _subjects(archive: Archive, split: str, subset: str) -> set[str]:
-    if subset == "all":
-        return {row.subject for row in archive.scans.values()}
-    return set(getattr(archive.split(split), subset))
-
-
 def _common_middles(archive: Archive, scans: Mapping[str, str]) -> dict[str, np.ndarray]:
     """Per modality, the voxel index of the middle of the box (mm) in which all the subject's scans have body.
 
@@ -230,12 +225,6 @@ def _coarse(volume_DHW: np.ndarray) -> np.ndarray:
             axis=axis,
         )
     return volume_DHW.ravel().astype(np.float64)
-
-
-def _statistics(image_DHW: np.ndarray, valid_DHW: np.ndarray) -> np.ndarray:
-    """Mean, standard deviation and percentiles of the valid voxels."""
-    values = image_DHW[valid_DHW] if valid_DHW.any() else np.zeros(1)
-    return np.array([values.mean(), values.std(), *np.percentile(values, PERCENTILES)], dtype=np.float64)
 
 
 def _normalise(features_TNE: np.ndarray, how: str) -> np.ndarray:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from pydantic import Field
 
 from medseg_ssl.analysis.metrics import METRICS, case_means, case_metrics, summarize
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
-from medseg_ssl.inference.predictor import Predictor
+from medseg_ssl.inference.predictor import Alter, Predictor
 from medseg_ssl.types import Score
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ SUBSETS = ("train", "development", "test")
 
 class Segmentation(Evaluation):
     """Mean metrics of a segmenter's predictor over the labeled cases of a split's subset."""
+
+    of = "segmenter"
 
     class Config(EvaluationConfig):
         """What is scored.
@@ -87,6 +90,7 @@ def evaluate_cases(
     *,
     nsd_tolerance_mm: float,
     on_case: Callable[[str], object] | None = None,
+    alter: Alter | None = None,
 ) -> list[dict[str, object]]:
     """Predict the cases and measure them on their labels' own grids.
 
@@ -96,27 +100,26 @@ def evaluate_cases(
         cases: labeled cases.
         nsd_tolerance_mm: distance up to which a surface counts as right.
         on_case: called with each finished case (progress).
+        alter: changes the scans before the network sees them.
 
     Returns:
         Rows with ``case``, ``class`` and the metrics, ordered as ``cases``, a row per class but the
         background.
 
     Raises:
-        UserError: the segmenter's classes are not the archive's, or a case has no label.
+        UserError: the segmenter lacks a class of the archive, or a case has no label.
     """
-    if tuple(predictor.classes) != tuple(archive.classes):
-        raise UserError(
-            f"the segmenter knows the classes {', '.join(predictor.classes)},"
-            f" the archive has {', '.join(archive.classes)}"
-        )
+    places = class_places(predictor.classes, archive.classes)
     unlabeled = [c for c in cases if c not in archive.cases or not archive.cases[c].labeled]
     if unlabeled:
         raise UserError(f"no label in the archive for {len(unlabeled)} case(s), the first is {unlabeled[0]}")
     rows: list[dict[str, object]] = []
-    for case, prediction_DHW in predictor.predict_cases(archive, cases):
+    # a baseline without a network predicts too, and has nothing that could be altered
+    changes = {} if alter is None else {"alter": alter}
+    for case, prediction_DHW in predictor.predict_cases(archive, cases, **changes):
         label_DHW, _ = archive.original_label(case)
         metrics = case_metrics(
-            prediction_DHW,
+            places[prediction_DHW],
             label_DHW,
             spacing_mm=archive.original_spacing_mm(case),
             classes=archive.classes,
@@ -127,3 +130,18 @@ def evaluate_cases(
         if on_case is not None:
             on_case(case)
     return rows
+
+
+def class_places(segmenter: Sequence[str], archive: Sequence[str]) -> np.ndarray:
+    """The archive's value (uint8) of each of the segmenter's classes; 0 for those that the archive does not know.
+
+    A segmenter that learned more classes (``finetune --continue-from``) is scored on those that have a truth.
+
+    Raises:
+        UserError: the segmenter lacks a class of the archive, or has another background.
+    """
+    if segmenter[0] != archive[0] or set(archive) - set(segmenter):
+        raise UserError(
+            f"the segmenter knows the classes {', '.join(segmenter)}, the archive has {', '.join(archive)}"
+        )
+    return np.array([archive.index(n) if n in archive else 0 for n in segmenter], dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""A frozen encoder on crops: one vector per crop, for evaluations."""
+"""A frozen encoder on crops: one vector per crop, or one per voxel, for evaluations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from medseg_ssl.config import UserError
 from medseg_ssl.data.resample import resample_valid
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class FrozenEncoder:
-    """An encoder on crops: one vector per crop.
+    """An encoder on crops: one vector per crop, or one per voxel.
 
     Args:
         encoder: returns the pyramid of an image, finest level first.
@@ -83,6 +85,57 @@ class FrozenEncoder:
                 maps = self.encoder(image_BCDHW, spacing_B3.expand(len(image_BCDHW), 3))
             out.append(torch.cat([pool(maps[i], how=how) for i in levels], dim=1).cpu().numpy())
         return np.concatenate(out)
+
+    @torch.inference_mode()
+    def at_voxels(
+        self,
+        crops_NCDHW: np.ndarray,
+        places_P3: Sequence[np.ndarray],
+        *,
+        spacing_mm: TripleMm,
+        levels: Sequence[int],
+        batch_size: int,
+    ) -> list[Tensor]:
+        """Hypercolumns: the maps at ``levels``, read by linear interpolation at voxels of each crop and joined.
+
+        Nothing is raised to the size of the crop, so memory is that of the maps and of the voxels asked for.
+
+        Args:
+            crops_NCDHW: crops of one size.
+            places_P3: voxels (D, H, W) of each crop, as many as wanted.
+            spacing_mm: voxel size of the crops.
+            levels: of the pyramid, negative from the deepest.
+            batch_size: crops per forward pass.
+
+        Returns:
+            Features (P, E) in float32 of each crop, on the encoder's device.
+        """
+        out = []
+        for start in range(0, len(crops_NCDHW), batch_size):
+            image_BCDHW = torch.from_numpy(crops_NCDHW[start : start + batch_size]).to(self.device)
+            spacing_B3 = torch.tensor([spacing_mm], dtype=torch.float32, device=self.device)
+            with autocast(self.device, self.precision):
+                maps = self.encoder(image_BCDHW, spacing_B3.expand(len(image_BCDHW), 3))
+            for number in range(len(image_BCDHW)):
+                places = torch.as_tensor(places_P3[start + number], device=self.device)
+                read = [
+                    _read(maps[level][number].float(), places, stride=self.encoder.strides[level])
+                    for level in levels
+                ]
+                out.append(torch.cat(read, dim=1))
+        return out
+
+
+def _read(map_CDHW: Tensor, places_P3: Tensor, *, stride: Triple) -> Tensor:
+    """Features (P, C) of a map at voxels of its crop, voxel centre to voxel centre, the border repeated."""
+    size = torch.tensor(map_CDHW.shape[1:], device=map_CDHW.device, dtype=torch.float32)
+    steps = torch.tensor(stride, device=map_CDHW.device, dtype=torch.float32)
+    # from -1 to 1 over the map's outer edges; grid_sample wants x, y, z
+    where_P3 = ((places_P3.float() + 0.5) / steps / size * 2 - 1).flip(1)
+    read = functional.grid_sample(
+        map_CDHW[None], where_P3[None, None, None], padding_mode="border", align_corners=False
+    )
+    return read[0, :, 0, 0].T
 
 
 class Crop(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,9 +34,13 @@ from medseg_ssl.types import Triple
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.manifest import ScanRow
     from medseg_ssl.nets.encoder_file import Card
 
 logger = logging.getLogger(__name__)
+
+Alter = Callable[["ScanRow", Channel], Channel]
+"""Changes one channel of a case, in physical units, before the network's grid and intensity policy."""
 
 STITCH_ON_DEVICE_BYTES = 8 << 30
 SLOW_ALONE_VOXELS = 100_000
@@ -151,13 +155,31 @@ class Predictor:
         """Label map (uint8) of a case on its label's own grid (on the archive grid where it has no label)."""
         return next(iter(self.predict_cases(archive, [case])))[1]
 
-    def predict_cases(self, archive: Archive, cases: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """``predict_case`` of many cases, in their order; small volumes of one padded shape share a forward
-        pass.
+    def predict_cases(
+        self, archive: Archive, cases: Sequence[str], *, alter: Alter | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """``predict_case`` of many cases, in their order; small volumes of one padded shape share a forward pass.
+
+        Args:
+            archive: where the cases are.
+            cases: their keys.
+            alter: changes each channel, in physical units, before the network sees it.
         """
+        for case, prediction in self._predictions(archive, cases, alter=alter, keep=False):
+            yield case, prediction.label_DHW
+
+    def case_probabilities(self, archive: Archive, cases: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Probabilities (K, D, H, W), float32, of many cases, each on its label's own grid, in their order."""
+        for case, prediction in self._predictions(archive, cases, alter=None, keep=True):
+            assert prediction.probabilities_KDHW is not None
+            yield case, prediction.probabilities_KDHW
+
+    def _predictions(
+        self, archive: Archive, cases: Sequence[str], *, alter: Alter | None, keep: bool
+    ) -> Iterator[tuple[str, Prediction]]:
         for start in range(0, len(cases), self.window_batch):
             group = cases[start : start + self.window_batch]
-            inputs = [self._case_input(archive, case) for case in group]
+            inputs = [self._case_input(archive, case, alter) for case in group]
             for case, given, probabilities in zip(
                 group, inputs, self._probabilities(inputs, group), strict=True
             ):
@@ -168,15 +190,16 @@ class Predictor:
                 else:
                     first = archive.scans[row.scans[0]]
                     shape, affine_44 = first.shape, np.asarray(first.affine_44)
-                yield (
-                    case,
-                    self._to_grid(probabilities, given.affine_44, shape, np.asarray(affine_44)).label_DHW,
-                )
+                grid = (given.affine_44, shape, np.asarray(affine_44))
+                yield case, self._to_grid(probabilities, *grid, keep=keep)
 
-    def _case_input(self, archive: Archive, case: str) -> NetworkInput:
+    def _case_input(self, archive: Archive, case: str, alter: Alter | None) -> NetworkInput:
         row = archive.cases[case]
         self._check_channels(len(row.scans), f"case {case}")
-        return self._input([archive_channel(archive, key, self.card.intensity) for key in row.scans])
+        channels = [archive_channel(archive, key, self.card.intensity) for key in row.scans]
+        if alter is not None:
+            channels = [alter(archive.scans[k], c) for k, c in zip(row.scans, channels, strict=True)]
+        return self._input(channels)
 
     # -- files -----------------------------------------------------------------------------------------------
 

@@ -42,10 +42,29 @@ def at_crop(module: nn.Module, channels_in: int, size: Triple) -> dict[str, int]
         channels_in: of the volume.
         size: its voxels (D, H, W).
     """
+    return multiply_adds(_meta_copy(module), [torch.empty(1, channels_in, *size, device="meta")])
+
+
+def layers_called(module: nn.Module, channels_in: int, size: Triple) -> set[str]:
+    """Names of the modules that a forward pass calls; a layer whose weight is used past it is none of them.
+
+    Args:
+        module: takes a volume; a copy of it runs on the meta device.
+        channels_in: of the volume.
+        size: its voxels (D, H, W).
+    """
+    copied, called = _meta_copy(module), set[str]()
+    for name, layer in copied.named_modules():
+        layer.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    with torch.no_grad():
+        copied(torch.empty(1, channels_in, *size, device="meta"))
+    return called
+
+
+def _meta_copy(module: nn.Module) -> nn.Module:
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
     # deepcopy takes what its memo holds instead of copying it
-    copied = copy.deepcopy(module, {id(tensor): _on_meta(tensor) for tensor in tensors})
-    return multiply_adds(copied.eval(), [torch.empty(1, channels_in, *size, device="meta")])
+    return copy.deepcopy(module, {id(tensor): _on_meta(tensor) for tensor in tensors}).eval()
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

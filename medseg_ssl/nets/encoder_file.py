@@ -45,6 +45,7 @@ class Card(BaseModel):
             modalities were; empty where ``archive_fingerprint`` says all.
         checked_against: protected scans that no training scan repeats, one entry per archive (``data/leakage.py``).
         untrained: beginnings of the names of the encoder's parameters that the objective did not train.
+        chosen_by: where the weights are the best evaluated ones, not the last: score, value, subset, step, candidates.
         source: where imported weights come from; ``licence`` theirs, or that of the training data's use.
     """
 
@@ -68,6 +69,7 @@ class Card(BaseModel):
     steps: int = 0
     checked_against: tuple[dict[str, Any], ...] = ()
     untrained: tuple[str, ...] = ()
+    chosen_by: dict[str, Any] | None = None
     licence: str = ""
     source: str = ""
 

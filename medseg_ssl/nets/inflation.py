@@ -20,9 +20,13 @@ Inflation = Literal["average", "centre"]
 
 
 class LiftedConv(nn.Conv3d):
-    """A 2D convolution with depth; every size n along an axis becomes ceil(n / stride)."""
+    """A 2D convolution with depth; every size n along an axis becomes ceil(n / stride).
 
-    def __init__(self, conv: nn.Conv2d, *, depth_kernel: int, depth_stride: int) -> None:
+    Its arguments are those of ``nn.Conv3d``, so that an adapter can be made that pads as it does.
+    """
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, *, depth_kernel: int, depth_stride: int) -> LiftedConv:
         """Lift.
 
         Args:
@@ -40,7 +44,7 @@ class LiftedConv(nn.Conv3d):
             depth = min(depth_kernel, max(height, width) // 2 * 2 + 1)
             depth = max(depth, depth_stride // 2 * 2 + 1 if depth_stride > 1 else 1)
             padding = depth // 2
-        super().__init__(
+        lifted = cls(
             conv.in_channels,
             conv.out_channels,
             (depth, height, width),
@@ -51,9 +55,10 @@ class LiftedConv(nn.Conv3d):
             bias=conv.bias is not None,
         )
         with torch.no_grad():  # the tap that meets the slice itself; ``spread`` decides on the others
-            self.weight.zero_()[:, :, padding] = conv.weight
-            if self.bias is not None and conv.bias is not None:
-                self.bias.copy_(conv.bias)
+            lifted.weight.zero_()[:, :, padding] = conv.weight
+            if lifted.bias is not None and conv.bias is not None:
+                lifted.bias.copy_(conv.bias)
+        return lifted
 
     @torch.no_grad()
     def spread(self, how: Inflation) -> None:
@@ -273,7 +278,7 @@ def _lift(layer: nn.Module, *, depth_kernel: int, depth_stride: int) -> nn.Modul
     from timm.layers.norm_act import BatchNormAct2d
 
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        return LiftedConv(layer, depth_kernel=depth_kernel, depth_stride=depth_stride)
+        return LiftedConv.of(layer, depth_kernel=depth_kernel, depth_stride=depth_stride)
     if type(layer) in (nn.MaxPool2d, nn.AvgPool2d):
         return LiftedPool(layer, depth_stride=depth_stride)  # pyright: ignore[reportArgumentType]
     if type(layer) in (nn.BatchNorm2d, BatchNormAct2d):

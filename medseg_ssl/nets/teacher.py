@@ -12,6 +12,15 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 N = TypeVar("N", bound=nn.Module)
 
 
+def rising_momentum(momentum: float, risen: float) -> float:
+    """Momentum of a teacher that is yet to become steady: 0 at ``risen`` 0, ``momentum`` at 1.
+
+    In between the number of steps it averages, 1 / (1 − momentum), grows geometrically. So a teacher leaves its random
+    start behind at once (mean teacher takes min(1 − 1/step, momentum) for that), and needs no count of steps.
+    """
+    return 1.0 - (1.0 - momentum) ** risen
+
+
 class Teacher(nn.Module, Generic[N]):
     """A copy of a network that follows it slowly (mean teacher, arXiv 1703.01780); always in eval mode.
 

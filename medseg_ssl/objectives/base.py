@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class Objective(nn.Module, ABC):
     """Whether parts of the encoder may be called again in the backward pass (``train.recompute``)."""
     takes_templates: ClassVar[bool] = False
     """Whether ``use_templates`` is to be called before training."""
+    needs_previous: ClassVar[bool] = False
+    """Whether training goes on from a segmenter (``finetune --continue-from``)."""
 
     def __init__(self, config: ObjectiveConfig, encoder: Encoder, facts: Facts) -> None:
         super().__init__()
@@ -84,6 +86,15 @@ class Objective(nn.Module, ABC):
 
     def use_templates(self, templates: Mapping[str, Template], *, seed: int) -> None:
         """Take the templates of the training scans by modality: once, before training, if ``takes_templates``."""
+
+    def begin(self, kept: Sequence[int] = ()) -> None:
+        """Copy what is to be copied of the networks: they hold the weights that fine-tuning starts from.
+
+        Called once before fine-tuning, also where a run continues (what a checkpoint holds is loaded after it).
+
+        Args:
+            kept: classes that a segmenter knew from which the networks were taken; empty without one.
+        """
 
     def after_step(self, progress: float) -> None:
         """Update teachers and queues after the optimizer stepped."""

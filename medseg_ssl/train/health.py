@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -66,6 +67,23 @@ class FeatureRank:
             return None
         features_NE = torch.cat(tuple(self._blocks)).float().cpu()
         return effective_rank(features_NE) if bool(torch.isfinite(features_NE).all()) else None
+
+
+def alarms(scores: Mapping[str, float]) -> Iterator[str]:
+    """What frozen-feature scores say of a collapse, in words.
+
+    Args:
+        scores: by name, as they are logged: ``eval/<evaluation>/effective_rank/<scans>`` below 2, or
+            ``eval/<evaluation>/std_relative/<scans>`` below a thousandth, is a collapse.
+    """
+    least = {"effective_rank": COLLAPSED_RANK, "std_relative": COLLAPSED_SPREAD}
+    for name, value in scores.items():
+        _, _, kind, *scans = name.split("/") if name.count("/") >= 3 else ("", "", "")
+        if kind in least and value < least[kind]:
+            yield (
+                f"the encoder's features of {'/'.join(scans)} scans collapse: {kind} is {value:.3g}; lower optim.lr, or"
+                " give the objective more samples per batch"
+            )
 
 
 class FiniteGuard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from medseg_ssl.train.runtime import Held, peak_memory_bytes
 from medseg_ssl.types import Batch
 
 if TYPE_CHECKING:
+    from medseg_ssl.train.best import Best
     from medseg_ssl.train.checkpoint import Checkpoint
     from medseg_ssl.train.optim import ScheduledOptimizer
     from medseg_ssl.train.recorder import Recorder
@@ -59,8 +61,10 @@ def fit(
     checkpoint: Checkpoint,
     actions: Sequence[Action] = (),
     prepare_batch: Callable[[Batch], Batch] | None = None,
+    training: Callable[[Objective], object] = methodcaller("train"),
+    best: Best | None = None,
 ) -> FitResult:
-    """Train an objective; on return it holds the weights that ship (the average, where one is kept), in eval mode.
+    """Train an objective; on return it holds the last weights (their average, where one is kept), in eval mode.
 
     Args:
         objective: the method; moved to the runtime's device.
@@ -72,6 +76,8 @@ def fit(
         checkpoint: continued where it exists, written every ``plan.save_every`` steps and at the end.
         actions: run with the averaged weights, in eval mode and without gradients.
         prepare_batch: finishes a batch on the device (intensity augmentation).
+        training: puts the objective into training mode; frozen parts may stay in eval mode.
+        best: fed by one of the actions and saved with the rest; the run ends when it is finished.
 
     Raises:
         UserError: a loss or gradient is not finite (the message names the step and the scans), or the disk is full.
@@ -88,6 +94,7 @@ def fit(
     def save(*, due: bool = False) -> None:
         guard.check()
         state = {"step": step, "objective": objective.state_dict(), "average": average.state_dict()}
+        state |= {} if best is None else {"best": best.state_dict()}
         checkpoint.save(
             {**state, "optimizer": stepper.optimizer.state_dict(), "due": due, **recorder.state_dict()}
         )
@@ -100,18 +107,21 @@ def fit(
             objective.eval()
             for function in functions:
                 function(step)
-        objective.train()
+        training(objective)
 
-    step, due = _resume(checkpoint.load(), objective, stepper.optimizer, average, recorder)
+    def enough() -> bool:
+        return best is not None and runtime.any_process(best.finished)
+
+    step, due = _resume(checkpoint.load(), objective, stepper.optimizer, average, recorder, best)
     stream = iter(batches(step)) if step < plan.steps else iter(())
-    objective.train()
+    training(objective)
     with StopRequest() as stop:
         try:
             if due:
                 act()
                 due = False
-            lap, lap_step = time.perf_counter(), step
-            while step < plan.steps:
+            lap, lap_step, stopped = time.perf_counter(), step, enough()
+            while step < plan.steps and not stopped:
                 # -- wait for the whole step's data first: an interruption then finds no half-done step --------------
                 asked = time.perf_counter()
                 with stop.interruptible(runtime.world == 1):
@@ -166,9 +176,10 @@ def fit(
                     due = True
                     act()
                     due = False
+                    stopped = enough()
                 if runtime.any_process(stop.requested):
                     raise stop.interruption()
-                if step % plan.save_every == 0 or step == plan.steps:
+                if step % plan.save_every == 0 or step == plan.steps or stopped:
                     save()
                 lap += (
                     time.perf_counter() - paused
@@ -188,7 +199,12 @@ def _next(stream: Iterator[Batch], step: int) -> Batch:
 
 
 def _resume(
-    state: Any, objective: Objective, optimizer: Any, average: Average, recorder: Recorder
+    state: Any,
+    objective: Objective,
+    optimizer: Any,
+    average: Average,
+    recorder: Recorder,
+    best: Best | None,
 ) -> tuple[int, bool]:
     """Put a saved state back; returns the step to go on from and whether actions of that step are still due."""
     recorder.load_state_dict(state or {})
@@ -197,6 +213,8 @@ def _resume(
     objective.load_state_dict(state["objective"])
     optimizer.load_state_dict(state["optimizer"])
     average.load_state_dict(state["average"])
+    if best is not None:
+        best.load_state_dict(state["best"])
     return state["step"], state["due"]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from medseg_ssl import schedules
 from medseg_ssl.config import ConfigError
+from medseg_ssl.objectives.base import Objective
 from medseg_ssl.train.settings import OptimConfig
 
 __all__ = ["OptimConfig", "ScheduledOptimizer", "build_optimizer", "param_groups"]
@@ -37,39 +39,78 @@ class ScheduledOptimizer:
             group["lr"] = rate(progress)
 
     def shown_rates(self) -> dict[str, float]:
-        """The current learning rates by role, for the log."""
-        return {f"lr_{g['role']}" if "role" in g else "lr": g["lr"] for g in self.optimizer.param_groups}
+        """The current learning rates by role, for the log; the highest where the layers of a role differ."""
+        shown: dict[str, float] = {}
+        for group in self.optimizer.param_groups:
+            name = f"lr_{group['role']}" if "role" in group else "lr"
+            shown[name] = max(group["lr"], shown.get(name, 0.0))
+        return shown
 
 
 def param_groups(
-    objective: nn.Module, config: OptimConfig, *, fresh: tuple[str, ...] = ()
+    objective: Objective,
+    config: OptimConfig,
+    *,
+    fresh: tuple[str, ...] = (),
+    undecayed: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Trainable parameters by role (encoder, decoder, rest), with and without weight decay.
+    """Trainable parameters by role (encoder, decoder, rest) and layer, with and without weight decay.
 
     Encoder and decoder are known by the name prefixes ``encoder.`` and ``decoder.``; what begins with one of ``fresh``
-    belongs to the rest, since nothing has trained it yet. Vectors (norms, biases) are never decayed.
+    belongs to the rest, since nothing has trained it yet. Vectors (norms, biases) are never decayed, nor are parameters
+    named in ``undecayed``. A group's ``scale`` is its layer's factor on the learning rate.
+
+    Raises:
+        ConfigError: rates by layer for an encoder that does not say which layers it has.
     """
-    parts: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    scale_of = _layer_scales(objective, config.layer_decay)
+    parts: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
             part = name.split(".", 1)[0]
             role = part if part in ("encoder", "decoder") and not name.startswith(fresh) else "rest"
-            parts.setdefault((role, parameter.ndim > 1), []).append(parameter)
+            scale = scale_of(name) if role == "encoder" else 1.0
+            decays = parameter.ndim > 1 and name not in undecayed
+            parts.setdefault((role, scale, decays), []).append(parameter)
     groups = []
-    for (role, decays), parameters in sorted(parts.items()):
+    for (role, scale, decays), parameters in sorted(parts.items(), key=lambda item: item[0]):
         decay = config.weight_decay if decays else 0.0
-        groups.append({"params": parameters, "weight_decay": decay, "role": role, "lr": config.lr})
+        group = {"params": parameters, "weight_decay": decay, "role": role, "lr": config.lr, "scale": scale}
+        groups.append(group)
     return groups
 
 
+def _layer_scales(objective: Objective, decay: float) -> Callable[[str], float]:
+    """The factor on the learning rate of each of the encoder's parameters, by name."""
+    if decay == 1.0:
+        return lambda name: 1.0
+    layers = objective.encoder.layer_prefixes
+    if not layers:
+        raise ConfigError(
+            f"optim.layer_decay needs an encoder that says its layers; {type(objective.encoder).__name__} does not"
+        )
+    scales = {f"encoder.{p}": decay ** (len(layers) - i) for i, layer in enumerate(layers) for p in layer}
+    return lambda name: next(scale for prefix, scale in scales.items() if name.startswith(prefix))
+
+
 def _rate(
-    role: str, config: OptimConfig, *, total_steps: int, steps_per_epoch: int | None
+    group: Mapping[str, Any], config: OptimConfig, *, total_steps: int, steps_per_epoch: int | None
 ) -> Callable[[float], float]:
     lengths = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
     warm = min(1.0, config.warmup.steps(**lengths) / total_steps)
     wait = min(1.0, config.decoder_first.steps(**lengths) / total_steps)
     scales = {"encoder": config.encoder_lr_scale, "decoder": config.decoder_lr_scale}
-    peak = config.lr * scales.get(role, 1.0)
+    role = group["role"]
+    peak = config.lr * scales.get(role, 1.0) * group["scale"]
+    one_tooth = partial(schedules.learning_rate, kind=config.schedule, final=config.final)
+
+    def sawtooth(progress: float) -> float:
+        if progress < wait:
+            alone = one_tooth(progress / wait, warmup_fraction=0.5)
+            return 0.0 if role == "encoder" else peak * alone
+        rest = 1.0 - wait
+        together = min(1.0, (progress - wait) / rest)
+        return peak * one_tooth(together, warmup_fraction=min(1.0, warm / rest))
 
     def rate(progress: float) -> float:
         value = peak * schedules.learning_rate(
@@ -79,29 +120,28 @@ def _rate(
             return value
         return 0.0 if progress < wait else value * schedules.warmup(progress - wait, warm)
 
-    return rate
+    return sawtooth if config.sawtooth and 0.0 < wait < 1.0 else rate
 
 
 def build_optimizer(
-    objective: nn.Module,
+    objective: Objective,
     config: OptimConfig,
     *,
     total_steps: int,
     steps_per_epoch: int | None = None,
     fresh: tuple[str, ...] = (),
+    undecayed: Collection[str] = (),
 ) -> ScheduledOptimizer:
-    """The optimizer a config asks for; ``steps_per_epoch`` serves lengths given in epochs, ``fresh`` see
+    """The optimizer a config asks for; ``steps_per_epoch`` serves lengths given in epochs, the rest see
     ``param_groups``.
 
     Raises:
-        ConfigError: an optimizer that neither torch nor timm has, or nothing to train.
+        ConfigError: an optimizer that neither torch nor timm has, nothing to train, or no layers to decay over.
     """
-    groups = param_groups(objective, config, fresh=fresh)
+    groups = param_groups(objective, config, fresh=fresh, undecayed=undecayed)
     if not groups:
         raise ConfigError("nothing to train: no parameter of the objective requires a gradient")
-    rates = tuple(
-        _rate(g["role"], config, total_steps=total_steps, steps_per_epoch=steps_per_epoch) for g in groups
-    )
+    rates = tuple(_rate(g, config, total_steps=total_steps, steps_per_epoch=steps_per_epoch) for g in groups)
     if config.name == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             groups, lr=config.lr, betas=config.betas, fused=True

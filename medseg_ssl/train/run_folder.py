@@ -8,14 +8,14 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from medseg_ssl import __version__
 from medseg_ssl.config import ConfigError, UserError, to_yaml
@@ -44,6 +44,7 @@ BEFORE_THE_RUN = {
     "environment.json",
     "audit.txt",
     "plan.json",
+    "budgets.json",
     "error.txt",
     "warnings.txt",
 }
@@ -62,6 +63,8 @@ class RunFolder:
         inputs: what the run is fed besides its config: archive fingerprint, hash of an encoder file, cases.
         ships: name of the file that a complete run holds.
         device: named in ``environment.json``.
+        today: fills a config that an earlier version wrote with the defaults of keys that are new; None takes the
+            defaults of the config's class.
 
     Raises:
         ConfigError: the folder holds a run of another config or other inputs (the message lists each difference), or
@@ -70,9 +73,17 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, *, config: BaseModel, inputs: Mapping[str, Any], ships: str, device: str = "cpu"
+        self,
+        path: Path,
+        *,
+        config: BaseModel,
+        inputs: Mapping[str, Any],
+        ships: str,
+        device: str = "cpu",
+        today: Callable[[Mapping[str, Any]], BaseModel] | None = None,
     ) -> None:
         self.path = Path(path)
+        self._today = type(config).model_validate if today is None else today
         self.shipped = self.path / ships
         self._prepare()
         self._lock = _lock(self.path / ".lock")
@@ -119,13 +130,13 @@ class RunFolder:
         if file.is_file():
             try:
                 held = json.loads((self.path / "inputs.json").read_text(encoding="utf-8"))
-                old = {"config": yaml.safe_load(file.read_text(encoding="utf-8")), "inputs": held}
+                written = yaml.safe_load(file.read_text(encoding="utf-8"))
             except (OSError, ValueError, yaml.YAMLError) as error:
                 raise UserError(f"the run folder {self.path} is damaged: {error}; name a new one") from error
-            different = [
-                *differences(old["config"], new["config"]),
-                *differences(old["inputs"], new["inputs"]),
-            ]
+            different = differences(written, new["config"])
+            if different:
+                different = differences(self._filled(written), new["config"])
+            different += differences(held, new["inputs"])
             if different and not self._untouched():
                 listed = "; ".join(different)
                 raise ConfigError(
@@ -140,6 +151,13 @@ class RunFolder:
         temporary = self.path / "config.tmp"
         temporary.write_text(to_yaml(config), encoding="utf-8")
         os.replace(temporary, file)
+
+    def _filled(self, written: Any) -> Any:
+        # a key that the version which wrote the config did not know was at its default then
+        try:
+            return self._today(written).model_dump(mode="json")
+        except (ConfigError, ValidationError):
+            return written
 
     def _untouched(self) -> bool:
         # a run that failed before its first line (no scan that fits, say) may be repeated with a mended config; not

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +16,7 @@ from medseg_ssl.types import Batch, Triple, TripleMm, ViewPlan, ViewSpec
 
 if TYPE_CHECKING:
     from medseg_ssl.objectives.base import Objective
+    from medseg_ssl.train.best import Best
     from medseg_ssl.train.loop import Action, FitResult
     from medseg_ssl.train.runtime import Runtime
 
@@ -91,7 +94,7 @@ def resolve_block(block: Block, key: str, shelves: Shelves) -> tuple[type, Any]:
 
 
 def build_evaluations(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The evaluations a config names, on development subjects unless it says otherwise.
+    """The evaluations a config names, on development subjects and with few crops unless it says otherwise.
 
     Raises:
         ConfigError: unknown names or options, all at once.
@@ -102,16 +105,22 @@ def build_evaluations(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str,
         contract = import_module("medseg_ssl.evaluations.base").Evaluation
         block = Block.model_validate({**evaluations[name], "name": name})
         cls, options = block.resolve("medseg_ssl.evaluations", contract, prefix=f"evaluations.{name}")
-        if "subset" in type(options).model_fields and "subset" not in evaluations[name]:
-            options = options.model_copy(update={"subset": "development"})
-        return cls(options)
+        given = evaluations[name]
+        changes = {key: value for key, value in cls.sparing.items() if key not in given}
+        if "subset" in type(options).model_fields and "subset" not in given:
+            changes["subset"] = "development"
+        return cls(options.model_copy(update=changes))
 
     built = resolved(*(lambda name=name: one(name) for name in evaluations))
     return dict(zip(evaluations, built, strict=True))
 
 
 def scoring(
-    evaluations: Mapping[str, Mapping[str, Any]], model: Callable[[Objective], Any], archive: Any
+    evaluations: Mapping[str, Mapping[str, Any]],
+    model: Callable[[Objective], Any],
+    archive: Any,
+    *,
+    pictures: Callable[[str, bytes, int], Any] | None = None,
 ) -> Callable[[Objective, int], dict[str, float]] | None:
     """What ``Session.evaluate`` takes: scores as ``eval/<evaluation>/<score>``; None without evaluations.
 
@@ -119,6 +128,7 @@ def scoring(
         evaluations: name on the shelf to options.
         model: objective to what the evaluations look at.
         archive: an opened archive.
+        pictures: takes (name, PNG, step) of evaluations that draw.
     """
     if not evaluations:
         return None
@@ -126,9 +136,14 @@ def scoring(
 
     def measure(objective: Objective, step: int) -> dict[str, float]:
         looked_at = model(objective)
-        return {
-            f"eval/{n}/{s.name}": s.value for n, one in built.items() for s in one.run(looked_at, archive)
-        }
+        found = {}
+        for name, one in built.items():
+            for score in one.run(looked_at, archive):
+                found[f"eval/{name}/{score.name}"] = score.value
+                if pictures is not None:
+                    for picture, png in (score.pictures or {}).items():
+                        pictures(f"{name}-{picture}", png, step)
+        return found
 
     return measure
 
@@ -201,6 +216,9 @@ class Session:
         prepare_batch: finishes a batch on the device.
         tags: words to find the run by in the mirror.
         fresh: beginnings of the names of parameters that a loaded file has not trained.
+        undecayed: names of parameters that weight decay would harm.
+        training: puts the objective into training mode; all of it, unless parts are frozen.
+        best: keeps the weights of the best evaluation, and says when to stop; None runs all steps.
     """
 
     run: Path
@@ -218,6 +236,9 @@ class Session:
     prepare_batch: Callable[[Batch], Batch] | None = None
     tags: tuple[str, ...] = field(default=())
     fresh: tuple[str, ...] = ()
+    undecayed: tuple[str, ...] = ()
+    training: Callable[[Objective], object] = methodcaller("train")
+    best: Best | None = None
 
     def fit(
         self, objective: Objective, *, batches: Callable[[int], Iterator[Batch]], runtime: Runtime
@@ -243,6 +264,7 @@ class Session:
             total_steps=self.steps,
             steps_per_epoch=self.steps_per_epoch,
             fresh=self.fresh,
+            undecayed=self.undecayed,
         )
         with (
             Progress(self.description, quiet=self.quiet or not runtime.is_main) as progress,
@@ -266,12 +288,16 @@ class Session:
                 checkpoint=Checkpoint(self.run / "last.ckpt", writes=runtime.is_main),
                 actions=self._actions(objective, runtime, recorder),
                 prepare_batch=self.prepare_batch,
+                training=self.training,
+                best=self.best,
             )
 
     def _every(self, length: Any) -> int:
         return max(1, length.steps(steps_per_epoch=self.steps_per_epoch, total_steps=self.steps))
 
     def _actions(self, objective: Objective, runtime: Runtime, recorder: Any) -> list[Action]:
+        from medseg_ssl.train.health import alarms
+
         actions: list[Action] = []
         if self.preview_batch is not None and self.train.preview_every is not None:
             make = self.preview_batch
@@ -287,10 +313,21 @@ class Session:
             actions.append((self._every(self.train.preview_every), preview))
         if self.evaluate is not None:
             measure = self.evaluate
+            began, spent = time.perf_counter(), 0.0
 
             def evaluate(step: int) -> None:
+                nonlocal spent
                 if runtime.is_main:
-                    recorder.log(step, measure(objective, step))
+                    asked = time.perf_counter()
+                    scores = measure(objective, step)
+                    now = time.perf_counter()
+                    spent += now - asked
+                    if self.best is not None:
+                        self.best.see(step, scores, objective)
+                        scores |= {} if self.best.step is None else {"eval/best_step": float(self.best.step)}
+                    recorder.log(step, {**scores, "system/evaluate_share": spent / (now - began)})
+                    for alarm in alarms(scores):
+                        recorder.warn(alarm)
                 runtime.barrier()
 
             every = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from medseg_ssl.config import Duration, Length, Record
 
@@ -28,10 +28,17 @@ class OptimConfig(Record):
         warmup: length of the linear warm-up.
         final: factor on the learning rate reached at the end by ``cosine`` and ``linear``.
         clip_norm: largest norm of the whole gradient; null does not clip.
-        encoder_lr_scale: the encoder's learning rate as a fraction of ``lr``; 0 freezes it.
+        encoder_lr_scale: the encoder's learning rate as a fraction of ``lr``; 0 keeps its weights (``tune: frozen`` of
+            fine-tuning saves the work too).
         decoder_lr_scale: the decoder's likewise, for one that was pretrained too; heads always have ``lr``.
+        layer_decay: factor on the encoder's learning rate from each of its layers to the one before it, towards the
+            image (BEiT, arXiv 2106.08254): of n layers the last has ``layer_decay``, the first its n-th power; 1 treats
+            all alike. What no file has trained, decoder and heads learn at their full rate.
         decoder_first: the encoder's learning rate is 0 for this long, then warms up over ``warmup``, so that a fresh
             decoder does not spoil a pretrained encoder.
+        sawtooth: two teeth, as in OpenMind's fine-tuning (arXiv 2412.17041): over ``decoder_first`` the decoder alone
+            warms up in the first half and decays in the second; then all warms up together and follows ``schedule``.
+            Without it the decoder keeps one schedule throughout.
     """
 
     name: str = "adamw"
@@ -45,7 +52,15 @@ class OptimConfig(Record):
     clip_norm: float | None = Field(default=1.0, gt=0)
     encoder_lr_scale: float = Field(default=1.0, ge=0)
     decoder_lr_scale: float = Field(default=1.0, ge=0)
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
     decoder_first: Length = _length("0%")
+    sawtooth: bool = False
+
+    @model_validator(mode="after")
+    def _two_teeth(self) -> OptimConfig:
+        if self.sawtooth and self.decoder_first.value == 0:
+            raise ValueError("sawtooth needs a decoder_first such as '10%', the length of its first tooth")
+        return self
 
 
 class TrainConfig(Record):
@@ -60,7 +75,8 @@ class TrainConfig(Record):
         log_every: between two lines of ``metrics.jsonl``.
         save_every: between two writes of ``last.ckpt``.
         preview_every: between two sets of pictures; null makes none.
-        evaluate_every: between two runs of ``evaluations``; null evaluates at the end only.
+        evaluate_every: between two runs of ``evaluations``; null evaluates at the end only, in pretraining also every
+            10 % of the run where that is 1000 samples or more, else every 1000 samples.
         accelerator: ``auto`` takes a GPU where there is one; several by ``torchrun``.
         threads: CPU threads of torch; null leaves torch's own choice.
         channels_last: channels-last memory format of 5D weights.
@@ -90,6 +106,27 @@ class TrainConfig(Record):
     def _some(cls, value: Duration) -> Duration:
         if value.value <= 0:
             raise ValueError("a run needs at least 1 step")
+        return value
+
+
+class KeepBest(Record):
+    """Ship the weights of the evaluated step with the best score in place of the last ones.
+
+    Attributes:
+        score: ``<evaluation>/<score>`` as ``metrics.jsonl`` names it after ``eval/``, such as ``knn/dice``.
+        mode: whether larger or smaller is better (``min`` for a distance such as ``segmentation/hd95_mm``).
+        patience: evaluations without a better score after which the run ends; null runs all steps.
+    """
+
+    score: str
+    mode: Literal["max", "min"] = "max"
+    patience: int | None = Field(default=None, ge=1)
+
+    @field_validator("score")
+    @classmethod
+    def _of_an_evaluation(cls, value: str) -> str:
+        if not all(value.partition("/")):
+            raise ValueError(f"{value!r} is no '<evaluation>/<score>' such as 'knn/dice'")
         return value
 
 

@@ -1,6 +1,7 @@
 """Curves, areas, savings and verdicts on tables whose answers are known."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -27,6 +28,16 @@ def rows_of(curves, *, cases=12, draws=4, noise=0.01, seed=0, shift=None):
                             row(init, budget, d, f"case{c}", name, dice + (0.1 if name == "a" else -0.1))
                         )
     return rows
+
+
+def pretrained_thrice(rows, init, shifts=(-0.02, 0.0, 0.02)):
+    """The rows with three pretrainings of one init, each shifted by its luck."""
+    return [r for r in rows if r["init"] != init] + [
+        {**r, "pretraining": number, "dice": r["dice"] + shift}
+        for r in rows
+        if r["init"] == init
+        for number, shift in enumerate(shifts)
+    ]
 
 
 def row(init, budget, draw, case, name, dice):
@@ -109,6 +120,41 @@ def test_an_init_below_the_baseline_at_its_smallest_budget_has_an_upper_bound():
     assert found[1]["ci_high"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cases", "draws", "noise", "level"),
+    [(12, 3, 0.02, 0.76), (40, 5, 0.002, 0.76), (40, 5, 0.02, 0.62)],
+)
+def test_savings_interval_covers_the_true_savings(cases, draws, noise, level):
+    """The baseline's curve is known, so the labels it needs for the init's true score are; 0.002: narrower than a
+    step of the grid."""
+    rng = np.random.default_rng(0)
+    names, numbers = tuple(f"case{c}" for c in range(cases)), tuple(range(draws))
+    truth = 2 ** np.interp(level, list(SCRATCH.values()), np.log2(BUDGETS)) / 2
+    covered = 0
+    for _ in range(500):
+        case = 0.03 * rng.standard_normal((cases, 1))
+        tables = {}
+        for key, mean in {**{("scratch", b): m for b, m in SCRATCH.items()}, ("mae", 2): level}.items():
+            own = rng.standard_normal((cases, 1)) + rng.standard_normal((1, draws))
+            rest = 2 * rng.standard_normal((cases, draws))
+            tables[key] = le.Table(mean + case + noise * (own + rest), names, numbers)
+        (found,) = le.savings(tables, init="mae", baseline="scratch")
+        low, high = found["ci_low"] or 0.0, found["ci_high"] or math.inf
+        covered += low <= truth <= high
+        assert low <= found["savings"] * (1 + 1e-9)
+        assert found["savings"] <= high * (1 + 1e-9)
+    assert 0.92 <= covered / 500 <= 0.98
+
+
+def test_ends_narrower_than_a_step_of_the_grid_are_not_the_grid():
+    tables = le.tables(rows_of({"scratch": SCRATCH, "mae": {2: 0.77}}, noise=0.0005))
+    (found,) = le.savings(tables, init="mae", baseline="scratch")
+    assert found["savings"] == pytest.approx(2.0**1.7 / 2, rel=0.01)
+    assert 1.0 < found["ci_high"] / found["ci_low"] < 2.0 ** (1 / le.SAVINGS_GRID)
+    assert found["ci_low"] < found["savings"] < found["ci_high"]
+
+
 def test_savings_take_the_better_baseline():
     summary = le.summarise(
         rows_of({"scratch": SCRATCH, "scratch_long": LONG, "better": BETTER}, noise=0.001),
@@ -139,6 +185,10 @@ def test_verdict_names_both_baselines_and_numbers():
     assert line.startswith("better beats scratch and scratch_long at 1, 2 and 4 labels, significantly: +0.0")
     assert "12 cases × 4 draws" in line
     pooled = [c for c in summary["comparisons"] if c["scope"] == "low budgets"]
+    (size,) = {f"{c['detectable']:.3f}" for c in pooled}
+    assert line.endswith(
+        f"). More than one in five such comparisons would miss a true difference below {size}."
+    )
     assert [c["mean"] for c in pooled] == pytest.approx([0.08, 0.1], abs=0.01)
     assert all(c["p_holm"] >= c["p"] for c in summary["comparisons"])
 
@@ -154,6 +204,67 @@ def test_verdict_says_when_nothing_is_significant_or_worse():
     )
     assert "beats scratch and is significantly worse than scratch_long" in mixed["verdicts"][0]
     assert "no saving can be claimed" in mixed["verdicts"][0]
+
+
+def test_verdict_says_where_holm_takes_the_claim_away():
+    curves = {"scratch": SCRATCH, "mae": {b: m + 0.018 for b, m in SCRATCH.items()}}
+    alone = le.summarise(rows_of(curves, noise=0.03), baselines=["scratch"])
+    (comparison,) = [c for c in alone["comparisons"] if c["scope"] == "low budgets"]
+    assert 0.01 < comparison["p"] < 0.05
+    assert "mae beats scratch at 1, 2 and 4 labels, significantly: " in alone["verdicts"][0]
+    others = {f"other{n}": SCRATCH for n in range(5)}
+    many = le.summarise(rows_of(curves | others, noise=0.03), baselines=["scratch"])
+    assert "mae beats scratch at 1, 2 and 4 labels, significantly (not after Holm's" in many["verdicts"][0]
+
+
+def test_detectable_difference_stands_in_every_comparison():
+    rows = rows_of({"scratch": SCRATCH, "mae": SCRATCH})
+    for found in le.summarise(rows, baselines=["scratch"])["comparisons"]:
+        # the noise decides: at least what a normal test with a known error would need
+        assert found["detectable"] > 2.8 * found["standard_error"]
+    single = le.summarise([r for r in rows if r["draw"] == 0], baselines=["scratch"])
+    assert all(math.isnan(found["detectable"]) for found in single["comparisons"])
+    assert "12 cases × 1 draw)" in single["verdicts"][0]
+
+
+def test_pretrainings_are_a_level_of_their_own():
+    rows = rows_of({"scratch": SCRATCH, "mae": BETTER})
+    once, thrice = (
+        le.summarise(rows, baselines=["scratch"]),
+        le.summarise(pretrained_thrice(rows, "mae"), baselines=["scratch"]),
+    )
+    for before, after in zip(once["comparisons"], thrice["comparisons"], strict=True):
+        assert after["mean"] == pytest.approx(before["mean"])
+        assert (before["pretrainings"], after["pretrainings"]) == (1, 3)
+        assert after["covers"] == "cases, draws and pretrainings"
+        assert after["standard_error"] > 2 * before["standard_error"]
+        assert after["detectable"] > 2 * before["detectable"]
+    assert "12 cases × 4 draws × 3 pretrainings" in thrice["verdicts"][0]
+    low, high = (s["inits"]["mae"]["savings"][0] for s in (thrice, once))
+    assert low["ci_low"] < high["ci_low"] < high["ci_high"] < low["ci_high"]
+    wide, narrow = (
+        next(r for r in le.curve_rows(r_) if r["init"] == "mae")
+        for r_ in (pretrained_thrice(rows, "mae"), rows)
+    )
+    assert wide["ci_high"] > narrow["ci_high"]
+    assert tuple(wide) == le.CURVE_COLUMNS
+
+
+def test_unfinished_pretrainings_compare_what_is_there():
+    rows = pretrained_thrice(rows_of({"scratch": SCRATCH, "mae": BETTER}), "mae")
+    part = [r for r in rows if r.get("pretraining") != 2 or r["budget"] < 4]
+    found = {c["scope"]: c for c in le.summarise(part, baselines=["scratch"])["comparisons"]}
+    assert found["budget 1"]["pretrainings"] == 3
+    assert found["budget 8"]["pretrainings"] == 2
+    assert found["area"]["pretrainings"] == 2
+    table = le.tables(rows)["mae", 1]
+    np.testing.assert_allclose(
+        table.scores_ND,
+        le.tables(rows_of({"scratch": SCRATCH, "mae": BETTER}))["mae", 1].scores_ND,
+        atol=1e-12,
+    )
+    assert (table.scores_NDP.shape, table.pretrainings) == ((12, 4, 3), (0, 1, 2))
+    assert le.tables(rows)["scratch", 1].pretrainings == ()
 
 
 def test_partial_and_unequal_tables_compare_what_they_share():
@@ -177,5 +288,15 @@ def test_cases_csv_reads_back(tmp_path):
     (found,) = le.read_cases(path)
     assert (found["budget"], found["dice"], found["recall"]) == (1, 0.5, 0.2)
     assert math.isnan(found["hd95_mm"])
+    assert found["pretraining"] == 0
+    path.write_text(f"{','.join(le.CASE_COLUMNS)},pretraining\n{line},2\n{line},\n", encoding="utf-8")
+    assert [r["pretraining"] for r in le.read_cases(path)] == [2, 0]
     assert le.format_number(float("nan")) == ""
     assert le.format_number(0.123456789) == "0.123457"
+
+
+def test_verdict_names_the_limit_of_each_baseline_where_they_differ():
+    rows = rows_of({"scratch": SCRATCH, "long": BETTER, "mae": SCRATCH}, noise=0.03)
+    (line,) = le.summarise(pretrained_thrice(rows, "mae"), baselines=["scratch", "long"])["verdicts"]
+    assert "no significant difference from scratch and is significantly worse than long at" in line
+    assert re.search(r"true difference below 0\.\d{3} \(scratch\) or 0\.\d{3} \(long\)\.$", line)

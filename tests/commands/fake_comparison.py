@@ -58,6 +58,7 @@ def archive(*, train: int = 6, test: int = 5, hashes: dict[str, str] | None = No
             key=f"v{s[1:]}",
             subject=s,
             modality="MR",
+            unit="raw",
             content_hash=(hashes or {}).get(s, s),
             appearance="",
         )
@@ -99,7 +100,7 @@ def fake_fit(task: FitTask) -> Path:
     rows = []
     for case in task.test_cases:
         for number, name in enumerate(CLASSES[1:]):
-            dice = 0.5 + 0.1 * np.log2(task.budget) + GAIN[task.init] - 0.1 * number
+            dice = 0.5 + 0.1 * np.log2(task.budget) + GAIN.get(task.init, 0.0) - 0.1 * number
             dice += (
                 0.02 * effect(case)
                 + 0.02 * effect(str(task.draw))

@@ -15,7 +15,7 @@ import pytest
 from finetune import compare as command
 from finetune import comparison as plans
 from finetune import crew as crew_module
-from finetune import fits
+from finetune import fits, labeling, notes, planning
 from finetune.report import main as report_main
 from medseg_ssl.cli import locate
 from medseg_ssl.config import ConfigError, UserError, override, parse, to_yaml
@@ -80,8 +80,8 @@ def test_tables_of_a_whole_comparison(finished):
 
 def test_one_fit_per_cell_with_equal_subsets_and_seeds_for_every_init(finished):
     config = fakes.config()
-    subsets = plans.training_subsets(config, fakes.archive())
-    tasks = tasks_of(config, subsets)
+    subsets = labeling.training_subsets(config, fakes.archive())
+    tasks = tasks_of(config)
     # draw by draw, so that a comparison stopped early has every budget
     assert [(t.draw, t.budget) for t in tasks] == sorted((t.draw, t.budget) for t in tasks)
     assert [t.init for t in tasks[:3]] == ["scratch", "scratch_long", "mae"]
@@ -100,19 +100,19 @@ def test_one_fit_per_cell_with_equal_subsets_and_seeds_for_every_init(finished):
     assert {t.config["wandb"]["mode"] for t in tasks} == {"disabled"}
 
 
-def tasks_of(config, subsets, **changes):
+def tasks_of(config, archive=None, **changes):
+    archive = archive or fakes.archive()
     settings = {
         "archives": (Path("a"), Path("a")),
-        "subsets": subsets,
-        "test_cases": ["c6"],
-        "encoders": {"mae": Path("e")},
+        "folds": labeling.folds_of(config, archive, archive),
+        "encoders": {planning.EncoderKey("mae"): Path("e")},
         "sources": {"mae": "MR"},
         "target": "MR",
         "pretraining_steps": 100,
         "network": None,
         "keep": False,
     }
-    return plans.fit_tasks(config, Path("out"), **{**settings, **changes})
+    return planning.fit_tasks(config, Path("out"), **{**settings, **changes})
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -194,7 +194,7 @@ def test_going_on_keeps_the_threads_of_every_worker():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crew_module, "map_tasks", fake_map)
         config = fakes.config()
-        tasks = tasks_of(config, plans.training_subsets(config, fakes.archive()))
+        tasks = tasks_of(config)
         crew.fit(fakes.fake_fit, tasks, done=0)
         crew.fit(fakes.fake_fit, tasks[-1:], done=len(tasks) - 1)
     assert given == [(27, 2, 1), (1, 2, 1)]
@@ -357,26 +357,29 @@ def test_wrong_configs_are_named(config_file, assignment, message):
 
 def test_overrides_of_an_init_reach_its_fits_alone_and_the_report():
     config = fakes.config(init_overrides={"mae": {"optim": {"lr": 0.5}}})
-    tasks = tasks_of(config, plans.training_subsets(config, fakes.archive()))
+    tasks = tasks_of(config)
     rates = {task.init: task.config.get("optim", {}).get("lr") for task in tasks}
     assert rates == {"scratch": None, "scratch_long": None, "mae": 0.5}
-    notes = command._notes(config, tasks, cards={"mae": fakes.card(Path())}, cases=5, archive=fakes.archive())
-    assert not any("no labeled case states" in note for note in notes)
+    folds = labeling.folds_of(config, fakes.archive(), fakes.archive())
+    said = notes.notes_of(
+        config, tasks, folds=folds, cards={"mae": fakes.card(Path())}, archive=fakes.archive()
+    )
+    assert not any("no labeled case states" in note for note in said)
     partial = fakes.archive()
     for name in ("c0", "c1", "c2"):
         partial.cases[name].known_classes = (True, *[False] * (len(partial.classes) - 1))
     for task in tasks:
         object.__setattr__(task, "train_cases", ("c0", "c1")[: task.budget] if task.draw else ("c3",))
-    told = command._notes(config, tasks, cards={}, cases=5, archive=partial)
+    told = notes.notes_of(config, tasks, folds=folds, cards={}, archive=partial)
     unstated = ", ".join(partial.classes[1:])
     assert f"1 label, draw 1: no labeled case states {unstated}, so no init can predict it there." in told
     assert not any("draw 0: no labeled" in note for note in told)
-    assert "mae differs from the others in: optim.lr=0.5." in notes
+    assert "mae differs from the others in: optim.lr=0.5." in said
 
 
 def test_fewer_draws_for_a_slow_baseline():
     config = fakes.config(init_draws={"scratch_long": 1})
-    grid = plans.fit_grid(config)
+    grid = planning.fit_grid(config)
     assert len([cell for cell in grid if cell[0] == "scratch_long"]) == 3
     assert len(grid) == 21
 
@@ -413,16 +416,16 @@ def test_too_large_budget_and_scored_scans_in_training_are_refused(tmp_path):
     with pytest.raises(
         UserError, match="1 of 5 scored cases hold a scan that also stands on the training side"
     ):
-        plans.scored_cases(fakes.config(), leaking, leaking)
+        labeling.scored_cases(fakes.config(), leaking, leaking)
     looking = fakes.archive()
     for key in ("v7", "v3"):
         looking.scans[key].appearance = seen("row", head(0)).appearance
     with pytest.raises(
         UserError, match=r"the first is c7: scan v7 has the look \(similarity 1.000\) of v3\): leave"
     ):
-        plans.scored_cases(fakes.config(), looking, looking)
+        labeling.scored_cases(fakes.config(), looking, looking)
     with pytest.raises(UserError, match="no labeled case in subset 'development'"):
-        plans.scored_cases(fakes.config(subset="development"), fakes.archive(), fakes.archive())
+        labeling.scored_cases(fakes.config(subset="development"), fakes.archive(), fakes.archive())
 
 
 def test_pretraining_is_kept_from_a_test_archive_of_its_own(tmp_path, monkeypatch):

@@ -141,8 +141,6 @@ def test_missing_modalities_are_scored_where_they_are_asked_for(world, monkeypat
             "CT1": "0",
             "CT0+CT1": "1",
         }
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["missing_modalities"]["CT0"]["dice"]["mean"] == 1.0
 
 
 def test_prepared_archive_of_turned_anisotropic_scans(tmp_path, monkeypatch):
@@ -198,3 +196,43 @@ def test_prepared_archive_of_turned_anisotropic_scans(tmp_path, monkeypatch):
     # only voxels that straddle the box's faces may differ after the way there and back
     assert all(float(row["dice"]) > 0.95 for row in rows)
     assert all(float(row["hd95_mm"]) <= 2.5 for row in rows)
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_beside_the_cases_come_later_once_and_go_on(world, monkeypatch):
+    folder, _ = world
+    out = run(folder)
+    before = (out / "cases.csv").stat().st_mtime_ns
+    run(folder, "--robustness", "--calibration", "--by", "modality")
+    assert (out / "cases.csv").stat().st_mtime_ns == before
+    table = rows_of(out / "robustness.csv")
+    dice = [r for r in table if (r["class"], r["metric"]) == ("bright", "dice")]
+    found = {(r["corruption"], r["severity"]): r for r in dice}
+    assert found["undisturbed", "0"]["after"] == "1"
+    assert found["missing_slices", "3"]["difference"].startswith("-0.")
+    assert {r["measure"] for r in rows_of(out / "calibration.csv")} == {"ece", "brier", "overconfidence"}
+    assert rows_of(out / "reliability.csv")
+    group = rows_of(out / "subgroups.csv")[0]
+    assert (group["group"], group["subjects"], group["small"]) == ("CT", "2", "yes")
+    whole = (out / "robustness.csv").read_text()
+    (out / "robustness.csv").unlink()
+    (out / "robustness" / "blur-2.csv").unlink()
+    kept = (out / "robustness" / "noise-1.csv").stat().st_mtime_ns
+    run(folder, "--robustness", "--by", "unit", "--by", "modality")
+    assert (out / "robustness.csv").read_text() == whole
+    assert (out / "robustness" / "noise-1.csv").stat().st_mtime_ns == kept
+    assert {r["by"] for r in rows_of(out / "subgroups.csv")} == {"modality", "unit"}
+    for file in out.rglob("*.csv"):
+        assert str(folder) not in file.read_text()
+
+
+def test_a_column_that_names_people_makes_no_group(world):
+    folder, _ = world
+    for column in ("subject", "case", "age"):
+        with pytest.raises(ConfigError, match=rf"--by '{column}' is no column to group by; known: contrast"):
+            run(folder, "--by", column)
+    assert not (folder / "out").exists()

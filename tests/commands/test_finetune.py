@@ -216,3 +216,36 @@ def test_flips_need_a_mirrored_training_and_folders_of_their_own(world, tmp_path
     plain = finetune(archive, tmp_path / "plain")
     with pytest.raises(UserError, match="trained without mirror_axes"):
         evaluate([str(plain), str(tmp_path / "other"), "--archive", str(archive), "--flips"])
+
+
+@pytest.mark.parametrize("name", ["mean_teacher", "pseudo_labels"])
+def test_unlabeled_scans_are_used_and_their_labels_never_read(world, tmp_path, monkeypatch, name):
+    """Of one labeled case: its label alone is read, and crops come from every scan like it of the training subjects."""
+    from medseg_ssl.data.archive import Archive
+
+    labels, scans = set(), set()
+    read_label, read = Archive.read_label, Archive.read
+
+    def guarded(self, case, *box):
+        assert case == "case-s1", f"the label of {case} was read"
+        labels.add(case)
+        return read_label(self, case, *box)
+
+    monkeypatch.setattr(Archive, "read_label", guarded)
+    monkeypatch.setattr(Archive, "read", lambda self, key, *box: scans.add(key) or read(self, key, *box))
+    tree = {
+        "encoder": {"name": "resenc", "size": "tiny"},
+        "objective": {"name": name, "size": [16, 16, 16]},
+        "data": {"batch_size": 2},
+        "train": {"steps": 4, "accelerator": "cpu", "preview_every": None},
+        "wandb": {"mode": "disabled"},
+    }
+    shipped = run_finetune(
+        parse(FinetuneConfig, tree), tmp_path, archive=world[0], cases=["case-s1"], quiet=True
+    )
+    assert labels == {"case-s1"}
+    assert scans == {f"s{i}-CT" for i in range(4)}
+    card = encoder_file.load_card(shipped)
+    assert (card.objective, card.kind) == (name, "segmenter")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert any("train/certain_share" in line or "train/confident_share" in line for line in lines)

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from finetune import compare as command
-from finetune import comparison as plans
-from finetune import fits
+from finetune import fits, labeling, planning, report
+from finetune import run as finetune
 from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
-from medseg_ssl.config import UserError
+from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.archive import Archive
 from tests.train.archives import write_archive
 
@@ -97,12 +97,11 @@ def test_a_fit_that_failed_leaves_its_traceback_until_it_succeeds(world, tmp_pat
     archive = Archive.open(folder / "archive")
     config = command.read_config(folder / "balls.yaml", [])
     config = config.model_copy(update={"inits": {"scratch": "scratch"}})
-    (task, _) = plans.fit_tasks(
+    (task, _) = planning.fit_tasks(
         config,
         tmp_path,
         archives=(archive.path, archive.path),
-        subsets=plans.training_subsets(config, archive),
-        test_cases=["case-s6"],
+        folds=labeling.folds_of(config, archive, archive),
         encoders={},
         sources={},
         target="CT",
@@ -121,3 +120,79 @@ def test_a_fit_that_failed_leaves_its_traceback_until_it_succeeds(world, tmp_pat
     assert task.finished
     assert not (task.folder / "error.txt").exists()
     assert (task.folder / "segmenter.safetensors").is_file()
+
+
+TRUTH = '''
+import numpy as np
+
+from medseg_ssl.baselines.base import Baseline, BaselineConfig
+
+
+class Truth(Baseline):
+    """Knows the answer, and insists on labels of which a quarter is annotated."""
+
+    class Config(BaselineConfig):
+        share: float = 0.25
+
+    def fit(self, archive, cases, *, seed):
+        for case in cases:
+            known = archive.original_label(case)[0] != 255
+            assert np.all(known == known[:, :1, :1]), "whole slices"
+            assert known[:, 0, 0].mean() == self.config.share
+        assert not set(archive.split().test) & {archive.cases[case].subject for case in cases}
+
+    def predict_cases(self, archive, cases):
+        for case in cases:
+            yield case, archive.original_label(case)[0]
+'''
+
+
+def test_folds_of_part_labels_with_a_baseline_and_the_same_subset_by_finetune(world, tmp_path, monkeypatch):
+    folder, _ = world
+    (tmp_path / "baselines").mkdir()
+    (tmp_path / "baselines" / "truth.py").write_text(TRUTH)
+    monkeypatch.setenv("MEDSEG_SHELVES", str(tmp_path))
+    monkeypatch.setattr(report, "comparison_page", lambda comparison: comparison.title)
+    tree = {
+        "task": "balls",
+        "budgets": [2],
+        "draws": 1,
+        "folds": 2,
+        "labels": {"slices": 0.25, "spread": "even"},
+        "inits": {"truth": {"baseline": "truth"}, "scratch": "scratch"},
+        "finetune": {**TREE["finetune"], "train": {"steps": "1 steps", "accelerator": "cpu"}},
+        "wandb": {"mode": "disabled"},
+    }
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(tree, sort_keys=False))
+    out, archive = tmp_path / "out", folder / "archive"
+    command.main([str(config), str(out), "--archive", str(archive), "--workers", "1", "--quiet"])
+    with (out / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # the four training and two test subjects, once each; scored with their whole labels
+    for init in ("truth", "scratch"):
+        assert sorted(r["case"] for r in rows if r["init"] == init) == [
+            f"case-s{i}" for i in (0, 1, 2, 3, 6, 7)
+        ]
+    assert {r["dice"] for r in rows if r["init"] == "truth"} == {"1"}
+    assert not {r["dice"] for r in rows if r["init"] == "scratch"} & {"1", ""}
+    summary = json.loads((out / "summary.json").read_text())
+    assert "2 labels: 10 of 40 axial slices labeled" in " ".join(summary["conditions"])
+    assert summary["baselines"] == ["scratch"]
+
+    tuned = tmp_path / "c_finetune.yaml"
+    fit = out / "fits" / "scratch" / "b2" / "d0f1"
+    tuned.write_text((fit / "config.yaml").read_text())
+    words = ["--archive", str(archive), "--cases", str(out / "budgets.json"), "--quiet"]
+    finetune.main([str(tuned), str(tmp_path / "run"), *words, "--budget", "2", "--fold", "1"])
+    ours, theirs = (json.loads((run / "inputs.json").read_text()) for run in (tmp_path / "run", fit))
+    assert ours == theirs
+    assert {"splits", "labels"} <= ours.keys()
+    for wrong, message in (
+        ([*words], "--cases needs --budget"),
+        ([*words, "--budget", "3"], "budgets budgets.json have no budget 3 in draw 0; known: 2"),
+        (["--archive", str(archive), "--budget", "3"], "--budget needs --cases"),
+        ([*words, "--budget", "2", "data.split=other"], "is of split 'default', data.split is 'other'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            finetune.main([str(tuned), str(tmp_path / "run2"), *wrong])

@@ -98,7 +98,7 @@ def test_exit_codes_and_one_line(tmp_path, capsys):
 
 def test_killed_and_run_again(tmp_path):
     """SIGKILL in the middle, and SIGTERM: what is finished stays, and the next run ends with the same archive."""
-    msd_task(tmp_path / "raw", 40)
+    msd_task(tmp_path / "raw", 24)
     words = [sys.executable, "-m", "pretrain.prepare", "--source", "msd", *arguments(tmp_path, "--quiet")]
     volumes = tmp_path / "out" / "volumes"
     for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):

@@ -72,6 +72,17 @@ def test_health_alone_without_a_config(world):
     assert set(json.loads((out / "summary.json").read_text())["scores"]) == {"health"}
 
 
+def test_pictures_and_the_page(world):
+    pictures = "evaluations={feature_pca: {scans: 2, subset: test, crop_size: [8, 8, 8]}, health: {crops: 4}}"
+    out = run(world, pictures, "evaluations.health.crop_size=[8,8,8]")
+    names = sorted(p.name for p in (out / "pictures").iterdir())
+    assert names == ["feature_pca-CT-CT0.png", "feature_pca-MR-MR0.png"]
+    page = (out / "report.html").read_text()
+    assert page.count("<img ") == 2
+    assert "effective_rank/all" in page
+    assert "http" not in page.split("<style>")[0], "nothing is fetched"
+
+
 def test_every_wrong_key_at_once(world):
     with pytest.raises(ConfigError) as caught:
         run(world, "evaluations.retrieval.drawz=3", "evaluations.helth.crops=3")

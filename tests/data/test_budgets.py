@@ -5,7 +5,14 @@ from itertools import pairwise
 import pytest
 
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.data.budgets import check_split, make_split, nested_budgets, read_split, write_split
+from medseg_ssl.data.budgets import (
+    check_split,
+    make_folds,
+    make_split,
+    nested_budgets,
+    read_split,
+    write_split,
+)
 from medseg_ssl.data.manifest import Split
 
 
@@ -127,3 +134,39 @@ def test_strata_take_turns():
 def test_impossible_budget(budget):
     with pytest.raises(ConfigError, match=f"budget {budget} is impossible: there are 30 labeled"):
         nested_budgets({f"s{i}": [f"c{i}"] for i in range(30)}, [budget], seed=0, draw=0)
+
+
+def test_rare_classes_stand_in_the_smallest_budgets():
+    cases = {f"s{i}": [f"c{i}"] for i in range(40)}
+    shows = {f"s{i}": {"liver"} | ({"tumour"} if i in (5, 31) else set()) for i in range(40)}
+    shows["s7"] = {"cyst"}
+    firsts = set()
+    for draw in range(10):
+        chosen = nested_budgets(cases, [2, 4, 40], seed=0, draw=draw, cover=shows)
+        seen = [shows[f"s{case[1:]}"] for case in chosen[2]]
+        assert set().union(*seen) == {"liver", "tumour", "cyst"}
+        assert chosen[4][:2] == chosen[2]
+        assert sorted(chosen[40]) == sorted(c for of in cases.values() for c in of)
+        firsts.add(tuple(chosen[4]))
+    assert len(firsts) > 5, "still drawn"
+    free = nested_budgets(cases, [40], seed=0, draw=0)
+    assert nested_budgets(cases, [40], seed=0, draw=0, cover={}) == free
+    assert nested_budgets(cases, [40], seed=0, draw=0, cover={s: {"liver"} for s in cases}) == free
+
+
+def test_folds_keep_copies_together_and_share_out_the_labels():
+    subjects = {name: [content] for name, content in hashes(17).items()}
+    subjects["copy"] = subjects["s3"]
+    labeled = {f"s{i}" for i in range(6)}
+    folds = make_folds(subjects, folds=3, seed=0, labeled=labeled)
+    assert sorted(s for fold in folds for s in fold) == sorted(subjects)
+    assert sorted(map(len, folds)) == [6, 6, 6]
+    assert all(len(labeled & set(fold)) in (1, 2, 3) for fold in folds)
+    assert any({"s3", "copy"} <= set(fold) for fold in folds)
+    renamed = {f"x{name}": contents for name, contents in reversed(subjects.items())}
+    others = make_folds(renamed, folds=3, seed=0, labeled={f"x{s}" for s in labeled})
+    content = [sorted(subjects[s][0] for s in fold) for fold in folds]
+    assert [sorted(renamed[s][0] for s in fold) for fold in others] == content
+    for count in (1, 7):
+        with pytest.raises(ConfigError, match=f"number of labeled subjects, 6, got {count}"):
+            make_folds(subjects, folds=count, seed=0, labeled=labeled)

@@ -110,6 +110,7 @@ def test_an_empty_scan_is_refused(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_is_aligned_within_the_error_stays_where_it_is(tmp_path):
     values = body()
     a, b = stored(tmp_path, "a", values), stored(tmp_path, "b", np.where(values > 150, 1100 - values, values))
@@ -117,7 +118,9 @@ def test_what_is_aligned_within_the_error_stays_where_it_is(tmp_path):
     assert np.array_equal(found.transform_44, np.eye(4))
 
 
-@pytest.mark.parametrize(("offset_mm", "believed"), [(9.0, True), (0.0, False)])
+@pytest.mark.parametrize(
+    ("offset_mm", "believed"), [pytest.param(9.0, True, marks=pytest.mark.slow), (0.0, False)]
+)
 def test_a_misplaced_pair_must_lie_better_afterwards(tmp_path, monkeypatch, offset_mm, believed):
     from medseg_ssl.data import coregistration
     from medseg_ssl.data.alignment import Alignment

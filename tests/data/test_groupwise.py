@@ -93,8 +93,8 @@ def test_the_template_is_sharper_than_the_mean_of_the_unregistered_scans(templat
     inner = tuple(slice(n // 2 - 8, n // 2 + 8) for n in size)  # where the blobs are
     images = []
     for row in archive.scans.values():
-        grid_44 = groupwise._centred(row, spacing_mm=template.spacing_mm, size=size)
-        images.append(groupwise._normalised(archive, row, size=size, affine_44=grid_44)[0][inner])
+        grid_44 = groupwise.centred_grid(row, spacing_mm=template.spacing_mm, size=size)
+        images.append(groupwise.normalised_on(archive, row, size=size, affine_44=grid_44)[0][inner])
     blurred = np.mean(images, axis=0).std()
     assert template.reference_DHW.numpy()[inner].std() > 1.1 * blurred
 
@@ -153,7 +153,7 @@ def test_without_a_step_a_voxels_place_is_itself(archive, monkeypatch):
     sites, size = _Places(made, every=3), tuple(made.reference_DHW.shape)
     index = np.random.default_rng(0).uniform(1, np.array(size) - 2, (300, 3))
     for number, key in enumerate(made.keys):
-        grid_44 = groupwise._centred(archive.scans[key], spacing_mm=made.spacing_mm, size=size)
+        grid_44 = groupwise.centred_grid(archive.scans[key], spacing_mm=made.spacing_mm, size=size)
         mm = torch.from_numpy(index @ grid_44[:3, :3].T + grid_44[:3, 3]).float()
         place, _ = sites.of(number, torch.eye(4, dtype=torch.float64), mm)
         assert torch.allclose(place.double(), torch.from_numpy(index), atol=1e-3)

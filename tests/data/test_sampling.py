@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.data.crops import check_plan
 from medseg_ssl.data.manifest import CaseRow, PairRow
 from medseg_ssl.data.sampling import Sampler
 from medseg_ssl.types import ViewSpec
@@ -94,3 +95,18 @@ def test_what_is_not_there_is_named(archive):
         Sampler(archive, SINGLE, seed=0, subjects=[])
     with pytest.raises(ConfigError, match="modality_temperature"):
         Sampler(archive, SINGLE, seed=0, modality_temperature=2)
+
+
+def test_the_pool_holds_every_case_like_the_labeled_ones_and_names_none(archive):
+    plan = {**LABELED, "other": ViewSpec(count=1, size=(4, 4, 4), pool="all")}
+    drawn = Sampler(archive, plan, seed=0, subjects=["s0", "s1", "s3", "s9"], cases=["c1"])
+    pool = drawn.pool()
+    assert {pool.sample(i).scans for i in range(30)} == {(f"ct{i}", f"pt{i}") for i in (0, 1, 3)}
+    assert {pool.sample(i).case for i in range(30)} == {None}
+    with pytest.raises(ConfigError, match="needs the subjects"):
+        Sampler(archive, plan, seed=0, cases=["c1"]).pool()
+    wrong = {"crop": ViewSpec(count=1, size=(4, 4, 4), pool="all")}
+    with pytest.raises(ConfigError, match="needs a labeled view beside it"):
+        check_plan(wrong, [])
+    with pytest.raises(ConfigError, match="neither labeled nor paired"):
+        check_plan({"crop": ViewSpec(count=1, size=(4, 4, 4), pool="all", labeled=True)}, [])

@@ -73,7 +73,7 @@ def test_strides_along_depth_are_an_option():
 def test_patches_are_lifted_whole():
     conv = torch.nn.Conv2d(2, 3, 4, 4)
     volume = torch.randn(1, 2, 1, 10, 8).repeat(1, 1, 7, 1, 1)
-    lifted = LiftedConv(conv, depth_kernel=3, depth_stride=4)
+    lifted = LiftedConv.of(conv, depth_kernel=3, depth_stride=4)
     lifted.spread("average")
     with torch.no_grad():
         deep, shown = lifted(volume), conv(torch.nn.functional.pad(volume[:, :, 0], (0, 0, 0, 2)))

@@ -198,3 +198,16 @@ def test_segmenter_runs_in_bf16(encoder_name, decoder_name):
         exact = model(image)
     assert logits.shape == (2, 3, 32, 32, 32)
     assert (logits.float() - exact).abs().max() < 0.2 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_parameter_of_an_encoder_is_of_one_layer(name):
+    encoder = build_encoder(name)
+    layers = encoder.layer_prefixes
+    assert len(layers) >= 2
+    of = {
+        n: [i for i, layer in enumerate(layers) if n.startswith(layer)] for n, _ in encoder.named_parameters()
+    }
+    assert all(len(found) == 1 for found in of.values()), of
+    assert of[encoder.stems[0]] == [0]
+    assert {found[0] for found in of.values()} == set(range(len(layers)))

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from medseg_ssl.config import ConfigError, parse
-from medseg_ssl.objectives.segmentation import Segmentation, merge_unknown, region_loss
+from medseg_ssl.nets.segmentation_loss import merge_unknown, region_loss
+from medseg_ssl.objectives.segmentation import Segmentation
 from medseg_ssl.types import UNKNOWN_LABEL, Facts
 from tests.objectives.conftest import make_batch, make_view
 
@@ -30,7 +31,7 @@ def test_agrees_with_monai_when_all_is_known(encoder):
     logits = torch.randn(2, 3, 8, 8, 8)
     label = torch.randint(0, 3, (2, 8, 8, 8))
     known = torch.ones(2, 3, dtype=torch.bool)
-    voxel, region = objective.losses(logits, label, known)
+    voxel, region = objective.loss.of_level(logits, label, known)
     reference = DiceCELoss(
         include_background=False, to_onehot_y=True, softmax=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5
     )
@@ -52,9 +53,9 @@ def test_region_loss_known_answers(kind, expected):
 def test_focal_is_cross_entropy_at_gamma_0_and_less_above(encoder):
     logits, label = torch.randn(1, 3, 4, 4, 4), torch.randint(0, 3, (1, 4, 4, 4))
     known = torch.ones(1, 3, dtype=torch.bool)
-    plain = build(encoder).losses(logits, label, known)[0]
-    zero = build(encoder, voxel_loss="focal", focal_gamma=0.0).losses(logits, label, known)[0]
-    two = build(encoder, voxel_loss="focal").losses(logits, label, known)[0]
+    plain = build(encoder).loss.of_level(logits, label, known)[0]
+    zero = build(encoder, voxel_loss="focal", focal_gamma=0.0).loss.of_level(logits, label, known)[0]
+    two = build(encoder, voxel_loss="focal").loss.of_level(logits, label, known)[0]
     assert torch.allclose(plain, zero)
     assert two < plain
 
@@ -69,11 +70,11 @@ def test_unknown_classes_do_not_enter_the_loss(encoder):
     background[:, 0], tumour[:, 2] = 9.0, 9.0
     for logits in (background, tumour):
         logits[:, :, 0] = torch.tensor([0.0, 9.0, 0.0])[None, :, None, None]
-    a, b = objective.losses(background, label, known), objective.losses(tumour, label, known)
+    a, b = objective.loss.of_level(background, label, known), objective.loss.of_level(tumour, label, known)
     assert torch.allclose(a[0], b[0], atol=1e-6)
     assert torch.allclose(a[1], b[1], atol=1e-6)
     all_known = torch.ones(1, 3, dtype=torch.bool)
-    assert objective.losses(tumour, label, all_known)[0] > 1.0
+    assert objective.loss.of_level(tumour, label, all_known)[0] > 1.0
 
 
 def test_merge_unknown_keeps_probabilities_of_known_classes():

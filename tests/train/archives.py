@@ -44,13 +44,14 @@ def write_archive(
     broken: str = "",
     known: tuple[bool, ...] = (True, True),
     stating: tuple[str, ...] = (),
+    classes: tuple[str, str] = ("background", "organ"),
     channels: tuple[str, ...] = ("CT",),
 ) -> Archive:
     """Eight subjects; the scan named ``broken`` (such as ``s1-MR``) holds no data anywhere; a case has these channels.
 
     The annotator stated the classes ``known``, in the subjects ``stating`` all of them.
     """
-    writer = ArchiveWriter.open(path, RECIPE, ("background", "organ") if labels else ())
+    writer = ArchiveWriter.open(path, RECIPE, classes if labels else ())
     scans, cases, pairs = [], [], []
     for number, subject in enumerate((*TRAIN, *DEVELOPMENT, *TEST)):
         ct, mr, organ = volumes(number)

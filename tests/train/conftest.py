@@ -25,6 +25,7 @@ class TinyEncoder(Encoder):
     channels = (4,)
     strides = ((1, 1, 1),)
     stems = ("first.weight",)
+    layer_prefixes = (("first.",),)
 
     def __init__(self, config=None, channels_in=1):
         super().__init__(config or EncoderConfig(), channels_in)
@@ -115,6 +116,7 @@ def run_tiny(
     actions=(),
     batches=None,
     dropout=0.1,
+    best=None,
     **plan,
 ):
     """``fit`` on the tiny objective in a folder; returns (objective, result, recorder)."""
@@ -138,6 +140,7 @@ def run_tiny(
             recorder=recorder,
             checkpoint=Checkpoint(folder / "last.ckpt", writes=machine.is_main),
             actions=actions,
+            best=best,
         )
     return objective, result
 

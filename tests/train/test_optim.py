@@ -4,6 +4,7 @@ import torch
 from medseg_ssl.config import ConfigError, parse
 from medseg_ssl.train.optim import OptimConfig, build_optimizer, param_groups
 from medseg_ssl.train.settings import TrainConfig
+from tests.shelves import build_encoder
 from tests.train.conftest import TinyObjective
 
 
@@ -119,3 +120,58 @@ def test_what_nothing_has_trained_learns_at_the_full_rate():
     fresh = param_groups(objective, config, fresh=("encoder.first.",))
     assert plain["encoder"] == 1
     assert {g["role"] for g in fresh} == {"rest"}
+
+
+def test_a_true_sawtooth_has_two_teeth():
+    objective = TinyObjective()
+    objective.decoder = torch.nn.Conv3d(4, 4, 1)
+    options = {"lr": 1.0, "schedule": "linear", "warmup": "10%", "decoder_first": "20%", "sawtooth": True}
+    optimizer = build(objective, encoder_lr_scale=0.5, **options)
+
+    def rates(progress):
+        optimizer.set_rates(progress)
+        shown = optimizer.shown_rates()
+        return shown["lr_encoder"], shown["lr_decoder"], shown["lr_rest"]
+
+    assert rates(0.05) == pytest.approx((0.0, 0.5, 0.5))  # the decoder warms up over half of the first tooth,
+    assert rates(0.15) == pytest.approx((0.0, 0.5, 0.5))  # decays over the other half,
+    assert rates(0.2) == pytest.approx((0.0, 0.0, 0.0))
+    assert rates(0.25) == pytest.approx((0.25, 0.5, 0.5))  # then all warm up together
+    assert rates(0.3) == pytest.approx((0.5, 1.0, 1.0))
+    assert rates(0.65) == pytest.approx((0.25, 0.5, 0.5))
+    with pytest.raises(ConfigError, match="sawtooth needs a decoder_first"):
+        build(sawtooth=True)
+
+
+def test_rates_fall_layer_by_layer_towards_the_image():
+    objective = TinyObjective(encoder=build_encoder("segresnet", features=8, blocks=(1, 1, 1)))
+    optimizer = build(
+        objective, lr=1.0, warmup="0%", schedule="constant", layer_decay=0.5, encoder_lr_scale=0.1
+    )
+    optimizer.set_rates(0.5)
+    names = {id(p): name for name, p in objective.named_parameters()}
+    rates = {names[id(p)]: g["lr"] for g in optimizer.optimizer.param_groups for p in g["params"]}
+    assert rates["encoder.first.weight"] == pytest.approx(0.1 * 0.5**4)
+    assert rates["encoder.levels.0.0.conv1.weight"] == pytest.approx(0.1 * 0.5**3)
+    assert rates["encoder.down.0.weight"] == rates["encoder.levels.1.0.norm1.weight"] == pytest.approx(0.025)
+    assert rates["encoder.down.1.weight"] == rates["encoder.levels.2.0.conv2.weight"] == pytest.approx(0.05)
+    assert rates["head.weight"] == 1.0
+    assert optimizer.shown_rates() == pytest.approx({"lr_encoder": 0.05, "lr_rest": 1.0})
+    fresh = build_optimizer(
+        objective, parse(OptimConfig, {"layer_decay": 0.5}), total_steps=100, fresh=("encoder.down.1.",)
+    )
+    assert {g["scale"] for g in fresh.optimizer.param_groups if g["role"] == "rest"} == {1.0}
+
+
+def test_rates_by_layer_need_layers():
+    objective = TinyObjective()
+    objective.encoder.__class__ = type("Untold", (type(objective.encoder),), {"layer_prefixes": ()})
+    with pytest.raises(
+        ConfigError, match=r"optim\.layer_decay needs an encoder that says its layers; Untold"
+    ):
+        build(objective, layer_decay=0.9)
+
+
+def test_what_decay_would_harm_is_left_alone():
+    groups = param_groups(TinyObjective(), OptimConfig(), undecayed=("encoder.first.weight",))
+    assert [g["weight_decay"] for g in groups if g["role"] == "encoder"] == [0.0]

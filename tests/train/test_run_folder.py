@@ -36,6 +36,19 @@ def test_same_config_enters_again_and_knows_when_complete(tmp_path):
         assert folder.complete
 
 
+def test_a_key_that_is_new_since_the_config_was_written_was_at_its_default_then(tmp_path):
+    with enter(tmp_path):
+        (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.yaml").write_text("lr: 1.0\n")
+    with enter(tmp_path):
+        pass
+    with pytest.raises(ConfigError, match=r"holds another run: size: \[1, 2, 3\] -> \[1, 2, 4\]; name"):
+        enter(tmp_path, size=(1, 2, 4))
+    (tmp_path / "config.yaml").write_text("lr: 1.0\nold: 3\n")
+    with pytest.raises(ConfigError, match=r"old: 3 -> null"):
+        enter(tmp_path)
+
+
 def test_another_config_is_refused_key_by_key(tmp_path):
     with enter(tmp_path):
         (tmp_path / "metrics.jsonl").touch()

@@ -58,6 +58,15 @@ class Encoder(nn.Module, ABC):
     def stems(self) -> tuple[str, ...]:
         """Parameters whose dim 1 is ``channels_in``, the main one first: a loader adapts them from 1 to N channels."""
 
+    @property
+    def layer_prefixes(self) -> tuple[tuple[str, ...], ...]:
+        """Beginnings of the names of parameters, layer by layer from the image on; each parameter is of one layer.
+
+        Learning rates that fall towards the image count these layers: the levels of a convolutional network, the blocks
+        of a transformer behind its embedding. Empty where an encoder does not say.
+        """
+        return ()
+
     def recomputable(self) -> Iterable[nn.Module]:
         """Parts, called one after another, whose inner activations ``train.recompute`` drops and computes again."""
         return ()

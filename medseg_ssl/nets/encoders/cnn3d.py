@@ -92,6 +92,11 @@ class CNN3D(Encoder):
         """Name of the first convolution's weight."""
         return ("levels.0.0.conv.weight",)
 
+    @property
+    def layer_prefixes(self) -> tuple[tuple[str, ...], ...]:
+        """Every level."""
+        return tuple((f"levels.{level}.",) for level in range(len(self.levels)))
+
     def recomputable(self) -> Iterable[nn.Module]:
         """Every level; with batch norm none, since a second pass would count its statistics twice."""
         return self.levels if self.config.level_norm == "instance" else ()

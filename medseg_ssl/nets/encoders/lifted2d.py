@@ -117,6 +117,13 @@ class Lifted2D(Encoder):
         looks = self.levels is not None and self.config.pyramid.image
         return (self._stem, "levels.details.0.conv.weight")[: 1 + looks]
 
+    @property
+    def layer_prefixes(self) -> tuple[tuple[str, ...], ...]:
+        """The parts of the 2D network in timm's order; mixing between slices and finer levels go with the last."""
+        assert self.network is not None
+        found = _parts(self.network.network, "network.network.")
+        return (*found[:-1], (*found[-1], "network.mixing.", "levels."))
+
     def train(self, mode: bool = True) -> Lifted2D:
         """Training mode, in which frozen statistics stay as they are."""
         super().train(mode)
@@ -217,6 +224,26 @@ def network_2d(model: str, channels_in: int, *, pretrained: bool = False, weight
         _try(network, model, channels_in)
         return network
     raise ConfigError(f"timm's {model} has no maps")
+
+
+def _parts(network: nn.Module, prefix: str) -> list[tuple[str, ...]]:
+    """Prefixes of a timm network's parts in order: embedding or stem, then stages, or what it calls its blocks.
+
+    A part without a matrix (a norm) goes with the part before it, and parameters of the network itself, such as
+    positions, with the first.
+    """
+    children = [(f"{prefix}{name}.", part) for name, part in network.named_children() if [*part.parameters()]]
+    own = [f"{prefix}{name}" for name, _ in network.named_parameters(recurse=False)]
+    if len(children) == 1 and not own:
+        return _parts(children[0][1], children[0][0])
+    parts: list[list[str]] = []
+    for name, part in children:
+        inner = part.named_children() if name == f"{prefix}blocks." else [("", part)]
+        for number, module in inner:
+            if not parts or any(parameter.ndim > 1 for parameter in module.parameters()):
+                parts.append([])
+            parts[-1].append(f"{name}{number}." if number else name)
+    return [(*own, *parts[0]), *(tuple(part) for part in parts[1:])]
 
 
 @torch.no_grad()

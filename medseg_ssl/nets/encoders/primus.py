@@ -132,6 +132,16 @@ class Primus(TokenEncoder):
         """The patch embedding's weight, and that of the pyramid's first look at the image."""
         return ("patches.weight", "levels.details.0.conv.weight")[: 1 + self.config.pyramid.image]
 
+    @property
+    def layer_prefixes(self) -> tuple[tuple[str, ...], ...]:
+        """The embedding with its positions, then every block; the last norm and the finer levels go with the last."""
+        blocks = [(f"transformer.blocks.{number}.",) for number in range(len(self.transformer.blocks))]
+        return (
+            ("patches.", "learned", "registers"),
+            *blocks[:-1],
+            (*blocks[-1], "transformer.norm.", "levels."),
+        )
+
     def recomputable(self) -> Iterable[nn.Module]:
         """Every block."""
         return self.transformer.blocks

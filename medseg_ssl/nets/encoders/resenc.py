@@ -119,6 +119,11 @@ class ResEnc(Encoder):
         """Name of the first convolution's weight."""
         return ("stem_block.conv.weight",)
 
+    @property
+    def layer_prefixes(self) -> tuple[tuple[str, ...], ...]:
+        """The stem, then every stage."""
+        return (("stem_block.",), *((f"stages.{stage}.",) for stage in range(len(self.stages))))
+
     def recomputable(self) -> Iterable[nn.Module]:
         """Every residual block."""
         return (block for stage in self.stages for block in stage.children())

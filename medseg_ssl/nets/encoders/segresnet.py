@@ -82,6 +82,12 @@ class SegResNet(Encoder):
         """Name of the first convolution's weight."""
         return ("first.weight",)
 
+    @property
+    def layer_prefixes(self) -> tuple[tuple[str, ...], ...]:
+        """The first convolution, then every level behind its strided convolution."""
+        deeper = ((f"down.{level - 1}.", f"levels.{level}.") for level in range(1, len(self.levels)))
+        return (("first.",), ("levels.0.",), *deeper)
+
     def recomputable(self) -> Iterable[nn.Module]:
         """Every residual block."""
         return (block for level in self.levels for block in level.children())

@@ -144,6 +144,17 @@ class Swin(PatchEncoder):
         """The patch embedding's weight, and those of the level at full resolution."""
         return ("patch_embed.weight", "full.conv1.weight", "full.conv3.weight")
 
+    @property
+    def layer_prefixes(self) -> tuple[tuple[str, ...], ...]:
+        """What sees the image, then every block; a stage's convolutions go with its first, merging with its last."""
+        layers = [["patch_embed.", "full."]]
+        for stage, depth in enumerate(self.config.stage_depths):
+            blocks = [[f"stages.{stage}.blocks.{number}."] for number in range(depth)]
+            blocks[0].append(f"stages.{stage}.convolutions.")
+            blocks[-1].append(f"stages.{stage}.merging.")
+            layers += blocks
+        return tuple(tuple(layer) for layer in layers)
+
     def recomputable(self) -> Iterable[nn.Module]:
         """The convolutions at full resolution, then every attention block."""
         yield self.full

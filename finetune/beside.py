@@ -1,0 +1,209 @@
+"""What ``evaluate`` writes beside ``cases.csv``: robustness, calibration, missing channels, subgroups, forgetting.
+
+Each is made once; one that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg_ssl.analysis import change, subgroups
+from medseg_ssl.analysis.metrics import COLUMNS as METRIC_COLUMNS
+from medseg_ssl.analysis.statistics import holm
+from medseg_ssl.analysis.tables import write_csv
+from medseg_ssl.config import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.inference.predictor import Predictor
+
+ROBUSTNESS, CALIBRATION = "robustness.csv", "calibration.csv"
+MISSING, MISSING_COLUMNS = "missing.csv", ("given", "case", *METRIC_COLUMNS)
+SUBGROUPS, FORGETTING = "subgroups.csv", "forgetting.csv"
+NAMING = ("case", "subject", "key", "study", "scans", "frame", "content_hash", "appearance", "affine_44")
+"""Columns that name a person or a scan; they make no group."""
+
+TEXTS = frozenset({"case", "class", "corruption", "unit", "by", "group", "metric", "small", "earlier"})
+"""Columns of our tables that stay text when they are read: a key such as 31e4 is no number."""
+
+
+def write_robustness(
+    out: Path,
+    predictor: Predictor,
+    archive: Archive,
+    cases: Sequence[str],
+    *,
+    nsd_tolerance_mm: float,
+    progress: Callable[[str, int], Callable[[str], object]],
+) -> None:
+    """``robustness.csv``, and the cases of each setting in ``robustness/``, which an interrupted call goes on from.
+
+    Args:
+        out: the folder.
+        predictor: the segmenter.
+        archive: with the cases.
+        cases: to score.
+        nsd_tolerance_mm: of the metric.
+        progress: title and number of cases to a function that is called with each case.
+    """
+    from medseg_ssl.evaluations import robustness
+
+    if (out / ROBUSTNESS).is_file():
+        return
+    evaluation = robustness.Robustness(robustness.Robustness.Config(nsd_tolerance_mm=nsd_tolerance_mm))
+    rows: list[dict[str, Any]] = []
+    for setting in evaluation.settings(predictor.card.modalities):
+        part = out / "robustness" / f"{setting.name}.csv"
+        if not part.is_file():
+            on_case = progress(setting.name, len(cases))
+            found = evaluation.rows(predictor, archive, cases, setting, on_case=on_case)
+            write_csv(part, found, columns=robustness.CASE_COLUMNS)
+        rows += read_rows(part)
+    write_csv(out / ROBUSTNESS, robustness.robustness_table(rows), columns=robustness.COLUMNS)
+
+
+def write_calibration(
+    out: Path,
+    predictor: Predictor,
+    archive: Archive,
+    cases: Sequence[str],
+    *,
+    progress: Callable[[str, int], Callable[[str], object]],
+) -> None:
+    """``calibration.csv`` (means with intervals), last; ``calibration_cases.csv`` and ``reliability.csv`` before it."""
+    from medseg_ssl.evaluations import calibration
+
+    if (out / CALIBRATION).is_file():
+        return
+    evaluation = calibration.Calibration(calibration.Calibration.Config())
+    on_case = progress("calibration", len(cases))
+    bins = evaluation.cases(predictor, archive, cases, on_case=on_case)
+    rows = calibration.case_rows(bins)
+    write_csv(out / "calibration_cases.csv", rows, columns=calibration.CASE_COLUMNS)
+    write_csv(out / "reliability.csv", calibration.reliability_table(bins), columns=calibration.BIN_COLUMNS)
+    write_csv(out / CALIBRATION, calibration.calibration_table(rows), columns=calibration.COLUMNS)
+
+
+def write_missing(
+    out: Path,
+    predictor: Predictor,
+    archive: Archive,
+    cases: Sequence[str],
+    *,
+    nsd_tolerance_mm: float,
+    progress: Callable[[str, int], Callable[[str], object]],
+) -> None:
+    """``missing.csv``: a row per subset of the channels, case and class, the other channels zero.
+
+    Raises:
+        ConfigError: a segmenter of a single channel.
+    """
+    from medseg_ssl.evaluations.missing_modalities import channel_subsets, missing_rows
+
+    if (out / MISSING).is_file():
+        return
+    on_case = progress("missing modalities", len(cases) * len(channel_subsets(predictor.card.modalities)))
+    rows = missing_rows(predictor, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
+    write_csv(out / MISSING, rows, columns=MISSING_COLUMNS)
+
+
+def write_forgetting(
+    out: Path,
+    before: Predictor,
+    archive: Archive,
+    cases: Sequence[str],
+    *,
+    identity: str,
+    nsd_tolerance_mm: float,
+    progress: Callable[[str, int], Callable[[str], object]],
+) -> None:
+    """``forgetting.csv``: what the segmenter of an earlier time scored on these cases, and the one of now.
+
+    Raises:
+        ConfigError: the table is there, for another earlier segmenter.
+    """
+    from medseg_ssl.evaluations.segmentation import evaluate_cases
+
+    path = out / FORGETTING
+    if path.is_file():
+        if {str(row["earlier"]) for row in read_rows(path)} != {identity}:
+            raise ConfigError(f"{path} compares with another segmenter; choose another folder")
+        return
+    on_case = progress("earlier", len(cases))
+    rows = evaluate_cases(before, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
+    now = read_rows(out / "cases.csv")
+    found = []
+    for metric in ("dice", "nsd"):
+        names = (change.OVER_CLASSES, *archive.classes[1:])
+        block = [change.paired_change(rows, now, name=name, metric=metric) for name in names]
+        block = [row for row in block if row is not None]
+        adjusted = holm([float(str(row["p"])) for row in block])
+        found += [{"earlier": identity, **row, "p_holm": p} for row, p in zip(block, adjusted, strict=True)]
+    write_csv(path, found, columns=("earlier", *change.COLUMNS, "p_holm"))
+
+
+def write_subgroups(out: Path, archive: Archive, cases: Sequence[str], *, by: Sequence[str]) -> None:
+    """``subgroups.csv``: the columns asked for join those it holds already."""
+    done = read_rows(out / SUBGROUPS) if (out / SUBGROUPS).is_file() else []
+    missing = [column for column in dict.fromkeys(by) if column not in {row["by"] for row in done}]
+    if not missing:
+        return
+    scores = read_rows(out / "cases.csv")
+    subjects = {case: archive.cases[case].subject for case in cases}
+    for column in missing:
+        groups = subgroups.groups_of(column_of(archive, cases, column))
+        done += subgroups.subgroup_rows(scores, by=column, groups=groups, subjects=subjects)
+    write_csv(out / SUBGROUPS, done, columns=subgroups.COLUMNS)
+
+
+def column_of(archive: Archive, cases: Sequence[str], column: str) -> dict[str, Any]:
+    """Case to its value in a column of the manifest: the case's own, or its first scan's (``statistics.mean``).
+
+    Raises:
+        ConfigError: no such column, or one that names people or scans.
+    """
+    rows = {case: _flat(archive, case) for case in cases}
+    usable = sorted({name for row in rows.values() for name in row})
+    if column not in usable:
+        raise ConfigError(f"--by {column!r} is no column to group by; known: {', '.join(usable)}")
+    return {case: row.get(column) for case, row in rows.items()}
+
+
+def _flat(archive: Archive, case: str) -> dict[str, Any]:
+    row = archive.cases[case]
+    tree = {**archive.scans[row.scans[0]].model_dump(), **row.model_dump()}
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": v for inner, v in value.items()}
+        elif name not in NAMING:
+            flat[name] = value
+    return flat
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table, numbers as numbers but for ``TEXTS``, empty cells as None.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                {name: (text or None) if name in TEXTS else _number(text) for name, text in row.items()}
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path.name}: {error}") from error
+
+
+def _number(text: str) -> Any:
+    if text == "":
+        return None
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,162 @@
+"""What a reader of a comparison must know beside its numbers, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from medseg_ssl.data.budgets import unstated_classes
+from medseg_ssl.data.partial import limited_cases
+
+from .comparison import CompareConfig
+from .fits import FitTask
+from .inits import SCRATCH_LONG, blocks
+from .labeling import Fold
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
+
+
+def notes_of(
+    config: CompareConfig,
+    tasks: Sequence[FitTask],
+    *,
+    folds: Sequence[Fold],
+    cards: Mapping[str, Any],
+    archive: Archive,
+    test: Archive | None = None,
+) -> list[str]:
+    """The conditions of a comparison, each in a sentence.
+
+    Args:
+        config: resolved, with numbers of cases for budgets.
+        tasks: every fit.
+        folds: who is trained on and who is scored.
+        cards: of the encoder of every pretrained init.
+        archive: trained on.
+        test: scored; None for the same one.
+    """
+    steps = {task.init: task.steps for task in tasks if task.baseline is None}
+    flips = " averaged over mirrored copies," if config.metrics.flips else ""
+    notes = [
+        f"Scored on {sum(len(f.scored) for f in folds)} cases, subset '{config.subset}' of split '{config.split}'"
+        f"{_folded(config)};{flips} NSD tolerance {config.metrics.nsd_tolerance_mm:g} mm.",
+        "Every init sees the same subsets, nested by budget and drawn by subject, with the same seeds; the "
+        "weights at the last step are scored, none is chosen by its score.",
+        "Steps per fit: " + ", ".join(f"{init} {n}" for init, n in steps.items()) + ".",
+    ]
+    if config.stratify is not None:
+        notes.append(f"The subsets are balanced by {config.stratify.by}.")
+    if config.pretrainings > 1:
+        repeated = ", ".join(blocks(config.inits, "pretrain"))
+        notes.append(
+            f"{repeated}: pretrained {config.pretrainings} times; every draw is fine-tuned from each."
+        )
+    notes += _init_notes(config, cards=cards, archive=archive, test=test or archive)
+    notes += _cost_notes(folds)
+    return notes + _unstated_notes(tasks, archive)
+
+
+def _folded(config: CompareConfig) -> str:
+    if config.folds is None:
+        return ""
+    return (
+        f" and of its training subjects in {config.folds} folds, each case once per draw by fits and pretrainings that "
+        "saw nothing of its fold"
+    )
+
+
+def _init_notes(
+    config: CompareConfig, *, cards: Mapping[str, Any], archive: Archive, test: Archive
+) -> list[str]:
+    notes = []
+    networks, baselines = blocks(config.inits, "network"), blocks(config.inits, "baseline")
+    for init, kind in config.inits.items():
+        if kind == SCRATCH_LONG:
+            notes.append(
+                f"{init}: trains from scratch for the steps of fine-tuning and of the longest pretraining "
+                "together."
+            )
+        elif init in networks:
+            parts = [networks[init].get(part) for part in ("encoder", "decoder")]
+            names = " and ".join(f"'{part['name']}'" for part in parts if part is not None)
+            notes.append(
+                f"{init}: another network ({names}) from scratch, with the same steps and batches; it is no measure of "
+                "what pretraining saves."
+            )
+        elif init in baselines:
+            notes.append(
+                f"{init}: baseline '{baselines[init]['name']}', which trains no network and learns from the labeled "
+                "cases of each draw alone; it is no measure of what pretraining saves."
+            )
+        elif init in cards:
+            notes += _card_notes(init, cards[init], config=config, archive=archive, test=test)
+    for init, tree in config.init_overrides.items():
+        text = ", ".join(f"{key}={value}" for key, value in _flat(tree))
+        notes.append(f"{init} differs from the others in: {text}.")
+    for init, most in config.init_draws.items():
+        notes.append(f"{init}: at most {most} draws; paired comparisons use the draws both have.")
+    return notes
+
+
+def _card_notes(
+    init: str, card: Mapping[str, Any], *, config: CompareConfig, archive: Archive, test: Archive
+) -> list[str]:
+    own = card["archive_fingerprint"] == archive.fingerprint
+    where = "this archive" if own else "another archive"
+    if archive.fingerprint in (several := card.get("archives", ())):
+        where = f"{'+'.join(card['modalities'])} of this archive" + (
+            " and others" if len(several) > 1 else ""
+        )
+    notes = [f"{init}: {card['objective'] or 'unknown objective'}, {card['steps']} steps on {where}."]
+    # a check against this archive looked at its test and development subjects; folds score training subjects too
+    protected = (
+        {entry["archive"] for entry in card.get("checked_against", ())} if config.folds is None else set()
+    )
+    if not own and test.fingerprint not in protected:
+        notes.append(f"{init}: whether its pretraining saw scored subjects cannot be checked here.")
+    return notes
+
+
+def _cost_notes(folds: Sequence[Fold]) -> list[str]:
+    """What is labeled at each budget, where labels are known in part: means over draws and folds."""
+    by_budget: dict[int, list[dict[str, int]]] = {}
+    for fold in folds:
+        for of in fold.budgets.cost.values():
+            for budget, cost in of.items():
+                by_budget.setdefault(budget, []).append(cost)
+    notes = []
+    for budget, costs in sorted(by_budget.items()):
+        mean = {key: sum(cost[key] for cost in costs) / len(costs) for key in costs[0]}
+        notes.append(
+            f"{_labels(budget)}: {mean['slices']:.6g} of {mean['of_slices']:.6g} axial slices labeled, "
+            f"{mean['classes']:.6g} of {mean['of_classes']:.6g} classes stated (summed over cases, mean over draws)."
+        )
+    return notes
+
+
+def _unstated_notes(tasks: Sequence[FitTask], archive: Archive) -> list[str]:
+    notes = []
+    subsets = {(task.budget, task.draw, task.fold): (task.train_cases, task.access) for task in tasks}
+    for (budget, draw, fold), (drawn, access) in sorted(subsets.items(), key=lambda item: item[0]):
+        rows = limited_cases(archive.cases, archive.classes, access)
+        if unstated := unstated_classes((rows[case] for case in drawn), archive.classes):
+            place = f"draw {draw}" + (f", fold {fold}" if fold else "")
+            notes.append(
+                f"{_labels(budget)}, {place}: no labeled case states {', '.join(unstated)}, so no init can predict it "
+                "there."
+            )
+    return notes
+
+
+def _labels(budget: int) -> str:
+    return "1 label" if budget == 1 else f"{budget} labels"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for key, value in tree.items():
+        pairs += (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+        )
+    return pairs

@@ -1,0 +1,196 @@
+"""Robustness: how much worse a segmenter gets on scans that are noisy, blurred, coarse, biased, cut or off their scale.
+
+Every corruption is applied in physical units (HU, mm, shares of the scan's range) to what the network is about to see,
+and the intensity policy's statistics are taken anew from the corrupted scan, as ``prepare`` would take them. Truth and
+grid stay, so cases are paired with themselves undisturbed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from medseg_ssl.analysis import change
+from medseg_ssl.analysis.change import OVER_CLASSES, paired_change
+from medseg_ssl.analysis.metrics import METRICS, summarize
+from medseg_ssl.analysis.statistics import holm
+from medseg_ssl.config import ConfigError
+from medseg_ssl.data import intensity
+from medseg_ssl.evaluations._corruptions import CORRUPTIONS, Volume, corrupt
+from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
+from medseg_ssl.evaluations.segmentation import evaluate_cases, labeled_cases
+from medseg_ssl.inference.inputs import Channel, policy_for
+from medseg_ssl.inference.predictor import Predictor
+from medseg_ssl.types import Score
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.manifest import ScanRow
+
+UNDISTURBED = "undisturbed"
+CASE_COLUMNS = ("corruption", "severity", "amount", "unit", "case", "class", *METRICS)
+COLUMNS = ("corruption", "severity", "amount", "unit", *change.COLUMNS, "p_holm")
+SHOWN = ("dice", "nsd")
+"""Metrics of the table."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A corruption at one strength; severity counts from 1, and 0 is the scan as it is."""
+
+    corruption: str
+    severity: int
+    amount: float
+    unit: str
+
+    @property
+    def name(self) -> str:
+        """For files and scores."""
+        return self.corruption if self.corruption == UNDISTURBED else f"{self.corruption}-{self.severity}"
+
+
+class Robustness(Evaluation):
+    """Segmentation metrics under corruptions of graded strength."""
+
+    class Config(EvaluationConfig):
+        """What is done to the scans, and which are scored.
+
+        Attributes:
+            split: name of the archive's split.
+            subset: which of its lists.
+            nsd_tolerance_mm: distance up to which a surface counts as right.
+            strengths: by corruption, from weak to strong; left out ones are not tried. ``noise`` (CT, standard
+                deviation in HU), ``relative_noise`` (MR and PET, share of the scan's range), ``blur`` (FWHM in mm),
+                ``resolution`` (shortest voxel side in mm), ``bias_field`` (MR, largest coefficient of its logarithm),
+                ``missing_slices`` (share), ``shift`` (CT, HU), ``scaling`` (MR and PET, factor).
+            seed: of noise, fields and lost slices.
+        """
+
+        split: str = "default"
+        subset: Literal["train", "development", "test"] = "test"
+        nsd_tolerance_mm: float = Field(default=2.0, ge=0)
+        strengths: dict[str, tuple[float, ...]] = Field(
+            default={
+                "noise": (20.0, 50.0, 100.0),
+                "relative_noise": (0.05, 0.1, 0.2),
+                "blur": (2.0, 4.0, 6.0),
+                "resolution": (2.0, 4.0, 6.0),
+                "bias_field": (0.1, 0.3, 0.5),
+                "missing_slices": (0.1, 0.25, 0.5),
+                "shift": (20.0, 50.0, 100.0),
+                "scaling": (1.1, 1.25, 1.5),
+            }
+        )
+        seed: int = Field(default=0, ge=0)
+
+        @field_validator("strengths")
+        @classmethod
+        def _known(cls, strengths: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+            for name, amounts in strengths.items():
+                if name not in CORRUPTIONS:
+                    raise ValueError(f"no corruption named {name!r}; known: {', '.join(CORRUPTIONS)}")
+                if not amounts:
+                    raise ValueError(f"{name} names no strength; leave it out instead")
+                if any(not np.isfinite(a) for a in amounts) or (name != "shift" and min(amounts) <= 0):
+                    raise ValueError(f"{name} must be positive numbers, got {list(amounts)}")
+            return strengths
+
+    config: Config
+
+    def settings(self, modalities: Iterable[str]) -> list[Setting]:
+        """The scan as it is, then every strength of the corruptions that make sense for these modalities."""
+        there = set(modalities)
+        found = [Setting(UNDISTURBED, 0, 0.0, "")]
+        for name, amounts in self.config.strengths.items():
+            if CORRUPTIONS[name].modalities & there:
+                unit = CORRUPTIONS[name].unit
+                found += [Setting(name, i, amount, unit) for i, amount in enumerate(amounts, start=1)]
+        return found
+
+    def rows(
+        self,
+        model: Predictor,
+        archive: Archive,
+        cases: Sequence[str],
+        setting: Setting,
+        *,
+        on_case: Callable[[str], object] | None = None,
+    ) -> list[dict[str, object]]:
+        """Rows of ``CASE_COLUMNS`` of the cases under one setting."""
+        rows = evaluate_cases(
+            model,
+            archive,
+            cases,
+            nsd_tolerance_mm=self.config.nsd_tolerance_mm,
+            on_case=on_case,
+            alter=partial(_altered, setting=setting, policies=model.card.intensity, seed=self.config.seed),
+        )
+        return [{**vars(setting), **row} for row in rows]
+
+    def run(self, model: Predictor, archive: Archive) -> Iterator[Score]:
+        """Yield mean Dice and NSD of every setting as ``noise-1/dice``, each with its table of cases.
+
+        Raises:
+            ConfigError: ``model`` is no predictor.
+            UserError: classes of segmenter and archive differ, or no labeled case in the subset.
+        """
+        if not isinstance(model, Predictor):
+            raise ConfigError("robustness scores a segmenter, not an encoder; that is 'medseg-ssl evaluate'")
+        cases = labeled_cases(archive, split=self.config.split, subset=self.config.subset)
+        for setting in self.settings(model.card.modalities):
+            rows = self.rows(model, archive, cases, setting)
+            table: list[dict[str, object]] | None = rows
+            for metric, found in summarize(rows, SHOWN).items():
+                yield Score(f"{setting.name}/{metric}", found["mean"], "share", table)
+                table = None
+
+
+def robustness_table(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """What each setting costs: the mean difference to the undisturbed scans, paired by case, with its interval.
+
+    Args:
+        rows: of ``CASE_COLUMNS``, of all settings.
+
+    Returns:
+        Rows of ``COLUMNS``: mean over the classes of a case first, then per class. ``p`` is that of a paired t-test,
+        ``p_holm`` adjusts it over the settings of one class and metric.
+    """
+    classes = list(dict.fromkeys(str(row["class"]) for row in rows))
+    settings: dict[tuple[object, object], list[Mapping[str, object]]] = {}
+    for row in rows:
+        settings.setdefault((row["corruption"], row["severity"]), []).append(row)
+    clean = settings[UNDISTURBED, 0]
+    table: list[dict[str, object]] = []
+    for metric in SHOWN:
+        for name in (OVER_CLASSES, *classes):
+            block = []
+            for given in settings.values():
+                found = paired_change(clean, given, name=name, metric=metric)
+                if found is not None:
+                    setting = {key: given[0][key] for key in ("corruption", "severity", "amount", "unit")}
+                    block.append({**setting, **found} | ({"p": float("nan")} if given is clean else {}))
+            adjusted = holm([row["p"] for row in block])
+            table += [{**row, "p_holm": p} for row, p in zip(block, adjusted, strict=True)]
+    return table
+
+
+def _altered(
+    row: ScanRow, channel: Channel, *, setting: Setting, policies: Mapping[str, object], seed: int
+) -> Channel:
+    """The channel corrupted, with the line of the policy for what became of it; another modality's stays as it is."""
+    array_DHW, valid = channel.array_DHW, channel.valid
+    applies = setting.corruption in CORRUPTIONS and row.modality in CORRUPTIONS[setting.corruption].modalities
+    if applies:
+        spread = row.statistics.p995 - row.statistics.p005
+        volume = Volume(array_DHW, valid, row.spacing_mm, spread, row.content_hash)
+        array_DHW, valid = corrupt(setting.corruption, volume, setting.amount, seed=seed)
+    if valid is not None and not valid.any():
+        return channel
+    statistics = intensity.statistics(array_DHW, valid, modality=row.modality, unit=row.unit)
+    line = intensity.linear(policy_for(policies, row.modality), statistics, unit=row.unit)
+    return Channel(array_DHW, valid, channel.affine_44, line)

@@ -1,0 +1,80 @@
+"""What pretraining does with evaluations: how often, on whom, and what they may choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medseg_ssl.analysis.tables import write_bytes
+from medseg_ssl.config import ConfigError, Duration
+from medseg_ssl.train.session import build_evaluations
+from medseg_ssl.train.settings import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from medseg_ssl.inference.frozen import FrozenEncoder
+    from medseg_ssl.inference.inputs import Precision
+    from medseg_ssl.nets.encoder_file import Card
+    from medseg_ssl.objectives.base import Objective
+
+    from .run import PretrainConfig
+
+PROBES = 10
+"""Evaluations of a run that does not say how often."""
+SAMPLES_BETWEEN = 1000
+"""Samples trained on between two of them at least: a few dozen crops are looked at then, under 5 % of the work."""
+
+
+def with_judge(config: PretrainConfig) -> tuple[PretrainConfig, str]:
+    """The config with all options of its evaluations written out where they choose, and the subset that they choose on.
+
+    Raises:
+        ConfigError: an evaluation looks at segmenters, or ``keep_best`` names none or one that sees test subjects.
+    """
+    built = build_evaluations(config.evaluations)
+    for name, evaluation in built.items():
+        if evaluation.of != "encoder":
+            raise ConfigError(
+                f"evaluations.{name} looks at a {evaluation.of}; pretraining has an encoder only"
+            )
+    if config.keep_best is None:
+        return config, ""
+    judge = config.keep_best.score.split("/")[0]
+    if judge not in built:
+        raise ConfigError(
+            f"keep_best.score names the evaluation {judge!r}; evaluations has {', '.join(built) or 'none'}"
+        )
+    subset = built[judge].config.model_dump().get("subset")
+    if subset not in ("development", "train"):
+        raise ConfigError(
+            f"evaluations.{judge}.subset is {subset!r}, so keep_best would choose by test subjects; take 'development'"
+            " or 'train'"
+        )
+    written = {name: evaluation.config.model_dump(mode="json") for name, evaluation in built.items()}
+    return config.model_copy(update={"evaluations": written}), subset
+
+
+def with_interval(config: PretrainConfig, steps: int) -> TrainConfig:
+    """The lengths of a run, with the interval of the evaluations where the config leaves it open."""
+    if config.train.evaluate_every is not None:
+        return config.train
+    least = -(-SAMPLES_BETWEEN // config.data.batch_size)
+    every = Duration(value=max(least, round(steps / PROBES)), unit="steps")
+    return config.train.model_copy(update={"evaluate_every": every})
+
+
+def keep_picture(run: Path, name: str, png: bytes, step: int) -> None:
+    """Write a picture of an evaluation beside the previews; it shows a real subject, so no mirror gets it."""
+    write_bytes(run / "images" / f"{name}-{step:07d}.png", png)
+
+
+def frozen(
+    objective: Objective, *, card: Callable[[], Card], device: torch.device, precision: Precision
+) -> FrozenEncoder:
+    """The objective's encoder as an evaluation wants it."""
+    from medseg_ssl.inference.frozen import FrozenEncoder
+
+    encoder = objective.export().encoder
+    return FrozenEncoder(encoder, card(), device=str(device), precision=precision)

@@ -1,0 +1,92 @@
+"""Leakage: an embedding that codes the modality or the subject is found out, one that is constant is at chance."""
+
+import numpy as np
+import pytest
+from torch import nn
+
+from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.evaluations.leakage import Leakage
+from medseg_ssl.inference.frozen import FrozenEncoder
+from medseg_ssl.inference.predictor import Predictor
+from tests.evaluations.fakes import MemoryArchive, PooledEncoder, Threshold, card
+
+SUBJECTS = 8
+SHAPE = (18, 20, 26)
+
+
+class Blind(nn.Module):
+    channels, strides = (3,), ((8, 8, 8),)
+
+    def forward(self, image_BCDHW, spacing_mm_B3=None):
+        return [image_BCDHW.new_ones(len(image_BCDHW), 3, 1, 1, 1)]
+
+
+def archive_of(level, *, modalities=(("CT", "HU"), ("MR", "raw"))):
+    """Noise around a level per subject and modality, in CT within the policy's window."""
+    archive = MemoryArchive(classes=())
+    for i in range(SUBJECTS):
+        for number, (modality, unit) in enumerate(modalities):
+            rng = np.random.default_rng(i * 10 + number)
+            noise = rng.normal(0, 10, SHAPE) if modality == "CT" else rng.uniform(500, 2500, SHAPE)
+            volume = (level(i, modality) + noise).astype(np.float32)
+            archive.add_scan(f"{modality}{i}", volume, subject=f"p{i}", modality=modality, unit=unit)
+    archive.set_split(development=tuple(f"p{i}" for i in range(SUBJECTS)))
+    return archive
+
+
+def scores(encoder, archive, **options):
+    evaluation = Leakage(Leakage.Config(**{"crop_size": (8, 6, 8), "crops": 6, **options}))
+    return {s.name: s for s in evaluation.run(FrozenEncoder(encoder, card(kind="encoder")), archive)}
+
+
+def test_an_embedding_that_codes_the_modality_is_found_out():
+    found = scores(PooledEncoder(), archive_of(lambda i, modality: 140.0))
+    assert found["linear/modality"].value == 1.0
+    assert found["intensity/linear/modality"].value == 1.0
+    assert found["chance/modality"].value == pytest.approx(0.5)
+    low, high = found["linear_low/modality"].value, found["linear_high/modality"].value
+    assert 0.6 < low < 0.7, "Wilson's interval of 8 of 8 subjects, however many crops"
+    assert high == 1.0
+    assert found["subjects"].value == SUBJECTS
+    assert {row["subject"] for row in found["linear/modality"].per_case} == {f"p{i}" for i in range(SUBJECTS)}
+
+
+def test_an_embedding_that_codes_the_subject_is_found_out():
+    found = scores(PooledEncoder(), archive_of(lambda i, modality: 30.0 * i - 110))
+    assert found["identity/CT"].value == 1.0
+    assert found["chance/identity-CT"].value < 0.2
+    assert found["identity_low/CT"].value > found["chance/identity-CT"].value
+
+
+def test_an_embedding_that_is_constant_is_at_chance():
+    found = scores(Blind(), archive_of(lambda i, modality: 0.0))
+    assert found["linear/modality"].value == pytest.approx(0.5)
+    assert found["identity/CT"].value == pytest.approx(found["chance/identity-CT"].value)
+
+
+def test_columns_of_the_manifest_within_a_modality():
+    archive = archive_of(lambda i, modality: 80.0 * (i % 2), modalities=(("CT", "HU"),))
+    for i in range(SUBJECTS):
+        archive.scans[f"CT{i}"] = archive.scans[f"CT{i}"].model_copy(
+            update={"contrast": "late" if i % 2 else ""}
+        )
+    found = scores(PooledEncoder(), archive)
+    assert found["linear/contrast-CT"].value == 1.0
+    assert "linear/modality" not in found, "there is one"
+    assert "linear/source-CT" not in found, "it has one value"
+
+
+def test_overlapping_crops_are_no_answers():
+    archive = archive_of(lambda i, modality: 30.0 * i - 110, modalities=(("CT", "HU"),))
+    with pytest.raises(UserError, match=r"nothing to tell apart .* take a smaller crop_size"):
+        scores(PooledEncoder(), archive, crop_size=(16, 18, 24))
+
+
+def test_refusals_and_determinism():
+    archive = archive_of(lambda i, modality: 20.0 * i)
+    one, two = scores(PooledEncoder(), archive), scores(PooledEncoder(), archive)
+    assert {n: s.value for n, s in one.items()} == {n: s.value for n, s in two.items()}
+    with pytest.raises(ConfigError, match="leakage looks at an encoder's features"):
+        list(Leakage(Leakage.Config()).run(Predictor(Threshold(), card()), archive))
+    with pytest.raises(UserError, match="no scan in subset 'test'"):
+        scores(PooledEncoder(), archive, subset="test")
