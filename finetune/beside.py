@@ -1,4 +1,4 @@
-"""The tables that ``evaluate`` writes beside ``cases.csv``: robustness, calibration, subgroups, forgetting.
+"""What ``evaluate`` writes beside ``cases.csv``: robustness, calibration, missing channels, subgroups, forgetting.
 
 Each is made once; one that was interrupted goes on where it stopped.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.analysis import change, subgroups
+from medseg_ssl.analysis.metrics import COLUMNS as METRIC_COLUMNS
 from medseg_ssl.analysis.statistics import holm
 from medseg_ssl.analysis.tables import write_csv
 from medseg_ssl.config import ConfigError, UserError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from medseg_ssl.inference.predictor import Predictor
 
 ROBUSTNESS, CALIBRATION = "robustness.csv", "calibration.csv"
+MISSING, MISSING_COLUMNS = "missing.csv", ("given", "case", *METRIC_COLUMNS)
 SUBGROUPS, FORGETTING = "subgroups.csv", "forgetting.csv"
 NAMING = ("case", "subject", "key", "study", "scans", "frame", "content_hash", "appearance", "affine_44")
 """Columns that name a person or a scan; they make no group."""
@@ -83,6 +85,29 @@ def write_calibration(
     write_csv(out / "calibration_cases.csv", rows, columns=calibration.CASE_COLUMNS)
     write_csv(out / "reliability.csv", calibration.reliability_table(bins), columns=calibration.BIN_COLUMNS)
     write_csv(out / CALIBRATION, calibration.calibration_table(rows), columns=calibration.COLUMNS)
+
+
+def write_missing(
+    out: Path,
+    predictor: Predictor,
+    archive: Archive,
+    cases: Sequence[str],
+    *,
+    nsd_tolerance_mm: float,
+    progress: Callable[[str, int], Callable[[str], object]],
+) -> None:
+    """``missing.csv``: a row per subset of the channels, case and class, the other channels zero.
+
+    Raises:
+        ConfigError: a segmenter of a single channel.
+    """
+    from medseg_ssl.evaluations.missing_modalities import channel_subsets, missing_rows
+
+    if (out / MISSING).is_file():
+        return
+    on_case = progress("missing modalities", len(cases) * len(channel_subsets(predictor.card.modalities)))
+    rows = missing_rows(predictor, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
+    write_csv(out / MISSING, rows, columns=MISSING_COLUMNS)
 
 
 def write_forgetting(

@@ -104,6 +104,7 @@ class CompareConfig(Record):
         seed: of subsets, folds and fits.
         split: of the archive.
         subset: which subjects are scored; recipes are tuned on ``development`` alone.
+        modalities: cases of exactly these modalities, in channel order; empty takes every labeled case.
         metrics: how predictions are scored.
         wandb: mirror of the tables and the curve; single fits have none.
     """
@@ -123,6 +124,7 @@ class CompareConfig(Record):
     seed: int = Field(default=0, ge=0)
     split: str = "default"
     subset: Literal["test", "development"] = "test"
+    modalities: tuple[Literal["CT", "MR", "PT"], ...] = ()
     metrics: Metrics = Metrics()
     wandb: WandbConfig = WandbConfig()
 
@@ -130,7 +132,7 @@ class CompareConfig(Record):
     @classmethod
     def _kinds(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name, kind in value.items():
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
                 raise ValueError(f"init {name!r} must be a plain name, since it names a folder")
             kind_of(name, kind)
         return value

@@ -3,7 +3,7 @@ and class.
 
 Every label is met in its own space. ``cases.csv`` holds a row per case and class, ``summary.json`` the means
 over the classes of a case, then over cases. Beside them, where asked for, also later: ``robustness.csv``,
-``calibration.csv``, ``subgroups.csv`` and ``forgetting.csv``.
+``calibration.csv``, ``missing.csv``, ``subgroups.csv`` and ``forgetting.csv``.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ def parser() -> Parser:
         "--calibration", action="store_true", help="also compare the probabilities with what is true"
     )
     parser.add_argument(
+        "--missing-modalities",
+        action="store_true",
+        help="also score every subset of the channels, the others zero",
+    )
+    parser.add_argument(
         "--by",
         action="append",
         default=[],
@@ -110,7 +115,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "task": args.task or archive.fingerprint[:12],
     }
     complete = claim(args.out, identity, complete="summary.json")
-    wanted = {beside.ROBUSTNESS: args.robustness, beside.CALIBRATION: args.calibration}
+    wanted = {
+        beside.ROBUSTNESS: args.robustness,
+        beside.CALIBRATION: args.calibration,
+        beside.MISSING: args.missing_modalities,
+    }
     if (
         complete
         and not args.by
@@ -132,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             beside.write_robustness(*shared, nsd_tolerance_mm=args.nsd_tolerance_mm, progress=began)
         if args.calibration:
             beside.write_calibration(*shared, progress=began)
+        if args.missing_modalities:
+            beside.write_missing(*shared, nsd_tolerance_mm=args.nsd_tolerance_mm, progress=began)
         if args.before is not None:
             earlier = Predictor.load(args.before, device=args.device, precision=args.precision)
             beside.write_forgetting(

@@ -103,7 +103,12 @@ class FitTask:
 
 @dataclass(frozen=True)
 class PretrainTask:
-    """One pretraining of a comparison, picklable; ``protect`` are archives whose test subjects it must not see."""
+    """One pretraining of a comparison, picklable.
+
+    Attributes:
+        protect: archives whose test subjects it must not see.
+        more: archives that are drawn from beside ``archive``.
+    """
 
     folder: Path
     config: Mapping[str, Any]
@@ -113,6 +118,7 @@ class PretrainTask:
     fold: int = 0
     pretraining: int = 0
     access: Access = field(default_factory=Access)
+    more: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -132,7 +138,13 @@ def pretrain_init(task: PretrainTask) -> Path:
     config = config.model_copy(update={"data": data})
     group = group_in(task.folder.parents[1])
     return command.run_pretrain(
-        config, task.folder, archive=task.archive, access=task.access, quiet=True, group=group
+        config,
+        task.folder,
+        archive=task.archive,
+        more=task.more,
+        access=task.access,
+        quiet=True,
+        group=group,
     )
 
 
@@ -169,9 +181,9 @@ def fit_and_score(task: FitTask) -> Path:
     return done
 
 
-def remove_bulky(folder: Path) -> None:
-    """Delete weights, checkpoints and pictures of a finished fit."""
-    for name in BULKY:
+def remove_bulky(folder: Path, *, but: str = "") -> None:
+    """Delete weights, checkpoints and pictures of a finished fit, all but one of them where it is named."""
+    for name in (name for name in BULKY if name != but):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

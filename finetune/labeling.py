@@ -23,7 +23,7 @@ from .comparison import Budget, CompareConfig
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.manifest import Split
+    from medseg_ssl.data.manifest import CaseRow, Split
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,20 @@ def splits_of(config: CompareConfig, archive: Archive, *, given: BudgetFile | No
     return fold_splits(archive, split=config.split, subset=config.subset, folds=config.folds, seed=seed)
 
 
-def labeled_cases(archive: Archive, split: Split) -> dict[str, list[str]]:
+def is_wanted(config: CompareConfig, archive: Archive, case: CaseRow) -> bool:
+    """Whether a case is labeled and of the modalities that the config asks for."""
+    return case.labeled and (
+        not config.modalities or tuple(archive.scans[key].modality for key in case.scans) == config.modalities
+    )
+
+
+def labeled_cases(config: CompareConfig, archive: Archive, split: Split) -> dict[str, list[str]]:
     """Labeled cases of every training subject, in an order that depends on content alone."""
     by_subject: dict[str, list[str]] = {subject: [] for subject in split.train}
     # by voxels, not by the salted key: another archive of the same data has the same budgets
     content = {c: tuple(archive.scans[s].content_hash for s in row.scans) for c, row in archive.cases.items()}
     for case, row in sorted(archive.cases.items(), key=lambda item: (content[item[0]], item[0])):
-        if row.labeled and row.subject in by_subject:
+        if is_wanted(config, archive, row) and row.subject in by_subject:
             by_subject[row.subject].append(case)
     return {s: cases for s, cases in by_subject.items() if cases}
 
@@ -77,7 +84,7 @@ def numbered(
     Raises:
         ConfigError: two budgets that are the same number of cases, or budgets that are not ascending.
     """
-    available = min(sum(map(len, labeled_cases(archive, split).values())) for split in splits)
+    available = min(sum(map(len, labeled_cases(config, archive, split).values())) for split in splits)
     shares = [b for b in (*config.budgets, *config.low_budgets) if isinstance(b, str)]
     if isinstance(config.draws, dict):
         shares += [b for b in config.draws if isinstance(b, str)]
@@ -114,7 +121,7 @@ def training_subsets(
     """
     from medseg_ssl.data.budgets import nested_budgets
 
-    by_subject = labeled_cases(archive, archive.split(config.split) if split is None else split)
+    by_subject = labeled_cases(config, archive, archive.split(config.split) if split is None else split)
     by = None if config.stratify is None else config.stratify.by
     balance: dict[str, Any] = {}
     if by == "classes":
@@ -241,7 +248,11 @@ def scored_cases(
     if outside and not subjects:
         subjects = {row.subject for row in test_archive.cases.values()}
     cases = tuple(
-        sorted(c for c, row in test_archive.cases.items() if row.labeled and row.subject in subjects)
+        sorted(
+            c
+            for c, row in test_archive.cases.items()
+            if is_wanted(config, test_archive, row) and row.subject in subjects
+        )
     )
     if not cases:
         raise UserError(f"no labeled case in subset {config.subset!r} of split {config.split!r}")

@@ -104,6 +104,10 @@ def _card_notes(
 ) -> list[str]:
     own = card["archive_fingerprint"] == archive.fingerprint
     where = "this archive" if own else "another archive"
+    if archive.fingerprint in (several := card.get("archives", ())):
+        where = f"{'+'.join(card['modalities'])} of this archive" + (
+            " and others" if len(several) > 1 else ""
+        )
     notes = [f"{init}: {card['objective'] or 'unknown objective'}, {card['steps']} steps on {where}."]
     # a check against this archive looked at its test and development subjects; folds score training subjects too
     protected = (

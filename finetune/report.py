@@ -53,9 +53,7 @@ def write_comparison(out: Path) -> Comparison:
     write_csv(out / "cases.csv", rows, columns=CASE_COLUMNS)
     write_csv(out / "curve.csv", comparison.curve, columns=CURVE_COLUMNS)
     counts = {"finished": comparison.finished, "planned": comparison.planned}
-    write_json(
-        out / "summary.json", _without_nan({**summary, **counts, "conditions": list(comparison.notes)})
-    )
+    write_json(out / "summary.json", without_nan({**summary, **counts, "conditions": list(comparison.notes)}))
     write_bytes(out / "curve.png", comparison.picture)
     write_text(out / "report.html", comparison_page(comparison))
     return comparison
@@ -175,12 +173,12 @@ def _comparison_losses(
     return {stage: runs for stage, runs in known.items() if runs}
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The tree with null for NaN, which JSON does not know."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

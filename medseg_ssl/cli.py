@@ -40,6 +40,9 @@ VERBS = {
     "predict": Verb("finetune.predict", "segmenter + scans -> label maps in the scans' own space"),
     "export": Verb("finetune.export_weights", "encoder or segmenter -> nnU-Net, MONAI, TorchScript, ONNX"),
     "compare": Verb("finetune.compare", "inits x label budgets x draws -> curve, table, report.html"),
+    "transfer": Verb(
+        "finetune.transfer", "sources x targets: which data to pretrain on -> matrix, controls, report.html"
+    ),
     "estimate": Verb(
         "pretrain.estimate", "config -> parameters, memory, disk, steps/s and hours, before a start"
     ),

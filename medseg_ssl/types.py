@@ -21,7 +21,7 @@ MODALITIES = ("CT", "MR", "PT")
 RELATIONS = ("registered", "same_frame", "same_study", "same_subject")
 ALIGNED = ("registered", "same_frame")
 """Relations whose scans share physical coordinates."""
-AUGMENTS = ("none", "weak", "strong", "segmentation")
+AUGMENTS = ("none", "weak", "strong", "segmentation", "segmentation_dropout")
 UNKNOWN_LABEL = 255
 """Label value of a voxel whose class nobody stated; it enters no loss and no metric."""
 

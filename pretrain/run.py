@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from medseg_ssl import __version__
 from medseg_ssl.commandline import Parser, find_config
@@ -53,6 +53,8 @@ class PretrainData(Record):
         split: name of the archive's split.
         splits: its lists that are used; never the test subjects.
         modality_temperature: a modality with n scans is drawn with a probability like n to this power.
+        modalities: which scans of the archive are used; none named uses all. With several archives one list serves
+            all of them, or there is one list per archive, in the order of ``--archive``.
         max_offset_mm: pairs of one frame of reference that were measured to lie further apart are left out.
         protect: other archives, whose test and development subjects must not be among those trained on. Given on the
             command line (``data.protect=[ARCHIVE]``), since paths stand in no YAML; the run folder keeps fingerprints.
@@ -63,8 +65,15 @@ class PretrainData(Record):
     split: str = "default"
     splits: tuple[Literal["train", "development"], ...] = Field(default=("train",), min_length=1)
     modality_temperature: float = Field(default=0.5, ge=0, le=1)
+    modalities: tuple[tuple[Literal["CT", "MR", "PT"], ...], ...] = ()
     max_offset_mm: float | None = Field(default=None, ge=0)
     protect: tuple[Path, ...] = Field(default=(), exclude=True)
+
+    @field_validator("modalities", mode="before")
+    @classmethod
+    def _one_list_for_all(cls, value: Any) -> Any:
+        flat = isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value)
+        return (tuple(value),) if flat else value
 
 
 class PretrainConfig(Record):
@@ -112,6 +121,7 @@ def run_pretrain(
     run: Path,
     *,
     archive: Path,
+    more: Sequence[Path] = (),
     access: Access | None = None,
     quiet: bool = False,
     group: str | None = None,
@@ -122,7 +132,8 @@ def run_pretrain(
         config: checked by ``read_config`` or made in code.
         run: the run folder.
         archive: a prepared archive.
-        access: splits that differ from what the archive says.
+        more: archives whose scans are drawn from as well.
+        access: splits that differ from what ``archive`` says.
         quiet: show no progress.
         group: of runs in the mirror: a comparison's, where the pretraining is part of one.
 
@@ -134,7 +145,6 @@ def run_pretrain(
             cannot judge an encoder or would choose it by test subjects, or the folder holds another run.
         UserError: a broken archive, a loss that is not finite, a full disk.
     """
-    from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.augment import prepare_batch
     from medseg_ssl.data.leakage import guard
     from medseg_ssl.nets import encoder_file
@@ -143,7 +153,7 @@ def run_pretrain(
     from medseg_ssl.train.run_folder import open_run
 
     access = access or Access()
-    opened = Archive.open(archive).limited(access)
+    opened = open_archives(config.data, [archive, *more], access=access)
     config = with_spacing(with_defaults(config, SHELVES), SHELVES, opened.recipe.spacing_mm)
     config, judged_on = with_judge(config)
     subjects = training_subjects(opened, config.data)
@@ -177,7 +187,7 @@ def run_pretrain(
 
     inputs: dict[str, Any] = {"archive": opened.fingerprint[:16], **access.identity()}
     if config.data.protect:
-        inputs["protect"] = [entry["archive"][:16] for entry in checked[1:]]
+        inputs["protect"] = [entry["archive"][:16] for entry in checked[len(opened.members) :]]
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
             return Path(run) / SHIPS
@@ -229,6 +239,31 @@ def run_pretrain(
             encoder_file.save(Path(run) / SHIPS, **parts, card=described)
         machine.barrier()
     return Path(run) / SHIPS
+
+
+def open_archives(data: PretrainData, paths: Sequence[Path], *, access: Access | None = None) -> Archive:
+    """What is drawn from: an archive, or the wanted modalities of one or several.
+
+    Args:
+        data: names the modalities.
+        paths: of the archives.
+        access: splits that differ from what the first archive says.
+
+    Raises:
+        ConfigError: lists of modalities that do not go with the archives; see ``mix``.
+        UserError: no archive at a path.
+    """
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.mixture import mix
+
+    lists = data.modalities or ((),)
+    if len(lists) not in (1, len(paths)):
+        raise ConfigError(
+            f"data.modalities has {len(lists)} lists for {len(paths)} archive(s); give one list, or one per --archive"
+        )
+    first, *more = paths
+    opened = [Archive.open(first).limited(access or Access()), *(Archive.open(path) for path in more)]
+    return mix([(one, lists[i if len(lists) > 1 else 0]) for i, one in enumerate(opened)])
 
 
 def steps_per_epoch(config: PretrainConfig, archive: Archive) -> int:
@@ -362,6 +397,7 @@ def make_card(
         intensity={name: policy.model_dump(mode="json") for name, policy in archive.intensity.items()},
         modalities=archive.facts().modalities,
         archive_fingerprint=archive.fingerprint,
+        archives=() if archive.members == (archive,) else tuple(a.fingerprint for a in archive.members),
         code_version=__version__,
         objective=config.objective.name,
         steps=steps,
@@ -378,12 +414,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("config", help="a YAML, or the name of a shipped config such as 'mae'")
     parser.add_argument("run", type=Path, help="run folder; the same command again continues it")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="overrides such as optim.lr=3e-4")
-    parser.add_argument("--archive", type=Path, required=True, help="made by 'medseg-ssl prepare'")
+    parser.add_argument(
+        "--archive",
+        type=Path,
+        action="append",
+        required=True,
+        help="made by 'medseg-ssl prepare'; repeat it to draw from several",
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     given = parser.parse_intermixed_args(argv)
     path = find_config(given.config, kind="pretrain")
     config = read_config(PretrainConfig, path, given.assignments, shelves=SHELVES)
-    shipped = run_pretrain(config, given.run, archive=given.archive, quiet=given.quiet)
+    archive, *more = given.archive
+    shipped = run_pretrain(config, given.run, archive=archive, more=more, quiet=given.quiet)
     if not given.quiet:
         from rich.console import Console
 

@@ -229,6 +229,11 @@ class Archive:
 
     # -- facts -----------------------------------------------------------------------------------------------
 
+    @property
+    def members(self) -> tuple[Archive, ...]:
+        """The archives whose scans these are: this one, but for a mixture."""
+        return (self,)
+
     @cached_property
     def intensity(self) -> dict[str, Policy]:
         """The policy of each modality that occurs; raw PET without any SUV gets a robust z-score."""

@@ -1,4 +1,4 @@
-"""Augmentation by name: ``none``, ``weak``, ``strong``, ``segmentation``; recipes are records.
+"""Augmentation by name: ``none``, ``weak``, ``strong``, ``segmentation`` (``_dropout``); recipes are records.
 
 The spatial part is drawn here and folded into the crop's one interpolation by the loader; the intensity part
 runs on the device in ``prepare_batch`` (see ``augment_intensity``): on a GPU host that split was measured
@@ -71,6 +71,7 @@ SPATIAL: dict[str, Spatial] = {
     "strong": Spatial(rotation_p=0.3, rotation_deg=30, scale_p=0.3, scale=(0.7, 1.4), shift_p=0.5, shift=0.1),
     # nnU-Net v2.8 `get_training_transforms` for isotropic 3D patches, without its mirroring
     "segmentation": Spatial(rotation_p=0.2, rotation_deg=30, scale_p=0.2, scale=(0.7, 1.4)),
+    "segmentation_dropout": Spatial(rotation_p=0.2, rotation_deg=30, scale_p=0.2, scale=(0.7, 1.4)),
 }
 """Spatial recipe by the name in ``ViewSpec.augment``."""
 

@@ -56,6 +56,8 @@ class Intensity(Record):
         gamma_inverted: exponent applied to the inverted image; mean and deviation are kept.
         gamma: exponent; mean and deviation are kept.
         inversion: dark becomes bright (strength unused); pushes contrastive features from intensity to shape.
+        channel_dropout: a channel becomes zero, as where there is no data (strength unused); one always stays, so that
+            a network learns to do with the modalities it is given.
         keep_clean: keep the image before augmentation as ``View.clean_BCDHW``.
     """
 
@@ -68,8 +70,21 @@ class Intensity(Record):
     gamma_inverted: Chance | None = None
     gamma: Chance | None = None
     inversion: Chance | None = None
+    channel_dropout: Chance | None = None
     keep_clean: bool = True
 
+
+SEGMENTATION = Intensity(
+    noise=Chance(p=0.1, low=0.0, high=0.1),
+    blur=Chance(p=0.2, low=0.5, high=1.0, channel_p=0.5),
+    brightness=Chance(p=0.15, low=0.75, high=1.25),
+    contrast=Chance(p=0.15, low=0.75, high=1.25),
+    low_resolution=Chance(p=0.25, low=0.5, high=1.0, channel_p=0.5),
+    gamma_inverted=Chance(p=0.1, low=0.7, high=1.5),
+    gamma=Chance(p=0.3, low=0.7, high=1.5),
+    # a supervised loss never looks at the image, and keeping a second copy of it costs time and memory
+    keep_clean=False,
+)
 
 INTENSITY: dict[str, Intensity] = {
     "none": Intensity(),
@@ -90,16 +105,9 @@ INTENSITY: dict[str, Intensity] = {
         gamma=Chance(p=0.5, low=0.6, high=1.7),
         inversion=Chance(p=0.05, low=1.0, high=1.0),
     ),
-    "segmentation": Intensity(
-        noise=Chance(p=0.1, low=0.0, high=0.1),
-        blur=Chance(p=0.2, low=0.5, high=1.0, channel_p=0.5),
-        brightness=Chance(p=0.15, low=0.75, high=1.25),
-        contrast=Chance(p=0.15, low=0.75, high=1.25),
-        low_resolution=Chance(p=0.25, low=0.5, high=1.0, channel_p=0.5),
-        gamma_inverted=Chance(p=0.1, low=0.7, high=1.5),
-        gamma=Chance(p=0.3, low=0.7, high=1.5),
-        # a supervised loss never looks at the image, and keeping a second copy of it costs time and memory
-        keep_clean=False,
+    "segmentation": SEGMENTATION,
+    "segmentation_dropout": SEGMENTATION.model_copy(
+        update={"channel_dropout": Chance(p=0.5, low=0.0, high=0.0, channel_p=0.5)}
     ),
 }
 """Intensity recipe by the name in ``ViewSpec.augment``."""
@@ -161,7 +169,10 @@ def _draw(
         )
         if chance is None or chosen >= chance.p:
             continue
-        for channel in np.flatnonzero(per_channel < chance.channel_p):
+        hit = per_channel < chance.channel_p
+        if transform is _channel_dropout and hit.all():
+            hit[per_channel.argmax()] = False
+        for channel in np.flatnonzero(hit):
             plan.append((transform, int(channel), _strength(chance, drawn[channel])))
     return plan
 
@@ -298,6 +309,10 @@ def _inversion(x_DHW: Tensor, valid_DHW: Tensor, strength: np.ndarray, source: _
     x_DHW.neg_().add_(low + high)
 
 
+def _channel_dropout(x_DHW: Tensor, valid_DHW: Tensor, strength: np.ndarray, source: _Source) -> None:
+    x_DHW.zero_()
+
+
 def _count(valid_DHW: Tensor) -> Tensor | int:
     if valid_DHW.device.type == "cpu":
         return max(1, int(np.count_nonzero(valid_DHW.numpy())))
@@ -314,5 +329,6 @@ TRANSFORMS: dict[str, Transform] = {
     "gamma_inverted": _gamma_inverted,
     "gamma": _gamma,
     "inversion": _inversion,
+    "channel_dropout": _channel_dropout,
 }
 """Transform by its field in ``Intensity``, in the order of application."""

@@ -20,6 +20,7 @@ from medseg_ssl.data.manifest import ScanRow
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5
+OWN = "its own"
 
 
 class Leak(NamedTuple):
@@ -76,19 +77,19 @@ def guard(
     """
     training = [row for row in archive.scans.values() if row.subject in subjects]
     threshold = archive.recipe.near_duplicate
-    checks = [(archive, split, ("test",), "its own")]
+    checks = [(member, split, ("test",), OWN) for member in archive.members]
     checks += [(Archive.open(path), "default", ("test", "development"), str(path)) for path in protect]
     done = []
     for other, name, sides, where in checks:
         members = {subject for side in sides for subject in getattr(other.split(name), side)}
         rows = [row for row in other.scans.values() if row.subject in members]
-        if not rows and other is not archive:
+        if not rows and where != OWN:
             raise ConfigError(f"data.protect: split '{name}' of {where} has no test or development subject")
         found = leaks(training, rows, threshold=threshold)
         if found:
             raise ConfigError(_refusal(archive, found, where=where, split=name, sides=sides))
         missing = sum(not row.appearance for row in (*training, *rows))
-        if missing and other is not archive:
+        if missing and where != OWN:
             logger.warning(
                 "%d scans have no appearance: compared with %s by their voxels alone", missing, where
             )
@@ -109,7 +110,7 @@ def _refusal(archive: Archive, found: Sequence[Leak], *, where: str, split: str,
     shown = ", ".join(map(str, found[:_SHOWN])) + (
         f", and {len(found) - _SHOWN} more" if found[_SHOWN:] else ""
     )
-    place = f"{where} split '{split}'" if where == "its own" else f"split '{split}' of {where}"
+    place = f"{where} split '{split}'" if where == OWN else f"split '{split}' of {where}"
     return (
         f"{len(found)} scan(s) of {archive.path} that would be trained on stand under {' or '.join(sides)} of {place}: "
         f"{shown}; leave their subjects out: prepare an archive with them in split.test_subjects, or without them"

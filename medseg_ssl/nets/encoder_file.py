@@ -41,6 +41,8 @@ class Card(BaseModel):
         mirror_axes: axes that were mirrored at random in training.
         intensity: intensity policy by modality.
         modalities: modality of each input channel for a segmenter, modalities seen for an encoder.
+        archives: fingerprints of the archives whose scans were trained on, where they are several or only some of their
+            modalities were; empty where ``archive_fingerprint`` says all.
         checked_against: protected scans that no training scan repeats, one entry per archive (``data/leakage.py``).
         untrained: beginnings of the names of the encoder's parameters that the objective did not train.
         chosen_by: where the weights are the best evaluated ones, not the last: score, value, subset, step, candidates.
@@ -61,6 +63,7 @@ class Card(BaseModel):
     intensity: dict[str, dict[str, Any]] = {}
     modalities: tuple[str, ...] = ()
     archive_fingerprint: str = ""
+    archives: tuple[str, ...] = ()
     code_version: str = ""
     objective: str = ""
     steps: int = 0

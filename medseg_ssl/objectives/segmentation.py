@@ -23,7 +23,8 @@ class Segmentation(Objective):
 
         Attributes:
             size: crop (D, H, W).
-            augment: augmentation of image and label.
+            augment: augmentation of image and label; ``segmentation_dropout`` also drops whole channels where there
+                are several.
             mirror_axes: axes (0 superior-inferior, 1 anterior-posterior, 2 left-right) mirrored at random; none by
                 default, since sides are anatomy. ``predict --flips`` averages over them.
             voxel_loss: ``cross_entropy`` or ``focal``.

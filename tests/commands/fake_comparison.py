@@ -102,9 +102,9 @@ def fake_fit(task: FitTask) -> Path:
         for number, name in enumerate(CLASSES[1:]):
             dice = 0.5 + 0.1 * np.log2(task.budget) + GAIN.get(task.init, 0.0) - 0.1 * number
             dice += (
-                0.02 * _effect(case)
-                + 0.02 * _effect(str(task.draw))
-                + 0.01 * _effect(f"{task.folder.parts[-3:]}{case}")
+                0.02 * effect(case)
+                + 0.02 * effect(str(task.draw))
+                + 0.01 * effect(f"{task.folder.parts[-3:]}{case}")
             )
             metrics = {"dice": dice, "iou": dice / 2, "nsd": None, "nsd_tolerance_mm": 2.0, "hd95_mm": 3.0}
             rows.append(
@@ -139,7 +139,7 @@ def fake_slice(case: str) -> Slice:
     return Slice(case, (x * 10).astype(np.uint8), truth, prediction, (1.0, 1.5))
 
 
-def _effect(text: str) -> float:
+def effect(text: str) -> float:
     return draws.numpy_generator(
         0, int(hashlib.sha256(text.encode()).hexdigest()[:8], 16), "effect"
     ).standard_normal()

@@ -121,6 +121,28 @@ def test_wrong_usage(world):
     assert not (folder / "out").exists()
 
 
+def test_missing_modalities_are_scored_where_they_are_asked_for(world, monkeypatch):
+    folder, _ = world
+    with pytest.raises(ConfigError, match="needs a segmenter of several channels"):
+        run(folder, "--missing-modalities", out="one")
+    archive = MemoryArchive()
+    volume = bright_cube((14, 13, 12), BOX)
+    for key in ("a", "b"):
+        archive.add_scan(key, volume, subject="p")
+    archive.add_case("c", ["a", "b"], (volume > 0).astype(np.uint8))
+    archive.set_split(test=("p",))
+    predictor = Predictor(Threshold(above=0.2), card(channels_in=2, modalities=("CT", "CT")))
+    monkeypatch.setattr("medseg_ssl.data.archive.Archive.open", lambda path: archive)
+    monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **_: predictor)
+    out = run(folder, "--missing-modalities", out="two")
+    with (out / "missing.csv").open(newline="") as file:
+        assert {row["given"]: row["dice"] for row in csv.DictReader(file)} == {
+            "CT0": "1",
+            "CT1": "0",
+            "CT0+CT1": "1",
+        }
+
+
 def test_prepared_archive_of_turned_anisotropic_scans(tmp_path, monkeypatch):
     """Files -> prepare at another spacing -> evaluate: the threshold's answer is right on every label's own grid."""
     import nibabel as nib

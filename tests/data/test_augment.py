@@ -121,6 +121,19 @@ def test_noise_brightness_and_inversion():
     torch.testing.assert_close(inverted, image.amin() + image.amax() - image)
 
 
+def test_dropped_channels_are_zero_and_one_always_stays():
+    image = image_of(40, channels=3)
+    left = (
+        apply("channel_dropout", image.clone(), low=0, high=0, channel_p=0.5).flatten(2).abs().amax(dim=2) > 0
+    )
+    assert left.any(dim=1).all()
+    assert set(left.sum(dim=1).tolist()) == {1, 2, 3}
+    kept = apply("channel_dropout", image.clone(), low=0, high=0)
+    assert (kept.flatten(2).abs().amax(dim=2) > 0).sum() == 40
+    single = image[:, :1].clone()
+    assert torch.equal(apply("channel_dropout", single.clone(), low=0, high=0), single)
+
+
 def test_blur_is_a_gaussian_with_replicated_edges():
     image = torch.zeros(1, 1, 15, 15, 15)
     image[0, 0, 7, 7, 7] = 1

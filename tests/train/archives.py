@@ -45,8 +45,9 @@ def write_archive(
     known: tuple[bool, ...] = (True, True),
     stating: tuple[str, ...] = (),
     classes: tuple[str, str] = ("background", "organ"),
+    channels: tuple[str, ...] = ("CT",),
 ) -> Archive:
-    """Eight subjects; the scan named ``broken`` (such as ``s1-MR``) holds no data anywhere.
+    """Eight subjects; the scan named ``broken`` (such as ``s1-MR``) holds no data anywhere; a case has these channels.
 
     The annotator stated the classes ``known``, in the subjects ``stating`` all of them.
     """
@@ -63,7 +64,7 @@ def write_archive(
             write_volume(path, stored.astype(np.int16), row, recipe=RECIPE, stamp="")
             scans.append(row)
         stated = ((True, True) if subject in stating else known) if labels else ()
-        scan = (f"{subject}-CT",)
+        scan = tuple(f"{subject}-{modality}" for modality in channels)
         case = CaseRow(
             case=f"case-{subject}", subject=subject, scans=scan, labeled=labels, known_classes=stated
         )

@@ -1,0 +1,414 @@
+"""``medseg-ssl transfer CONFIG OUT --archive NAME=PATH …``: which data should an encoder for a task be pretrained on?
+
+Pretrains an encoder on every source, fine-tunes all of them on every target as ``compare`` does, and writes
+matrix.csv, cases.csv, curve.csv, summary.json, matrix.png and report.html; ``OUT/targets/TARGET`` holds the whole
+comparison on each target. The same command again continues an interrupted benchmark.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg_ssl.analysis.tables import write_json
+from medseg_ssl.analysis.transfer import MATRIX_COLUMNS, Source, Target
+from medseg_ssl.commandline import Parser, find_config
+from medseg_ssl.config import ConfigError, UserError, override, parse, read_yaml
+from medseg_ssl.fanout import ENGINES, map_tasks
+from medseg_ssl.train.interrupt import Interrupted
+from medseg_ssl.train.run_folder import RunFolder, hash_file
+
+from . import looks
+from .compare import compare
+from .crew import Crew, visible_gpus
+from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
+from .matrix import (
+    MatrixConfig,
+    check_sources,
+    comparison_of,
+    expand,
+    notes_of,
+    pretrain_tasks,
+    resolve,
+    source_facts,
+    target_of,
+)
+from .planning import EncoderKey, fit_grid
+from .report import PLAN
+from .transfer_tables import REPORT, write_transfer
+
+if TYPE_CHECKING:
+    from medseg_ssl.nets.encoder_file import Card
+
+
+def transfer(
+    config: MatrixConfig,
+    out: Path,
+    *,
+    archives: Mapping[str, Path],
+    encoders: Mapping[str, Path] | None = None,
+    workers: int | None = None,
+    engine: str = "local",
+    keep: bool = False,
+    quiet: bool = False,
+    command: str = "",
+    fit: Callable[[FitTask], Path] = fit_and_score,
+    pretrain: Callable[[PretrainTask], Path] = pretrain_init,
+) -> Path:
+    """Run a transfer benchmark, or go on with it.
+
+    Args:
+        config: resolved (``matrix.resolve``).
+        out: folder of the benchmark.
+        archives: path of every archive that the config names.
+        encoders: file of each source of kind ``encoder``.
+        workers: pretrainings or fits side by side; None chooses by cores or GPUs.
+        engine: ``local`` or ``ray``.
+        keep: keep weights of every fit.
+        quiet: show no progress.
+        command: how a reader makes this again, for the report.
+        fit: does one fit (tests put their own here).
+        pretrain: does one pretraining.
+
+    Returns:
+        ``OUT/report.html``.
+
+    Raises:
+        ConfigError: config, archives and encoder files do not go together, or OUT holds another benchmark.
+        UserError: fits failed; what finished is in the tables all the same.
+    """
+    from medseg_ssl.data.archive import Archive
+
+    paths = check_names("archive", config.archives, archives)
+    given = check_names("encoder", config.given_sources(), encoders or {})
+    opened = {name: Archive.open(path) for name, path in paths.items()}
+    check_sources(config, opened)
+    targets = [target_of(config, name, opened) for name in config.targets]
+    inputs = {
+        "archives": {name: archive.fingerprint for name, archive in opened.items()},
+        "encoders": {name: hash_file(path) for name, path in given.items()},
+    }
+    gpus = visible_gpus(comparison_of(config, targets[0].name))
+    crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
+    device = f"{len(gpus)} GPUs" if gpus else "cpu"
+    with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device):
+        made = crew.pretrain(pretrain, pretrain_tasks(config, out, paths))
+        files = {name: given.get(name) or made[EncoderKey(name)] for name in config.sources}
+        cards = {name: load_card(path) for name, path in files.items()}
+        sources = source_facts(config, cards, opened)
+        _write_plan(
+            out, config, sources, targets, notes=notes_of(config, opened, cards, targets), command=command
+        )
+        if config.estimate:
+            tasks = [_feature_task(config, out, t, "estimates.json", paths, files, {}) for t in targets]
+            _look(crew, looks.estimate_sources, tasks)
+        failures = []
+        for target in targets:
+            plan = comparison_of(config, target.name)
+            try:
+                compare(
+                    plan,
+                    out / "targets" / target.name,
+                    archive=paths[target.archive],
+                    encoders=files,
+                    workers=workers,
+                    engine=engine,
+                    keep=keep,
+                    quiet=quiet,
+                    command=f"part of: {command}" if command else "",
+                    fit=_keeping(config, target, fit),
+                )
+            except (ConfigError, Interrupted):
+                raise
+            except UserError as error:  # the other targets are worth having
+                failures.append(UserError(f"target {target.name}: {error}"))
+        _look_at_segmenters(crew, config, out, targets, paths, files)
+        report = _conclude(out, config, failures)
+    return report
+
+
+def _conclude(out: Path, config: MatrixConfig, failures: Sequence[UserError]) -> Path:
+    try:
+        matrix = write_transfer(out)
+    except UserError:
+        if failures:
+            raise failures[0] from None
+        raise
+    if failures:
+        raise failures[0]
+    _mirror(out, config, matrix)
+    return out / REPORT
+
+
+def _mirror(out: Path, config: MatrixConfig, matrix: Sequence[Mapping[str, Any]]) -> None:
+    from medseg_ssl.train.recorder import Recorder
+
+    tree = config.model_dump(mode="json")
+    with Recorder(out, wandb=config.wandb, config=tree, tags=("transfer", config.task)) as recorder:
+        recorder.table("matrix", MATRIX_COLUMNS, [[row[c] for c in MATRIX_COLUMNS] for row in matrix])
+
+
+# -- what goes in --------------------------------------------------------------------------------------------
+
+
+def check_names(flag: str, wanted: Iterable[str], given: Mapping[str, Path]) -> dict[str, Path]:
+    """The path of every wanted name.
+
+    Raises:
+        ConfigError: a name without a path, or a path for a name that the config does not have.
+    """
+    wanted = list(wanted)
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        raise ConfigError(f"{flag} {missing[0]!r} needs its path: --{flag} {missing[0]}=PATH")
+    unknown = [name for name in given if name not in wanted]
+    if unknown:
+        raise ConfigError(
+            f"--{flag} {unknown[0]}=… is not in the config; known: {', '.join(wanted) or 'none'}"
+        )
+    return {name: Path(given[name]) for name in wanted}
+
+
+def load_card(path: Path) -> Card:
+    """The card of an encoder file."""
+    from medseg_ssl.nets import encoder_file
+
+    return encoder_file.load_card(path)
+
+
+def _write_plan(
+    out: Path,
+    config: MatrixConfig,
+    sources: Sequence[Source],
+    targets: Sequence[Target],
+    *,
+    notes: Sequence[str],
+    command: str,
+) -> None:
+    planned = {t.name: len(fit_grid(comparison_of(config, t.name))) for t in targets}
+    write_json(
+        out / PLAN,
+        {
+            "task": config.task,
+            "sources": [asdict(source) for source in sources],
+            "targets": [asdict(target) for target in targets],
+            "planned": planned,
+            "notes": list(notes),
+            "command": command,
+        },
+    )
+
+
+# -- looks ---------------------------------------------------------------------------------------------------
+
+
+def _keeping(
+    config: MatrixConfig, target: Target, fit: Callable[[FitTask], Path]
+) -> Callable[[FitTask], Path]:
+    """The fit that keeps what is looked at later; another fit than the real one is left alone."""
+    several = _several(config, target)
+    if fit is not fit_and_score or not (config.similarity or several):
+        return fit
+    budget = comparison_of(config, target.name).budgets[-1]
+    return partial(looks.fit_and_keep, budget=budget, every_draw=several)
+
+
+def _several(config: MatrixConfig, target: Target) -> bool:
+    return config.missing_modalities and len(target.modalities) > 1
+
+
+def _feature_task(
+    config: MatrixConfig,
+    out: Path,
+    target: Target,
+    file: str,
+    archives: Mapping[str, Path],
+    encoders: Mapping[str, Path],
+    segmenters: Mapping[str, Path],
+) -> looks.FeatureTask:
+    return looks.FeatureTask(
+        out / "features" / target.name / file,
+        target.name,
+        archives[target.archive],
+        comparison_of(config, target.name),
+        encoders,
+        segmenters,
+    )
+
+
+def _look_at_segmenters(
+    crew: Crew,
+    config: MatrixConfig,
+    out: Path,
+    targets: Sequence[Target],
+    archives: Mapping[str, Path],
+    encoders: Mapping[str, Path],
+) -> None:
+    """Similarity and missing modalities of what was fine-tuned, at the largest budget."""
+    alike, missing = [], []
+    for target in targets:
+        plan, folder = comparison_of(config, target.name), out / "targets" / target.name
+        budget = plan.budgets[-1]
+        if config.similarity:
+            kept = looks.segmenters_of(folder, list(plan.inits), budget=budget, draw=0)
+            alike.append(_feature_task(config, out, target, "similarity.csv", archives, encoders, kept))
+        if not _several(config, target):
+            continue
+        for init, at, draw in fit_grid(plan):
+            kept = looks.segmenters_of(folder, [init], budget=budget, draw=draw)
+            if at == budget and kept:
+                missing.append(
+                    looks.MissingTask(
+                        out / "features" / target.name / "missing" / f"{init}-d{draw}.csv",
+                        target.name,
+                        archives[target.archive],
+                        kept[init],
+                        tuple(target.subjects),
+                        init,
+                        budget,
+                        draw,
+                        plan.metrics.nsd_tolerance_mm,
+                    )
+                )
+    _look(crew, looks.compare_features, alike)
+    _look(crew, looks.score_missing, missing)
+
+
+def _look(crew: Crew, function: Callable[[Any], Path], tasks: Sequence[Any]) -> None:
+    pending = [task for task in tasks if not task.file.is_file()]
+    map_tasks(function, pending, describe=looks.name_of, **crew.options(max(1, len(tasks))))
+
+
+# -- command -------------------------------------------------------------------------------------------------
+
+
+def read_config(path: Path, assignments: Sequence[str]) -> MatrixConfig:
+    """A benchmark's config with its overrides, shipped configs in their place and everything checked.
+
+    Raises:
+        ConfigError: every wrong key at once.
+    """
+    tree = expand(override(expand(read_yaml(path)), assignments))
+    return resolve(parse(MatrixConfig, tree, where=f"config {path.name}"))
+
+
+def parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="medseg-ssl transfer", description=__doc__)
+    parser.add_argument("config", nargs="?", help="a YAML, or the name of a shipped config such as 'phantom'")
+    parser.add_argument("out", type=Path, help="folder of the benchmark")
+    parser.add_argument(
+        "assignments", nargs="*", metavar="key=value", help="overrides such as pretrain.train.steps=500"
+    )
+    parser.add_argument(
+        "--archive",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="path of an archive that the config names",
+    )
+    parser.add_argument(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="file of a source of kind 'encoder'",
+    )
+    parser.add_argument("--workers", type=int, help="fits side by side (default: by cores, or one per GPU)")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="default: %(default)s")
+    parser.add_argument("--keep", action="store_true", help="keep the weights of every fit")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument(
+        "--report-only", action="store_true", help="write the tables of the fits that are done; needs OUT"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the benchmark and return the report.
+
+    Raises:
+        UserError: see ``transfer``.
+        ConfigError: see ``transfer``.
+    """
+    given = parser().parse_intermixed_args(argv)
+    if given.report_only:
+        write_transfer(given.out)
+        report = given.out / REPORT
+    else:
+        report = _run(given)
+    if not given.quiet:
+        _show(report)
+    return report
+
+
+def _run(given: Any) -> Path:
+    if given.config is None:
+        raise ConfigError(
+            "transfer needs CONFIG, OUT and --archive NAME=PATH (--report-only needs OUT alone)"
+        )
+    if given.workers is not None and given.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {given.workers}")
+    config = read_config(find_config(given.config, kind="transfer"), given.assignments)
+    archives, encoders = read_named("archive", given.archive), read_named("encoder", given.encoder)
+    return transfer(
+        config,
+        given.out,
+        archives=archives,
+        encoders=encoders,
+        workers=given.workers,
+        engine=given.engine,
+        keep=given.keep,
+        quiet=given.quiet,
+        command=_command(given, archives=archives, encoders=encoders),
+    )
+
+
+def read_named(flag: str, given: Sequence[str]) -> dict[str, Path]:
+    """``NAME=PATH`` arguments by name.
+
+    Raises:
+        ConfigError: one without a name or a path, or a name given twice.
+    """
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"cannot read --{flag} {text!r}; write NAME=PATH")
+        if name in found:
+            raise ConfigError(f"--{flag} {name}=… is given twice")
+        found[name] = Path(path)
+    return found
+
+
+def _command(given: Any, *, archives: Iterable[str], encoders: Iterable[str]) -> str:
+    """The command without paths of this machine."""
+    words = ["medseg-ssl", "transfer", Path(given.config).stem, "OUT"]
+    for flag, names in (("archive", archives), ("encoder", encoders)):
+        words += [word for name in names for word in (f"--{flag}", f"{name}=PATH")]
+    return shlex.join([*words, *given.assignments])
+
+
+def _show(report: Path) -> None:
+    from rich.console import Console
+
+    summary = json.loads((report.parent / "summary.json").read_text(encoding="utf-8"))
+    console = Console(stderr=True)
+    for line in summary["verdicts"]:
+        console.print(line, markup=False, highlight=False)
+    if summary["finished"] < summary["planned"]:
+        console.print(
+            f"{summary['finished']} of {summary['planned']} fits are done", markup=False, highlight=False
+        )
+    console.print(f"report: {report}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    from medseg_ssl.cli import script
+
+    script(main)

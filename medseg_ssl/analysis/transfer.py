@@ -1,0 +1,401 @@
+"""From the scores of every target to the transfer matrix, its controls and its verdicts.
+
+A *source* is what an encoder was pretrained on, a *target* a labeled task. The gain of a cell (source → target) is
+the mean Dice of the pretrained init minus that of the better scratch baseline of the target, on the same cases and
+draws. Sources on one target are compared directly, paired on cases and draws; their baseline cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from medseg_ssl.analysis.label_efficiency import Row, Table, Tables, budgets_of, common, tables
+from medseg_ssl.analysis.metrics import METRICS
+from medseg_ssl.analysis.statistics import Interval, crossed_interval, holm
+
+MATRIX_COLUMNS = (
+    "task", "source", "target", "budget", "metric", "mean", "ci_low", "ci_high",
+    "gain", "gain_ci_low", "gain_ci_high",
+)  # fmt: skip
+SAME_DATA = "same data"
+SAME_MODALITY = "same modality, other data"
+SOME_MODALITIES = "some of the modalities"
+SAME_ARCHIVE = "other modality, same archive"
+OTHER = "other modality"
+UNKNOWN = "unknown"
+JUDGED = ("cases and draws", "cases, draws and pretrainings")
+"""What an interval must cover for a verdict."""
+CONTROLS = {
+    "same modality, other data − other modality": ((SAME_MODALITY,), (SAME_ARCHIVE, OTHER)),
+    "same data − other modality": ((SAME_DATA,), (SAME_ARCHIVE, OTHER)),
+    "same data − same modality, other data": ((SAME_DATA,), (SAME_MODALITY,)),
+}
+"""Name of a control to the kinds of sources whose means it compares."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an encoder was pretrained on.
+
+    Attributes:
+        parts: archive to the modalities taken from it; empty for an encoder from elsewhere.
+        modalities: all of them.
+    """
+
+    name: str
+    parts: Mapping[str, Sequence[str]]
+    modalities: tuple[str, ...]
+
+    @property
+    def pieces(self) -> set[tuple[str, str]]:
+        """Every (archive, modality)."""
+        return {(archive, modality) for archive, names in self.parts.items() for modality in names}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A labeled task.
+
+    Attributes:
+        archive: where its cases are.
+        modalities: of a case, in channel order.
+        low_budgets: numbers of labels over which its cells are pooled.
+        baselines: its scratch inits.
+        subjects: scored case to its subject.
+    """
+
+    name: str
+    archive: str
+    modalities: tuple[str, ...]
+    low_budgets: tuple[int, ...]
+    baselines: tuple[str, ...]
+    subjects: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Dice of one target by (init, budget)."""
+
+    target: Target
+    dice: Tables
+
+    @property
+    def budgets(self) -> list[int]:
+        """Budgets that are pooled: the low ones that every finished init has, or all that every one has."""
+        inits = {init for init, _ in self.dice}
+        shared = set.intersection(*(set(budgets_of(self.dice, init)) for init in inits)) if inits else set()
+        return sorted(shared & set(self.target.low_budgets)) or sorted(shared)
+
+    def has(self, init: str) -> bool:
+        """Whether there are scores of an init."""
+        return bool(self.budgets) and all((init, b) in self.dice for b in self.budgets)
+
+    def pooled(self, init: str) -> Table:
+        """Mean over the pooled budgets of every (case, draw): budgets are nested, so it stays one observation."""
+        return mean_table([self.dice[init, b] for b in self.budgets])
+
+    def baseline(self, budgets: Sequence[int]) -> str | None:
+        """The scratch baseline that scores more at these budgets, on what all baselines have: the strictest reading."""
+        known = [name for name in self.target.baselines if all((name, b) in self.dice for b in budgets)]
+        if not known or not budgets:
+            return None
+        scores = common([mean_table([self.dice[name, b] for b in budgets]) for name in known])
+        means = {name: crossed_interval(s_ND).mean for name, s_ND in zip(known, scores, strict=True)}
+        return max(known, key=lambda name: -math.inf if math.isnan(means[name]) else means[name])
+
+    def gain(self, source: str) -> Table | None:
+        """Pooled Dice of a source minus the better baseline's; None while either is missing."""
+        baseline = self.baseline(self.budgets)
+        if baseline is None or not self.has(source):
+            return None
+        return difference_table(self.pooled(source), self.pooled(baseline))
+
+
+# -- tables --------------------------------------------------------------------------------------------------
+
+
+def mean_table(parts: Sequence[Table]) -> Table:
+    """Cell by cell mean of several tables, on the cases and draws that all have."""
+    cases = sorted(set.intersection(*(set(t.cases) for t in parts)))
+    draws = sorted(set.intersection(*(set(t.draws) for t in parts)))
+    return Table(np.mean(common(parts), axis=0), tuple(cases), tuple(draws))
+
+
+def difference_table(first: Table, second: Table) -> Table:
+    """Cell by cell difference of two tables, on the cases and draws that both have."""
+    cases, draws = sorted({*first.cases} & {*second.cases}), sorted({*first.draws} & {*second.draws})
+    return Table(np.subtract(*common([first, second])), tuple(cases), tuple(draws))
+
+
+def independent_difference(first: Interval, second: Interval, *, level: float = 0.95) -> Interval:
+    """Interval for the difference of two means that share neither cases nor draws (Welch 1947, Satterthwaite 1946)."""
+    from scipy.special import stdtr, stdtrit
+
+    error = math.hypot(first.standard_error, second.standard_error)
+    mean = first.mean - second.mean
+    covers = first.covers if first.covers == second.covers else "nothing"
+    counts = {"cases": min(first.cases, second.cases), "draws": min(first.draws, second.draws)}
+    if math.isnan(error) or error == 0.0:
+        return replace(first, mean=mean, low=math.nan, high=math.nan, p=math.nan, standard_error=error, freedom=0.0,
+                       covers="nothing", **counts)  # fmt: skip
+    spread = first.standard_error**4 / first.freedom + second.standard_error**4 / second.freedom
+    freedom = error**4 / spread
+    half = float(stdtrit(freedom, 0.5 + level / 2)) * error
+    p = float(2 * stdtr(freedom, -abs(mean) / error))
+    return replace(first, mean=mean, low=mean - half, high=mean + half, p=p, standard_error=error, freedom=freedom,
+                   covers=covers, **counts)  # fmt: skip
+
+
+# -- the matrix ----------------------------------------------------------------------------------------------
+
+
+def kind_of(source: Source, target: Target) -> str:
+    """How a source relates to a target; the controls compare kinds."""
+    wanted, held = set(target.modalities), set(source.modalities)
+    if not source.parts:
+        return UNKNOWN
+    if wanted <= set(source.parts.get(target.archive, ())):
+        return SAME_DATA
+    if wanted <= held:
+        return SAME_MODALITY
+    if wanted & held:
+        return SOME_MODALITIES
+    return SAME_ARCHIVE if target.archive in source.parts else OTHER
+
+
+def matrix_rows(
+    task: str, rows: Sequence[Row], sources: Sequence[Source], targets: Sequence[Target]
+) -> list[dict[str, Any]]:
+    """Rows of ``matrix.csv``: every metric of every source on every target at every budget, and its gain.
+
+    The baseline of a (target, budget) is the one with the higher mean Dice there, for every metric; a gain of
+    ``hd95_mm`` is a difference in mm, so the lower the better.
+    """
+    out = []
+    for target in targets:
+        of_target = [row for row in rows if row["target"] == target.name]
+        by_metric = {metric: tables(of_target, metric) for metric in METRICS}
+        cells = Cells(target, by_metric["dice"])
+        for source in sources:
+            for budget in budgets_of(cells.dice, source.name):
+                baseline = cells.baseline([budget])
+                for metric, found in by_metric.items():
+                    own = crossed_interval(found[source.name, budget].scores_NDP)
+                    gain = None
+                    if baseline is not None:
+                        pair = difference_table(found[source.name, budget], found[baseline, budget])
+                        gain = crossed_interval(pair.scores_NDP)
+                    out.append(
+                        {"task": task, "source": source.name, "target": target.name, "budget": budget}
+                        | {"metric": metric, "mean": own.mean, "ci_low": own.low, "ci_high": own.high}
+                        | {"gain": None if gain is None else gain.mean}
+                        | {"gain_ci_low": None if gain is None else gain.low}
+                        | {"gain_ci_high": None if gain is None else gain.high}
+                    )
+    return out
+
+
+def transfer_summary(
+    rows: Sequence[Row], sources: Sequence[Source], targets: Sequence[Target]
+) -> dict[str, Any]:
+    """Cells pooled over few labels, same-modality controls, asymmetry and mixed-source gain, each with its interval.
+
+    Args:
+        rows: of ``cases.csv``: ``init`` is a source's name or a baseline, ``target`` a target's name.
+        sources: columns of the matrix.
+        targets: rows of the matrix; those without scores yet are left out.
+    """
+    found = {
+        t.name: Cells(t, tables([row for row in rows if row["target"] == t.name], "dice")) for t in targets
+    }
+    known = [cells for cells in found.values() if cells.budgets]
+    return {
+        "cells": _gains(known, sources),
+        "controls": [item for cells in known for item in _controls(cells, sources)],
+        "asymmetry": _asymmetry(known, sources),
+        "mixed": [item for cells in known for item in _mixed(cells, sources)],
+    }
+
+
+def _gains(known: Sequence[Cells], sources: Sequence[Source]) -> list[dict[str, Any]]:
+    out = []
+    for cells in known:
+        for source in sources:
+            gain = cells.gain(source.name)
+            if gain is not None:
+                head = {
+                    "source": source.name,
+                    "target": cells.target.name,
+                    "kind": kind_of(source, cells.target),
+                }
+                head |= {"budgets": cells.budgets, "baseline": cells.baseline(cells.budgets)}
+                out.append(head | asdict(crossed_interval(gain.scores_NDP)))
+    return _with_holm(out)
+
+
+def _controls(cells: Cells, sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Means of kinds of single-modality sources against each other; a union would blur what is compared."""
+    kinds: dict[str, list[str]] = {}
+    for source in sources:
+        if len(source.modalities) == 1 and cells.has(source.name):
+            kinds.setdefault(kind_of(source, cells.target), []).append(source.name)
+    out = []
+    for name, (first, second) in CONTROLS.items():
+        groups = [[n for kind in side for n in kinds.get(kind, ())] for side in (first, second)]
+        if all(groups):
+            a, b = (mean_table([cells.pooled(n) for n in group]) for group in groups)
+            head = {"control": name, "target": cells.target.name, "first": groups[0], "second": groups[1]}
+            out.append(head | asdict(crossed_interval(difference_table(a, b).scores_NDP)))
+    return out
+
+
+def _asymmetry(known: Sequence[Cells], sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Gain of A → B minus gain of B → A, for every two targets that have sources of their own."""
+    out = []
+    for a, b in combinations(known, 2):
+        own = _own_source(a.target, sources), _own_source(b.target, sources)
+        if own[0] is None or own[1] is None or own[0] == own[1]:
+            continue
+        there, back = b.gain(own[0].name), a.gain(own[1].name)
+        if there is None or back is None:
+            continue
+        paired = _by_subject(there, b.target), _by_subject(back, a.target)
+        same = a.target.archive == b.target.archive and paired[0] is not None and paired[1] is not None
+        if same and set(paired[0].cases) == set(paired[1].cases):  # pyright: ignore[reportOptionalMemberAccess]
+            interval = crossed_interval(difference_table(*paired).scores_NDP)  # pyright: ignore[reportArgumentType]
+        else:
+            interval = independent_difference(
+                crossed_interval(there.scores_NDP), crossed_interval(back.scores_NDP)
+            )
+        head = {
+            "there": [own[0].name, b.target.name],
+            "back": [own[1].name, a.target.name],
+            "gain_there": crossed_interval(there.scores_NDP).mean,
+            "gain_back": crossed_interval(back.scores_NDP).mean,
+        }
+        out.append(head | asdict(interval))
+    return _with_holm(out)
+
+
+def _own_source(target: Target, sources: Sequence[Source]) -> Source | None:
+    """The source of a target's own data and modalities alone, or else the only one of its modalities alone."""
+    alike = [s for s in sources if set(s.modalities) == set(target.modalities)]
+    own = [s for s in alike if set(s.parts) == {target.archive}]
+    if own:
+        return own[0]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _by_subject(table: Table, target: Target) -> Table | None:
+    """The table with subjects in place of cases, where each scored subject has one case."""
+    subjects = [target.subjects.get(case, case) for case in table.cases]
+    return (
+        Table(table.scores_NDP, tuple(subjects), table.draws, table.pretrainings)
+        if len(set(subjects)) == len(subjects)
+        else None
+    )
+
+
+def _mixed(cells: Cells, sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Every union of modalities against each single-modality source whose data it holds."""
+    out = []
+    for union in sources:
+        singles = [
+            s for s in sources
+            if len(s.modalities) == 1 and s.pieces and s.pieces < union.pieces and cells.has(s.name)
+        ]  # fmt: skip
+        if len(union.modalities) < 2 or len(singles) < 2 or not cells.has(union.name):
+            continue
+        means = {s.name: crossed_interval(cells.pooled(s.name).scores_NDP).mean for s in singles}
+        best = max(means, key=lambda name: means[name])
+        for single in singles:
+            table = difference_table(cells.pooled(union.name), cells.pooled(single.name))
+            head = {"union": union.name, "single": single.name, "target": cells.target.name}
+            out.append(head | {"best": single.name == best} | asdict(crossed_interval(table.scores_NDP)))
+    return out
+
+
+def _with_holm(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    adjusted = holm([item["p"] for item in found])
+    return [item | {"p_holm": p} for item, p in zip(found, adjusted, strict=True)]
+
+
+# -- words ---------------------------------------------------------------------------------------------------
+
+
+def transfer_verdicts(summary: Mapping[str, Any]) -> list[str]:
+    """What can be said in plain words; what is not significant is said to be so."""
+    lines = (
+        [_cells_verdict(summary["cells"])] if summary["cells"] else ["No cell of the matrix is finished yet."]
+    )
+    for item in summary["controls"]:
+        what = (
+            f"{item['target']}: {item['control']} ({_names(item['first'])} against {_names(item['second'])})"
+        )
+        lines.append(_line(what, item, "helps more", "helps less"))
+    for item in summary["asymmetry"]:
+        there, back = (" → ".join(item[way]) for way in ("there", "back"))
+        lines.append(
+            _line(f"{there} minus {back}, difference of the gains", item, "gains more", "gains less")
+        )
+    for union, target in dict.fromkeys((i["union"], i["target"]) for i in summary["mixed"]):
+        of_union = [i for i in summary["mixed"] if (i["union"], i["target"]) == (union, target)]
+        best = next(i for i in of_union if i["best"])
+        line = _line(f"{union} → {target} against {best['single']}, its best single source", best, "helps more",
+                     "helps less")  # fmt: skip
+        every = all(i["low"] > 0 for i in of_union)
+        lines.append(line if not every else f"{line[:-1]}; it beats each of its single sources.")
+    for item in summary.get("estimates", {}).get("ranking", ()):
+        lines.append(_ranking_verdict(item))
+    return lines
+
+
+def _cells_verdict(cells: Sequence[Mapping[str, Any]]) -> str:
+    def listed(test: Callable[[Mapping[str, Any]], bool]) -> str:
+        chosen = [c for c in cells if test(c)]
+        return "none" if not chosen else ", ".join(
+            f"{c['source']} → {c['target']} ({c['mean']:+.3f}, {c['low']:+.3f} to {c['high']:+.3f})" for c in chosen
+        )  # fmt: skip
+
+    judged = [c for c in cells if c["covers"] in JUDGED]
+    if not judged:
+        return f"None of {len(cells)} cells can be judged: that takes two draws and two test cases."
+    better = listed(lambda c: c in judged and c["low"] > 0 and c["p_holm"] < 0.05)
+    worse = listed(lambda c: c in judged and c["high"] < 0 and c["p_holm"] < 0.05)
+    open_ = sum(1 for c in judged if (c["low"] > 0 or c["high"] < 0) and not c["p_holm"] < 0.05)
+    return (
+        f"Against the better scratch baseline, over few labels, {len(judged)} cells, Holm's correction over all:"
+        f" gain {better}; loss {worse}; {open_} more exclude 0 only without the correction."
+    )
+
+
+def _line(what: str, item: Mapping[str, Any], more: str, less: str) -> str:
+    numbers = f"{item['mean']:+.3f} Dice"
+    if math.isnan(item["low"]) or item["covers"] not in JUDGED:
+        return f"{what}: {numbers}; too few draws or cases to judge."
+    numbers += f" (95 % interval {item['low']:+.3f} to {item['high']:+.3f})"
+    if item["low"] > 0 or item["high"] < 0:
+        corrected = item.get("p_holm", 0.0) < 0.05
+        word = more if item["low"] > 0 else less
+        return f"{what}: {numbers}, significantly {word}{'' if corrected else ' (not after the correction)'}."
+    return f"{what}: {numbers}, no significant difference."
+
+
+def _ranking_verdict(item: Mapping[str, Any]) -> str:
+    head = f"{item['target']}: {item['estimate']} and gain over {item['sources']} sources"
+    if item["tau"] is None or math.isnan(item["tau"]):
+        return f"{head}: no ranking."
+    tail = ""
+    if item["lowest_p"] > 0.05:
+        tail = f"; so few can give p = {item['lowest_p']:.2f} at best, so nothing is shown"
+    return f"{head}: Kendall's τ {item['tau']:+.2f} (p {item['p']:.2f}){tail}."
+
+
+def _names(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"mean of {', '.join(names[:-1])} and {names[-1]}"

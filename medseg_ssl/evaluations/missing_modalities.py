@@ -1,0 +1,115 @@
+"""Missing modalities: what a segmenter still finds where only some of its input channels are given.
+
+Every non-empty subset of the channels is given in turn; the others are zero, which is what the network saw in training
+where a scan had no data. Grid and body still come from the case, so only intensities go missing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from medseg_ssl.analysis.metrics import summarize
+from medseg_ssl.config import ConfigError
+from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
+from medseg_ssl.evaluations.segmentation import UNITS, evaluate_cases, labeled_cases
+from medseg_ssl.inference.predictor import Predictor
+from medseg_ssl.types import Score
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
+
+
+class MissingModalities(Evaluation):
+    """Mean metrics of a segmenter for every non-empty subset of its channels."""
+
+    class Config(EvaluationConfig):
+        """What is scored.
+
+        Attributes:
+            split: name of the archive's split.
+            subset: which of its lists.
+            nsd_tolerance_mm: distance up to which a surface counts as right.
+        """
+
+        split: str = "default"
+        subset: Literal["train", "development", "test"] = "test"
+        nsd_tolerance_mm: float = Field(default=2.0, ge=0)
+
+    config: Config
+
+    def run(self, model: Predictor, archive: Archive) -> Iterator[Score]:
+        """Yield a score per subset and metric (``dice/CT+PT``), the table of cases with the first one.
+
+        Raises:
+            ConfigError: ``model`` is no predictor, or one of a single channel.
+            UserError: classes of segmenter and archive differ, or no labeled case in the subset.
+        """
+        if not isinstance(model, Predictor):
+            raise ConfigError("missing_modalities scores a segmenter, not an encoder")
+        cases = labeled_cases(archive, split=self.config.split, subset=self.config.subset)
+        rows = missing_rows(model, archive, cases, nsd_tolerance_mm=self.config.nsd_tolerance_mm)
+        table: list[dict[str, object]] | None = rows
+        for given in dict.fromkeys(str(row["given"]) for row in rows):
+            found = summarize([row for row in rows if row["given"] == given])
+            for metric, summary in found.items():
+                yield Score(f"{metric}/{given}", summary["mean"], UNITS.get(metric, "share"), table)
+                table = None
+
+
+def missing_rows(
+    predictor: Predictor,
+    archive: Archive,
+    cases: Sequence[str],
+    *,
+    nsd_tolerance_mm: float,
+    on_case: Callable[[str], object] | None = None,
+) -> list[dict[str, object]]:
+    """Rows of ``segmentation.evaluate_cases`` for every subset, with a column ``given``; fewest channels first.
+
+    Raises:
+        ConfigError: a segmenter of a single channel, which can miss nothing.
+        UserError: see ``evaluate_cases``.
+    """
+    rows: list[dict[str, object]] = []
+    for shown, name in channel_subsets(predictor.card.modalities):
+        of_subset = copy.copy(predictor)
+        of_subset.segmenter = Given(predictor.segmenter, shown)
+        found = evaluate_cases(of_subset, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
+        rows += [{"given": name, **row} for row in found]
+    return rows
+
+
+def channel_subsets(modalities: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
+    """Every non-empty subset of the channels and its name, such as ``CT+PT``; equal modalities are numbered.
+
+    Raises:
+        ConfigError: a single channel.
+    """
+    if len(modalities) < 2:
+        raise ConfigError(
+            f"missing_modalities needs a segmenter of several channels, this one takes {', '.join(modalities)} alone"
+        )
+    names = [m if list(modalities).count(m) == 1 else f"{m}{i}" for i, m in enumerate(modalities)]
+    subsets = [s for size in range(1, len(names) + 1) for s in combinations(range(len(names)), size)]
+    return [(shown, "+".join(names[i] for i in shown)) for shown in subsets]
+
+
+class Given(nn.Module):
+    """A segmenter that sees some channels of its input and zero in place of the others."""
+
+    def __init__(self, segmenter: nn.Module, shown: Sequence[int]) -> None:
+        super().__init__()
+        self.segmenter, self.shown = segmenter, tuple(shown)
+
+    def forward(self, image_BCDHW: Tensor, spacing_mm_B3: Tensor) -> Tensor:
+        """Logits (B, K, D, H, W)."""
+        seen_BCDHW = image_BCDHW.new_zeros(image_BCDHW.shape)
+        shown = list(self.shown)
+        seen_BCDHW[:, shown] = image_BCDHW[:, shown]
+        return self.segmenter(seen_BCDHW, spacing_mm_B3)

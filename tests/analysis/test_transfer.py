@@ -1,0 +1,269 @@
+"""The matrix against numbers by hand; controls, asymmetry and mixtures on scores whose answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from medseg_ssl.analysis.statistics import crossed_interval, paired_interval
+from medseg_ssl.analysis.transfer import (
+    OTHER,
+    SAME_ARCHIVE,
+    SAME_DATA,
+    SAME_MODALITY,
+    SOME_MODALITIES,
+    UNKNOWN,
+    Source,
+    Target,
+    independent_difference,
+    kind_of,
+    matrix_rows,
+    transfer_summary,
+    transfer_verdicts,
+)
+from medseg_ssl.analysis.transfer_page import Transfer, heat_map_png, transfer_page
+
+SOURCES = [
+    Source("CT", {"a": ("CT",)}, ("CT",)),
+    Source("MR", {"b": ("MR",)}, ("MR",)),
+    Source("CT+MR", {"a": ("CT",), "b": ("MR",)}, ("CT", "MR")),
+    Source("far", {"c": ("CT",)}, ("CT",)),
+]
+GAINS = {
+    "organs": {"CT": 0.05, "MR": 0.01, "CT+MR": 0.06, "far": 0.03},
+    "lesions": {"CT": 0.04, "MR": 0.05, "CT+MR": 0.02, "far": 0.0},
+}
+
+
+def targets(**changes):
+    plain = {"low_budgets": (1, 2), "baselines": ("scratch", "scratch_long")}
+    return [
+        Target("organs", "a", ("CT",), **plain, **changes),
+        Target("lesions", "b", ("MR",), **plain, **changes),
+    ]
+
+
+def rows(*, noise=0.004, gains=GAINS, cases=6, draws=3):
+    """Dice of every init: crossed effects of case and draw, a gain per cell, and noise of its own."""
+    generator = np.random.default_rng(0)
+    out = []
+    for target, of_target in gains.items():
+        case_N, draw_D = 0.05 * generator.standard_normal(cases), 0.02 * generator.standard_normal(draws)
+        for init, gain in {"scratch": 0.0, "scratch_long": 0.02, **of_target}.items():
+            for budget in (1, 2, 4):
+                for n in range(cases):
+                    for d in range(draws):
+                        dice = (
+                            0.5
+                            + 0.05 * budget
+                            + gain
+                            + case_N[n]
+                            + draw_D[d]
+                            + noise * generator.standard_normal()
+                        )
+                        row = {"task": "t", "source": "", "target": target, "init": init, "budget": budget}
+                        row |= {"draw": d, "seed": 0, "case": f"{target}{n}", "class": "x", "dice": dice}
+                        out.append(row | dict.fromkeys(("iou", "nsd", "precision", "recall"), dice / 2))
+                        out[-1]["hd95_mm"] = math.nan
+    return out
+
+
+def dice_of(found, target, init, budgets):
+    """(cases, draws), by hand."""
+    table = np.full((6, 3, len(budgets)), np.nan)
+    for row in found:
+        if row["target"] == target and row["init"] == init and row["budget"] in budgets:
+            table[int(row["case"][-1]), row["draw"], budgets.index(row["budget"])] = row["dice"]
+    return table.mean(axis=2)
+
+
+def test_matrix_rows_are_means_and_paired_differences_to_the_better_baseline():
+    found = rows()
+    matrix = matrix_rows("t", found, SOURCES, targets())
+    assert len(matrix) == 4 * 2 * 3 * 6
+    (cell,) = [
+        r
+        for r in matrix
+        if (r["source"], r["target"], r["budget"], r["metric"]) == ("MR", "organs", 2, "dice")
+    ]
+    own, better = dice_of(found, "organs", "MR", [2]), dice_of(found, "organs", "scratch_long", [2])
+    interval, gain = crossed_interval(own), paired_interval(own, better)
+    assert (cell["mean"], cell["ci_low"], cell["ci_high"]) == (interval.mean, interval.low, interval.high)
+    assert cell["gain"] == pytest.approx(own.mean() - better.mean())
+    assert (cell["gain_ci_low"], cell["gain_ci_high"]) == pytest.approx((gain.low, gain.high))
+    assert gain.mean == pytest.approx(-0.01, abs=0.005), "scratch_long is the better baseline"
+
+
+def test_cells_are_pooled_over_few_labels():
+    found = rows()
+    summary = transfer_summary(found, SOURCES, targets())
+    assert len(summary["cells"]) == 8
+    cell = next(c for c in summary["cells"] if (c["source"], c["target"]) == ("CT", "lesions"))
+    by_hand = paired_interval(
+        dice_of(found, "lesions", "CT", [1, 2]), dice_of(found, "lesions", "scratch_long", [1, 2])
+    )
+    assert (cell["budgets"], cell["baseline"]) == ([1, 2], "scratch_long")
+    assert (cell["mean"], cell["low"], cell["high"]) == pytest.approx(
+        (by_hand.mean, by_hand.low, by_hand.high)
+    )
+    assert cell["kind"] == OTHER
+    assert cell["p_holm"] >= cell["p"]
+
+
+def test_kinds():
+    ct, mr, both, far = SOURCES
+    organs, lesions = targets()
+    assert [kind_of(s, organs) for s in SOURCES] == [SAME_DATA, OTHER, SAME_DATA, SAME_MODALITY]
+    assert kind_of(mr, lesions) == SAME_DATA
+    assert kind_of(ct, Target("x", "a", ("MR",), (), ())) == SAME_ARCHIVE
+    assert kind_of(far, Target("x", "a", ("CT", "MR"), (), ())) == SOME_MODALITIES
+    assert kind_of(both, Target("x", "a", ("CT", "MR"), (), ())) == SAME_MODALITY
+    assert kind_of(Source("file", {}, ("CT",)), organs) == UNKNOWN
+
+
+def test_controls_compare_kinds_of_single_sources():
+    found = {(c["control"], c["target"]): c for c in transfer_summary(rows(), SOURCES, targets())["controls"]}
+    same = found["same modality, other data − other modality", "organs"]
+    assert (same["first"], same["second"]) == (["far"], ["MR"])
+    assert same["mean"] == pytest.approx(0.02, abs=0.005)
+    assert same["low"] > 0
+    assert found["same data − other modality", "lesions"]["second"] == ["CT", "far"]
+    assert found["same data − other modality", "lesions"]["mean"] == pytest.approx(0.03, abs=0.005)
+    assert ("same modality, other data − other modality", "lesions") not in found
+
+
+def test_asymmetry_of_independent_targets_is_welch_and_of_shared_subjects_paired():
+    found = rows()
+    (apart,) = transfer_summary(found, SOURCES, targets())["asymmetry"]
+    assert (apart["there"], apart["back"]) == (["CT", "lesions"], ["MR", "organs"])
+    there = paired_interval(
+        dice_of(found, "lesions", "CT", [1, 2]), dice_of(found, "lesions", "scratch_long", [1, 2])
+    )
+    back = paired_interval(
+        dice_of(found, "organs", "MR", [1, 2]), dice_of(found, "organs", "scratch_long", [1, 2])
+    )
+    assert apart["mean"] == pytest.approx(there.mean - back.mean)
+    assert apart["standard_error"] == pytest.approx(math.hypot(there.standard_error, back.standard_error))
+
+    subjects = {f"{target}{n}": f"s{n}" for target in GAINS for n in range(6)}
+    one = [
+        Target("organs", "a", ("CT",), (1, 2), ("scratch_long",), subjects),
+        Target("lesions", "a", ("MR",), (1, 2), ("scratch_long",), subjects),
+    ]
+    sources = [Source("CT", {"a": ("CT",)}, ("CT",)), Source("MR", {"a": ("MR",)}, ("MR",))]
+    (paired,) = transfer_summary(found, sources, one)["asymmetry"]
+    gain_there = dice_of(found, "lesions", "CT", [1, 2]) - dice_of(found, "lesions", "scratch_long", [1, 2])
+    gain_back = dice_of(found, "organs", "MR", [1, 2]) - dice_of(found, "organs", "scratch_long", [1, 2])
+    by_hand = paired_interval(gain_there, gain_back)
+    assert (paired["mean"], paired["low"], paired["high"]) == pytest.approx(
+        (by_hand.mean, by_hand.low, by_hand.high)
+    )
+
+
+def test_independent_difference_is_welchs_test():
+    generator = np.random.default_rng(1)
+    a, b = generator.normal(1, 1, 9), generator.normal(0, 3, 5)
+    found = independent_difference(crossed_interval(a[:, None]), crossed_interval(b[:, None]))
+    welch = stats.ttest_ind(a, b, equal_var=False)
+    assert (found.p, found.freedom) == pytest.approx((welch.pvalue, welch.df))
+    ends = welch.confidence_interval()
+    assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
+    alone = independent_difference(crossed_interval(a[:1, None]), crossed_interval(b[:, None]))
+    assert math.isnan(alone.low)
+    assert alone.covers == "nothing"
+
+
+def test_union_is_compared_with_each_single_source_of_its_data():
+    mixed = transfer_summary(rows(), SOURCES, targets())["mixed"]
+    assert [(m["union"], m["single"], m["target"], m["best"]) for m in mixed] == [
+        ("CT+MR", "CT", "organs", True),
+        ("CT+MR", "MR", "organs", False),
+        ("CT+MR", "CT", "lesions", False),
+        ("CT+MR", "MR", "lesions", True),
+    ]
+    assert mixed[1]["mean"] == pytest.approx(0.05, abs=0.005)
+    assert mixed[3]["high"] < 0
+
+
+def test_verdicts_claim_what_is_shown_and_no_more():
+    summary = transfer_summary(rows(), SOURCES, targets())
+    lines = transfer_verdicts(summary)
+    assert "8 cells" in lines[0]
+    assert "CT → organs (+0.03" in lines[0].split("loss")[0]
+    assert "far → lesions (-0.02" in lines[0].split("loss")[1]
+    (union,) = [line for line in lines if line.startswith("CT+MR → organs against CT")]
+    assert "it beats each of its single sources" in union
+    noisy = transfer_verdicts(transfer_summary(rows(noise=0.4), SOURCES, targets()))
+    assert "gain none; loss none" in noisy[0]
+    assert any("no significant difference" in line for line in noisy)
+    single = transfer_verdicts(transfer_summary(rows(draws=1), SOURCES, targets()))
+    assert single[0].startswith("None of 8 cells can be judged")
+    ranking = {
+        "target": "organs",
+        "estimate": "LogME",
+        "tau": 1.0,
+        "p": 1 / 3,
+        "sources": 3,
+        "lowest_p": 1 / 3,
+    }
+    (line,) = [
+        line
+        for line in transfer_verdicts({**summary, "estimates": {"ranking": [ranking]}})
+        if "Kendall" in line
+    ]
+    assert "p = 0.33 at best, so nothing is shown" in line
+
+
+def test_unfinished_targets_and_sources_are_left_out():
+    partial = [r for r in rows() if r["target"] == "organs" and r["init"] in ("scratch", "CT")]
+    summary = transfer_summary(partial, SOURCES, targets())
+    assert [(c["source"], c["target"], c["baseline"]) for c in summary["cells"]] == [
+        ("CT", "organs", "scratch")
+    ]
+    assert summary["asymmetry"] == summary["mixed"] == summary["controls"] == []
+    assert transfer_verdicts(transfer_summary([], SOURCES, targets())) == [
+        "No cell of the matrix is finished yet."
+    ]
+
+
+def test_page_holds_every_part_and_escapes():
+    summary = transfer_summary(rows(), SOURCES, targets())
+    summary |= {
+        "verdicts": transfer_verdicts(summary),
+        "estimates": {"values": {"organs": {"CT": -0.5}}, "ranking": []},
+    }
+    alike = {
+        "target": "organs",
+        "first": "CT",
+        "first_state": "pretrained",
+        "second": "CT",
+        "second_level": 0,
+    }
+    given = {"target": "organs", "init": "CT", "given": "PT", "metric": "dice", "mean": 0.25, "ci_low": 0.2}
+    found = Transfer(
+        title="Transfer <b>",
+        summary=summary,
+        matrix=matrix_rows("t", rows(), SOURCES, targets()),
+        sources=[s.name for s in SOURCES],
+        targets=["organs", "lesions", "waiting"],
+        similarity=[alike | {"second_state": "fine-tuned", "first_level": 0, "cka": 0.87}],
+        missing=[given | {"ci_high": 0.3}],
+        links={"organs": "targets/organs/report.html"},
+        picture=heat_map_png(summary["cells"], sources=["CT", "MR"], targets=["organs"], title="t"),
+        finished=3,
+        planned=4,
+    )
+    page = transfer_page(found)
+    for text in (
+        "Transfer &lt;b&gt;",
+        "3 of 4 fits",
+        "CT → lesions",
+        "0.87",
+        "0.250",
+        "-0.5000",
+        "Dice, 4 labels",
+    ):
+        assert text in page, text
+    assert 'href="targets/organs/report.html"' in page
+    assert found.picture.startswith(b"\x89PNG")

@@ -1,0 +1,384 @@
+"""Transfer: the matrix from the tables of its comparisons, restarts that change nothing, wrong inputs named."""
+
+import csv
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from finetune import matrix as plans
+from finetune import transfer as command
+from finetune.matrix import MatrixConfig
+from medseg_ssl.analysis.statistics import paired_interval
+from medseg_ssl.cli import locate
+from medseg_ssl.config import ConfigError, UserError, parse, to_yaml
+from medseg_ssl.train.interrupt import Interrupted
+from tests.train.archives import write_archive
+
+from . import fake_transfer as fakes
+
+ROOT = Path(__file__).parents[2]
+TABLES = ("cases.csv", "curve.csv", "matrix.csv", "summary.json", "matrix.png", "report.html")
+
+
+def run(out, *, config=None, fit=fakes.fake_fit, archives=fakes.ARCHIVES, **options):
+    return command.transfer(
+        config or fakes.config(),
+        out,
+        archives=archives,
+        workers=1,
+        quiet=True,
+        fit=fit,
+        pretrain=fakes.fake_pretrain,
+        **options,
+    )
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    fakes.use_fakes(monkeypatch.setattr)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A benchmark that ran through without interruption."""
+    with pytest.MonkeyPatch.context() as patch:
+        fakes.use_fakes(patch.setattr)
+        out = tmp_path_factory.mktemp("finished") / "out"
+        run(out)
+    return out
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_matrix_holds_what_the_cases_say(finished):
+    cases, matrix = rows_of(finished / "cases.csv"), rows_of(finished / "matrix.csv")
+    assert len(cases) == 2 * 5 * 2 * 2 * 5  # targets, inits, budgets, draws, test cases
+    assert {row["source"] for row in cases} == {"", "CT", "MR", "CT+MR"}
+    assert len(matrix) == 3 * 2 * 2 * 6
+
+    def dice(init):
+        table = np.zeros((5, 2))
+        for row in cases:
+            if (row["init"], row["target"], row["budget"]) == (init, "lesions", "2"):
+                table[int(row["case"][1:]) - 6, int(row["draw"])] = float(row["dice"])
+        return table
+
+    baseline = max(("scratch", "scratch_long"), key=lambda name: dice(name).mean())
+    by_hand = paired_interval(dice("CT"), dice(baseline))
+    key = ("CT", "lesions", "2", "dice")
+    (cell,) = [r for r in matrix if (r["source"], r["target"], r["budget"], r["metric"]) == key]
+    assert float(cell["mean"]) == pytest.approx(dice("CT").mean(), abs=1e-6)
+    found = [float(cell[name]) for name in ("gain", "gain_ci_low", "gain_ci_high")]
+    assert found == pytest.approx([by_hand.mean, by_hand.low, by_hand.high], abs=1e-5)
+    empty = [r for r in matrix if r["metric"] == "nsd"]
+    assert {r["mean"] + r["gain"] for r in empty} == {""}
+
+
+def test_summary_has_controls_asymmetry_and_mixed_gain(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert (summary["finished"], summary["planned"]) == (40, 40)
+    (asymmetry,) = summary["asymmetry"]
+    assert (asymmetry["there"], asymmetry["back"]) == (["CT", "lesions"], ["MR", "organs"])
+    assert asymmetry["mean"] == pytest.approx(-0.02, abs=0.005)
+    union = [m for m in summary["mixed"] if m["target"] == "lesions" and m["best"]]
+    assert [(m["union"], m["single"]) for m in union] == [("CT+MR", "MR")]
+    assert union[0]["mean"] == pytest.approx(0.02, abs=0.005)
+    assert {c["kind"] for c in summary["cells"]} == {"same data", "other modality"}
+    page = (finished / "report.html").read_text()
+    assert "CT+MR → lesions against MR, its best single source" in page
+    assert 'href="targets/lesions/report.html"' in page
+    assert "Target organs: 5 scored cases of CT in archive organs at 3×1×2 mm" in page
+    assert (finished / "targets" / "organs" / "report.html").is_file()
+
+
+def test_every_source_is_pretrained_once_and_kept_from_test_subjects(tmp_path):
+    tasks = {t.init: t for t in plans.pretrain_tasks(fakes.config(), tmp_path, fakes.ARCHIVES)}
+    assert list(tasks) == ["CT", "MR", "CT+MR"]
+    assert (tasks["CT"].archive, tasks["CT"].protect) == (Path("ct"), (Path("mr"),))
+    both = tasks["CT+MR"]
+    assert (both.archive, both.more, both.protect) == (Path("ct"), (Path("mr"),), ())
+    assert both.config["data"]["modalities"] == [["CT"], ["MR"]]
+    without = [{k: v for k, v in t.config.items() if k != "data"} for t in tasks.values()]
+    assert all(tree == without[0] for tree in without)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_interrupted_and_continued_gives_the_uninterrupted_tables(tmp_path, finished):
+    def stop(task):
+        if (task.target, task.draw, task.budget) == ("MR", 1, 1):
+            raise KeyboardInterrupt
+        return fakes.fake_fit(task)
+
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted, match="run the same command again"):
+        run(out, fit=stop)
+    assert not (out / "matrix.csv").exists()
+    command.main([str(out), "--report-only", "--quiet"])
+    partial = json.loads((out / "summary.json").read_text())
+    assert (partial["finished"], partial["planned"]) == (20, 40)
+    assert "Unfinished: 20 of 40" in (out / "report.html").read_text()
+    done = {p: p.stat().st_mtime_ns for p in out.rglob("fits/**/cases.csv")}
+    run(out)
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items()), "finished fits were repeated"
+    for name in TABLES:
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.slow
+def test_killed_and_continued_gives_the_uninterrupted_tables(tmp_path, finished):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.commands.fake_transfer", str(out)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("targets/lesions/fits/*/*/*/cases.csv"))) < 3:
+        assert process.poll() is None, "the benchmark ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait(timeout=30)
+    run(out)
+    for name in TABLES:
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("stand_ins")
+def test_a_cluster_gives_the_same_tables(tmp_path, finished, monkeypatch):
+    pytest.importorskip("ray", reason="the extra 'cluster' (ray) is not installed")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    run(tmp_path / "out", engine="ray")
+    for name in TABLES:
+        assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_failed_fit_leaves_the_other_target(tmp_path):
+    def fail(task):
+        if task.target == "CT" and task.init == "MR":
+            raise UserError("no space left")
+        return fakes.fake_fit(task)
+
+    with pytest.raises(
+        UserError, match="target organs: 4 fits failed, the first is MR, 1 labels, draw 0: no space"
+    ):
+        run(tmp_path / "out", fit=fail)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {c["target"] for c in summary["cells"]} >= {"lesions"}
+    assert summary["finished"] < summary["planned"]
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_another_config_is_refused(tmp_path, finished):
+    with pytest.raises(ConfigError, match="seed: 0 -> 1"):
+        run(finished, config=fakes.config(seed=1))
+
+
+# -- wrong inputs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_archives_and_encoders_go_with_their_names(tmp_path):
+    with pytest.raises(ConfigError, match="archive 'lesions' needs its path: --archive lesions=PATH"):
+        run(tmp_path / "out", archives={"organs": Path("ct")})
+    with pytest.raises(ConfigError, match=r"--archive liver=… is not in the config; known: organs, lesions"):
+        run(tmp_path / "out", archives={**fakes.ARCHIVES, "liver": Path("x")})
+    given = fakes.config(sources={**fakes.TREE["sources"], "file": "encoder"}, unions="none")
+    with pytest.raises(ConfigError, match="encoder 'file' needs its path: --encoder file=PATH"):
+        run(tmp_path / "out", config=given)
+    (tmp_path / "file").write_text("PT")
+    run(tmp_path / "out", config=given, encoders={"file": tmp_path / "file"})
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {c["kind"] for c in summary["cells"] if c["source"] == "file"} == {"unknown"}
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sources": {"PT": {"archives": {"organs": ["PT"]}}}},
+            "'organs' has no training scan of PT; it has CT",
+        ),
+        (
+            {"targets": {"t": {"archive": "organs", "modalities": ["MR"]}}},
+            "cases of CT; modalities asks for MR",
+        ),
+        ({"budgets": [1, 9]}, "budget 9"),
+    ],
+)
+def test_what_the_archives_do_not_hold_is_named(tmp_path, changes, message):
+    tree = {"archives": ["organs"], "targets": {"organs": {"archive": "organs"}}, **changes}
+    tree.setdefault("sources", {"CT": {"archives": {"organs": ["CT"]}}})
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "out", config=fakes.config(**tree), archives={"organs": Path("ct")})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources": {"X": {"archives": {"organs": ["XR"]}}}}, "'CT', 'MR' or 'PT'"),
+        ({"sources": {"X": {"archives": {"livers": []}}}}, "names no archive: 'livers'; known: organs, lesions"),
+        ({"targets": {"t": {"archive": "livers"}}}, "targets.t names no archive: 'livers'"),
+        ({"archives": ["organs", "lesions", "spare"]}, "no source and no target uses archive 'spare'"),
+        ({"sources": {"a/b": "encoder"}}, "plain name"),
+        ({"sources": {"scratch": "encoder"}}, "name of a baseline"),
+        ({"sources": {"X": {"archives": {"organs": []}, "pretrain": {"train": {"steps": 9}}}}}, "would make"),
+        ({"pretrain": {}}, "pretrain is missing"),
+        ({"pretrain": {**fakes.TREE["pretrain"], "data": {"batch_size": 2, "modalities": ["CT"]}}}, "set by the bench"),
+        ({"pretrain": {**fakes.TREE["pretrain"], "optim": {"lrr": 1}}}, "unknown key 'pretrain.optim.lrr'"),
+        ({"pretrain": {**fakes.TREE["pretrain"], "encoder": {"name": "resenc", "size": "s"}}}, "would not fit"),
+        ({"subset": "development", "pretrain": {**fakes.TREE["pretrain"], "data": {
+            "batch_size": 2, "splits": ["train", "development"]}}}, "which is scored"),
+        ({"targets": {"t": {"archive": "organs", "finetune": {"train": {"stepz": 1}}}}}, "did you mean 'steps'"),
+        ({"targets": {"t": {"archive": "organs", "budgets": [2, 1]}}}, "ascending"),
+    ],
+)  # fmt: skip
+def test_wrong_configs_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        fakes.config(**changes)
+
+
+def test_lists_of_modalities_go_with_the_archives(tmp_path):
+    pretrain = importlib.import_module(locate("pretrain.run"))
+    path = write_archive(tmp_path / "archive", labels=False).path
+    both = pretrain.PretrainData(batch_size=1, modalities=["CT", "MR"])
+    assert both.modalities == (("CT", "MR"),)
+    assert pretrain.open_archives(both, [path]).members[0].path == path
+    one = pretrain.open_archives(pretrain.PretrainData(batch_size=1, modalities=["MR"]), [path])
+    assert {row.modality for row in one.scans.values()} == {"MR"}
+    with pytest.raises(ConfigError, match="2 lists for 1 archive"):
+        pretrain.open_archives(pretrain.PretrainData(batch_size=1, modalities=[["CT"], ["MR"]]), [path])
+
+
+def test_unions_join_archives_and_modalities():
+    sources = {
+        "A": {"archives": {"organs": ["CT"]}},
+        "B": {"archives": {"organs": ["MR"]}},
+        "C": {"archives": {"lesions": []}},
+    }
+    config = fakes.config(sources=sources)
+    assert list(config.sources) == ["A", "B", "C", "A+B", "A+C", "B+C", "A+B+C"]
+    assert config.own_sources()["A+B+C"].archives == {"organs": ("CT", "MR"), "lesions": ()}
+    assert config.unions == "none"
+    assert plans.resolve(config) == config
+
+
+def test_usage_errors():
+    with pytest.raises(ConfigError, match="needs CONFIG, OUT and --archive NAME=PATH"):
+        command.main(["out"])
+    with pytest.raises(ConfigError, match="write NAME=PATH"):
+        command.main(["phantom", "out", "--archive", "archive"])
+    with pytest.raises(ConfigError, match="is given twice"):
+        command.main(["phantom", "out", "--archive", "a=x", "--archive", "a=y"])
+    with pytest.raises(UserError, match="holds no transfer benchmark"):
+        command.main(["out", "--report-only"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "transfer").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_parse_and_round_trip(path):
+    config = command.read_config(path, [])
+    assert parse(MatrixConfig, yaml.safe_load(to_yaml(config))) == config
+    assert plans.resolve(config) == config
+
+
+# -- real networks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_with_real_networks(tmp_path):
+    network = {"name": "resenc", "size": "tiny", "features": [4, 8, 8, 8]}
+    steps = {"steps": "2 steps", "accelerator": "cpu", "preview_every": None}
+    tree = {
+        "task": "balls",
+        "archives": ["balls"],
+        "sources": {"CT": {"archives": {"balls": ["CT"]}}, "MR": {"archives": {"balls": ["MR"]}}},
+        "unions": "all",
+        "pretrain": {
+            "base": "mae",
+            "encoder": network,
+            "objective": {"size": [16, 16, 16]},
+            "data": {"batch_size": 2},
+            "train": steps,
+        },
+        "finetune": {
+            "base": "segmentation",
+            "encoder": network,
+            "objective": {"size": [16, 16, 16]},
+            "train": steps,
+        },
+        "targets": {"CT": {"archive": "balls", "modalities": ["CT"]}},
+        "baselines": ["scratch"],
+        "budgets": [1, 2],
+        "draws": 2,
+        "similarity": True,
+        "wandb": {"mode": "disabled"},
+    }
+    write_archive(tmp_path / "archive")
+    write_archive(tmp_path / "both", channels=("CT", "MR"))
+    (tmp_path / "balls.yaml").write_text(yaml.safe_dump(tree))
+    out = tmp_path / "out"
+    words = [str(tmp_path / "balls.yaml"), str(out), "--archive", f"balls={tmp_path / 'archive'}"]
+    words += ["--workers", "1", "--quiet"]
+    command.main(words)
+    assert len(rows_of(out / "matrix.csv")) == 3 * 1 * 2 * 6
+    told = json.loads((out / "targets" / "CT" / "summary.json").read_text())["conditions"]
+    assert "CT+MR: mae, 2 steps on this archive." in told
+    assert "MR: mae, 2 steps on MR of this archive." in told
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["estimates"]["values"]["CT"]) == {"CT", "MR", "CT+MR", "random weights"}
+    sources = {s["name"]: s["modalities"] for s in summary["sources"]}
+    assert sources == {"CT": ["CT"], "MR": ["MR"], "CT+MR": ["CT", "MR"]}
+    alike = {
+        (r["first"], r["first_state"], r["second"], r["second_state"])
+        for r in rows_of(out / "similarity.csv")
+    }
+    assert ("CT", "pretrained", "CT", "fine-tuned") in alike
+    assert ("scratch", "fine-tuned", "CT", "fine-tuned") in alike
+    kept = {p.parent.parent.name + p.parent.name for p in out.rglob("segmenter.safetensors")}
+    assert kept == {"b2d0"}
+    assert not list(out.rglob("fits/**/last.ckpt"))
+    assert str(tmp_path) not in (out / "report.html").read_text()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("fits/**/cases.csv")}
+    written = {name: (out / name).read_bytes() for name in TABLES}
+    (out / "targets" / "CT" / "fits" / "MR" / "b2" / "d1" / "cases.csv").unlink()
+    (out / "features" / "CT" / "similarity.csv").unlink()
+    command.main(words)
+    assert {name: (out / name).read_bytes() for name in TABLES} == written, "a fit done again is the same fit"
+    assert sum(p.stat().st_mtime_ns != when for p, when in before.items()) == 1
+
+    # cases of two channels: an adapted stem, and every subset of the channels
+    tree |= {
+        "targets": {"both": {"archive": "balls"}},
+        "budgets": [1],
+        "unions": "none",
+        "missing_modalities": True,
+    }
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(tree))
+    words[:4] = [
+        str(tmp_path / "both.yaml"),
+        str(tmp_path / "two"),
+        "--archive",
+        f"balls={tmp_path / 'both'}",
+    ]
+    command.main(words)
+    missing = rows_of(tmp_path / "two" / "missing.csv")
+    assert {row["given"] for row in missing} == {"CT", "MR", "CT+MR"}
+    whole = {r["init"]: r["mean"] for r in missing if (r["given"], r["metric"]) == ("CT+MR", "dice")}
+    curve = {r["init"]: r["mean"] for r in rows_of(tmp_path / "two" / "curve.csv") if r["metric"] == "dice"}
+    assert whole == curve, "with every channel the table repeats the comparison"
+    cells = json.loads((tmp_path / "two" / "summary.json").read_text())["cells"]
+    assert {cell["kind"] for cell in cells} == {"some of the modalities"}
