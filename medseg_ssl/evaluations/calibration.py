@@ -45,6 +45,8 @@ class Bins(NamedTuple):
 class Calibration(Evaluation):
     """Expected calibration error and Brier score per class, and reliability tables."""
 
+    of = "segmenter"
+
     class Config(EvaluationConfig):
         """What counts.
 

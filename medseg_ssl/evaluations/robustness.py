@@ -57,6 +57,8 @@ class Setting:
 class Robustness(Evaluation):
     """Segmentation metrics under corruptions of graded strength."""
 
+    of = "segmenter"
+
     class Config(EvaluationConfig):
         """What is done to the scans, and which are scored.
 

@@ -171,6 +171,7 @@ def test_few_crops_while_training_unless_the_config_says_so():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_evaluations_take_less_than_a_twentieth_of_the_time(archive, tmp_path):
     """At the default interval and options, with the smallest network, for which looking is dearest."""
     probes = {"knn": {}, "health": {}, "feature_pca": {}}
@@ -178,9 +179,9 @@ def test_evaluations_take_less_than_a_twentieth_of_the_time(archive, tmp_path):
         evaluations=probes,
         objective={"name": "mae", "size": [32, 32, 32]},
         data={"batch_size": 4},
-        train={"steps": 500, "preview_every": None, "accelerator": "cpu", "ema": 0.9},
+        train={"steps": 251, "preview_every": None, "accelerator": "cpu", "ema": 0.9},
     )
     run_pretrain(changed, tmp_path / "run", archive=archive, quiet=True)
     evaluated = [row for row in metrics(tmp_path / "run") if "system/evaluate_share" in row]
-    assert [row["step"] for row in evaluated] == [250, 500]
-    assert evaluated[-1]["system/evaluate_share"] < 0.05
+    assert [row["step"] for row in evaluated] == [250, 251]
+    assert evaluated[0]["system/evaluate_share"] < 0.05, "one evaluation in one interval"
