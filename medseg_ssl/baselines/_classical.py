@@ -33,7 +33,7 @@ def otsu_thresholds(values_N: np.ndarray, *, levels: int, bins: int) -> tuple[fl
     from skimage.filters import threshold_multiotsu, threshold_otsu
 
     counts, edges = np.histogram(values_N, bins=bins)
-    levels = min(levels, np.count_nonzero(counts))
+    levels = min(levels, int(np.count_nonzero(counts)))
     if levels < 2:
         return ()
     # a bin by its upper edge: what the bin holds lies below the threshold then, wherever in the bin it is

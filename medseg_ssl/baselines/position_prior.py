@@ -68,7 +68,9 @@ class PositionPrior(Baseline):
             for s, share in enumerate(self.config.shares):
                 found_DHW = cut(shares_KDHW, share)
                 of_classes = [
-                    dice(found_DHW == value, label_DHW, value) for value in np.flatnonzero(known_K) if value
+                    dice(found_DHW == value, label_DHW, value)
+                    for value in np.flatnonzero(known_K).tolist()
+                    if value
                 ]
                 stated = [score for score in of_classes if not np.isnan(score)]
                 if stated:
