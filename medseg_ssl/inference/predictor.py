@@ -145,6 +145,16 @@ class Predictor:
         """Class names, background first."""
         return tuple(self.card.classes)
 
+    def network_input(self, archive: Archive, case: str) -> NetworkInput:
+        """A case as the network sees it, whole.
+
+        Raises:
+            UserError: more or fewer scans than the segmenter has channels.
+        """
+        keys = archive.cases[case].scans
+        self._check_channels(len(keys), f"case {case}")
+        return self._input([archive_channel(archive, key, self.card.intensity) for key in keys])
+
     # -- archive cases ---------------------------------------------------------------------------------------
 
     def predict_case(self, archive: Archive, case: str) -> np.ndarray:
@@ -157,7 +167,7 @@ class Predictor:
         """
         for start in range(0, len(cases), self.window_batch):
             group = cases[start : start + self.window_batch]
-            inputs = [self.case_input(archive, case) for case in group]
+            inputs = [self._case_input(archive, case) for case in group]
             for case, given, probabilities in zip(
                 group, inputs, self._probabilities(inputs, group), strict=True
             ):
@@ -173,12 +183,7 @@ class Predictor:
                     self._to_grid(probabilities, given.affine_44, shape, np.asarray(affine_44)).label_DHW,
                 )
 
-    def case_input(self, archive: Archive, case: str) -> NetworkInput:
-        """A case as the network sees it.
-
-        Raises:
-            UserError: more or fewer scans than the segmenter has channels.
-        """
+    def _case_input(self, archive: Archive, case: str) -> NetworkInput:
         row = archive.cases[case]
         self._check_channels(len(row.scans), f"case {case}")
         return self._input([archive_channel(archive, key, self.card.intensity) for key in row.scans])
