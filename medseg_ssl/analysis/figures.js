@@ -2,7 +2,9 @@
 for (const box of document.querySelectorAll(".figure")) {
   const figures = JSON.parse(box.querySelector("script").textContent);
   const plot = box.querySelector(".plot"), buttons = box.querySelectorAll("button");
+  let shown = Object.keys(figures)[0];
   const show = (name) => {
+    shown = name;
     const chosen = figures[name], layout = structuredClone(chosen.layout), narrow = plot.clientWidth < 560;
     // on a narrow screen names in two columns below the axes, and room for them
     const rows = narrow && layout.showlegend ? Math.ceil(chosen.data.length / 2) : 0;
@@ -16,5 +18,6 @@ for (const box of document.querySelectorAll(".figure")) {
     for (const b of buttons) b.setAttribute("aria-pressed", b.dataset.show === name);
   };
   for (const b of buttons) b.addEventListener("click", () => show(b.dataset.show));
-  show(Object.keys(figures)[0]);
+  matchMedia("(max-width: 760px)").addEventListener("change", () => show(shown));
+  show(shown);
 }
