@@ -2,12 +2,22 @@
 for (const box of document.querySelectorAll(".figure")) {
   const figures = JSON.parse(box.querySelector("script").textContent);
   const plot = box.querySelector(".plot"), buttons = box.querySelectorAll("button");
+  let shown = Object.keys(figures)[0];
   const show = (name) => {
-    const chosen = figures[name];
-    Plotly.react(plot, chosen.data, chosen.layout,
+    shown = name;
+    const chosen = figures[name], layout = structuredClone(chosen.layout), narrow = plot.clientWidth < 560;
+    // on a narrow screen names in two columns below the axes, and room for them
+    const rows = narrow && layout.showlegend ? Math.ceil(chosen.data.length / 2) : 0;
+    plot.style.height = rows ? `${360 + 22 * rows}px` : "";
+    if (rows) {
+      layout.legend = {orientation: "h", x: 0, y: -60 / 270, yanchor: "top", maxheight: 1,
+        entrywidth: 0.48, entrywidthmode: "fraction", font: {size: 12}};
+    }
+    Plotly.react(plot, chosen.data, layout,
       {responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]]});
     for (const b of buttons) b.setAttribute("aria-pressed", b.dataset.show === name);
   };
   for (const b of buttons) b.addEventListener("click", () => show(b.dataset.show));
-  show(Object.keys(figures)[0]);
+  matchMedia("(max-width: 760px)").addEventListener("change", () => show(shown));
+  show(shown);
 }

@@ -79,7 +79,7 @@ def saliency_png(item: Slice, strength_HW: np.ndarray, *, longest: int = 320) ->
     canvas_HW3 = _canvas(item, longest)
     strength_HW1 = _resized(strength_HW, canvas_HW3.shape, smooth=True)[..., None] / 255.0
     heat_HW3 = np.concatenate([np.ones_like(strength_HW1), strength_HW1, 0.2 * strength_HW1], axis=-1) * 255.0
-    opacity_HW1 = 0.75 * np.sqrt(strength_HW1)
+    opacity_HW1 = 0.8 * strength_HW1
     canvas_HW3[...] = np.round(canvas_HW3 * (1 - opacity_HW1) + heat_HW3 * opacity_HW1)
     _draw_contours(canvas_HW3, item.truth_HW, of_truth=True)
     return _png(canvas_HW3)

@@ -234,7 +234,7 @@ class Viewer {
       const heat = this.heat;
       place(raster(plane, shape, k, (i) => {
         const v = heat[i] / 255;
-        return v < 0.04 ? null : [255, Math.round(255 * Math.min(1, v * 1.3)), Math.round(60 * v), opacity * 1.6 * Math.sqrt(v)];
+        return [255, Math.round(255 * v), Math.round(50 * v), opacity * 1.6 * v];
       }));
     }
     context.imageSmoothingEnabled = false;

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class MissingModalities(Evaluation):
     """Mean metrics of a segmenter for every non-empty subset of its channels."""
 
+    of = "segmenter"
+
     class Config(EvaluationConfig):
         """What is scored.
 

@@ -179,7 +179,7 @@ class Predictor:
     ) -> Iterator[tuple[str, Prediction]]:
         for start in range(0, len(cases), self.window_batch):
             group = cases[start : start + self.window_batch]
-            inputs = [self.case_input(archive, case, alter) for case in group]
+            inputs = [self.network_input(archive, case, alter) for case in group]
             for case, given, probabilities in zip(
                 group, inputs, self._probabilities(inputs, group), strict=True
             ):
@@ -193,7 +193,7 @@ class Predictor:
                 grid = (given.affine_44, shape, np.asarray(affine_44))
                 yield case, self._to_grid(probabilities, *grid, keep=keep)
 
-    def case_input(self, archive: Archive, case: str, alter: Alter | None = None) -> NetworkInput:
+    def network_input(self, archive: Archive, case: str, alter: Alter | None = None) -> NetworkInput:
         """A case as the network sees it; ``alter`` as in ``predict_cases``.
 
         Raises:

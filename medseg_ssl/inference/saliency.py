@@ -35,7 +35,7 @@ def input_saliency(predictor: Predictor, archive: Archive, case: str) -> np.ndar
     Returns:
         float32 (D, H, W), not negative; channels combined by their root mean square.
     """
-    given = predictor.case_input(archive, case)
+    given = predictor.network_input(archive, case)
     label_DHW, label_affine_44 = archive.original_label(case)
     centre = _centre(label_DHW, label_affine_44, given.affine_44)
     image_CDHW, inner, outer = _crop(given.image_CDHW, centre, predictor.crop_size, predictor.stride)

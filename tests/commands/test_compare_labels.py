@@ -36,7 +36,6 @@ def _fakes(monkeypatch):
     """Fits that are fakes, and no pictures: they are looked at elsewhere."""
     fakes.use_fakes(monkeypatch.setattr)
     monkeypatch.setattr(figures, "curve_png", lambda *_, **__: b"")
-    monkeypatch.setattr(report, "example_pictures", lambda *_: {})
     monkeypatch.setattr(report, "comparison_page", lambda comparison: comparison.title)
 
 

@@ -10,6 +10,7 @@ from finetune import report
 from finetune.gallery import Gallery
 from finetune.volumes import PREDICTIONS, VOLUMES, Keeper, case_volume
 from medseg_ssl.analysis.cases import case_scores
+from medseg_ssl.analysis.label_efficiency import read_cases
 from medseg_ssl.analysis.volumes import Predictions, read_volume
 from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.data.manifest import CaseRow, Split
@@ -24,8 +25,9 @@ def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("gallery") / "out", draws=2, cases=4)
 
 
-def gallery_of(folder):
-    _, rows = report.read_comparison(folder)
+@pytest.fixture(scope="module")
+def gallery(folder):
+    rows = [row for file in folder.glob("fits/*/*/*/cases.csv") for row in read_cases(file)]
     inits = ["scratch", "scratch_long", "mae"]
     return Gallery(folder, rows, inits=inits, scores=case_scores(rows))
 
@@ -43,8 +45,8 @@ def test_the_page_has_every_part_and_no_path(folder):
     assert "torch" in page.split("How to make this again")[-1]
 
 
-def test_failures_are_the_lowest_of_each_init_with_their_reasons(folder):
-    rows = gallery_of(folder).failures()
+def test_failures_are_the_lowest_of_each_init_with_their_reasons(gallery):
+    rows = gallery.failures()
     lowest, second = rows.values()
     assert [p.caption.split(":")[0] for p in lowest] == ["scratch", "scratch_long", "mae"]
     for first, other in zip(lowest, second, strict=True):
@@ -53,8 +55,7 @@ def test_failures_are_the_lowest_of_each_init_with_their_reasons(folder):
     assert any(" ml" in p.caption for p in lowest)
 
 
-def test_the_viewer_holds_worst_median_and_best_and_explained_cases(folder):
-    gallery = gallery_of(folder)
+def test_the_viewer_holds_worst_median_and_best_and_explained_cases(gallery):
     found = gallery.viewer(limit_bytes=10**8)
     trees = [json.loads(tree) for _, tree in found.cases]
     assert [t["heading"].split(":")[0] for t in trees][:3] == ["Worst case", "Median case", "Best case"]
