@@ -10,7 +10,7 @@ for (const box of document.querySelectorAll(".figure")) {
     const rows = narrow && layout.showlegend ? Math.ceil(chosen.data.length / 2) : 0;
     plot.style.height = rows ? `${360 + 22 * rows}px` : "";
     if (rows) {
-      layout.legend = {orientation: "h", x: 0, y: -60 / 270, yanchor: "top", maxheight: 1,
+      layout.legend = {orientation: "h", x: 0, y: -76 / 270, yanchor: "top", maxheight: 1,
         entrywidth: 0.48, entrywidthmode: "fraction", font: {size: 12}};
     }
     Plotly.react(plot, chosen.data, layout,

@@ -186,7 +186,7 @@ def heat_map(rows: Sequence[Row], *, metric: str = "dice", budget: int | None = 
         "hoverongaps": False,
     }
     layout = _layout(
-        {"title": {"text": "fine-tuned on"}, "side": "bottom", "type": "category"},
+        {"title": {"text": "fine-tuned on"}, "side": "bottom", "type": "category", "automargin": True},
         {"title": {"text": "pretrained on"}, "autorange": "reversed", "type": "category", "automargin": True},
     )
     return {"data": [trace], "layout": layout | {"showlegend": False}}

@@ -1,11 +1,13 @@
-// The map of a page: a link per section, the one in sight marked.
+// The map of a page: a link per section, or per comparison where there are several; the one in sight is marked.
 const map = document.querySelector(".map");
+const tops = [...document.querySelectorAll("main > h1")].slice(1);
+const parts = tops.length > 1 ? tops : [...document.querySelectorAll("main section")];
 const links = new Map();
-for (const [place, heading] of [...document.querySelectorAll("main section > h2")].entries()) {
-  const part = heading.parentElement, link = document.createElement("a");
+for (const [place, part] of parts.entries()) {
+  const link = document.createElement("a");
   part.id = part.id || `part-${place}`;
   link.href = "#" + part.id;
-  link.textContent = heading.textContent;
+  link.textContent = (part.querySelector("h2") || part).textContent;
   links.set(part, link);
   map.append(link);
 }
