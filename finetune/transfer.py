@@ -214,7 +214,7 @@ def _keeping(
     several = _several(config, target)
     if fit is not fit_and_score or not (config.similarity or several):
         return fit
-    budget = comparison_of(config, target.name).budgets[-1]
+    budget = int(comparison_of(config, target.name).budgets[-1])  # numbers only: a matrix takes no shares
     return partial(looks.fit_and_keep, budget=budget, every_draw=several)
 
 
@@ -253,15 +253,16 @@ def _look_at_segmenters(
     alike, missing = [], []
     for target in targets:
         plan, folder = comparison_of(config, target.name), out / "targets" / target.name
-        budget = plan.budgets[-1]
+        budget = int(plan.budgets[-1])
         if config.similarity:
             kept = looks.segmenters_of(folder, list(plan.inits), budget=budget, draw=0)
             alike.append(_feature_task(config, out, target, "similarity.csv", archives, encoders, kept))
         if not _several(config, target):
             continue
-        for init, at, draw in fit_grid(plan):
+        for cell in fit_grid(plan):
+            init, draw = cell.init, cell.draw
             kept = looks.segmenters_of(folder, [init], budget=budget, draw=draw)
-            if at == budget and kept:
+            if cell.budget == budget and kept:
                 missing.append(
                     looks.MissingTask(
                         out / "features" / target.name / "missing" / f"{init}-d{draw}.csv",

@@ -322,7 +322,7 @@ class Session:
                 nonlocal spent
                 if runtime.is_main:
                     asked = time.perf_counter()
-                    scores = measure(objective, step)
+                    scores = dict(measure(objective, step))
                     now = time.perf_counter()
                     spent += now - asked
                     if self.best is not None:
