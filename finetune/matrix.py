@@ -342,7 +342,7 @@ def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) 
         name,
         config.targets[name].archive,
         tuple(archive.scans[key].modality for key in archive.cases[cases[0]].scans),
-        plan.low_budgets,
+        tuple(map(int, plan.low_budgets)),
         tuple(config.baselines),
         {case: archive.cases[case].subject for case in cases},
     )
