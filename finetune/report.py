@@ -25,6 +25,8 @@ from medseg_ssl.analysis.label_efficiency import (
 from medseg_ssl.analysis.page import Picture
 from medseg_ssl.analysis.report import Comparison, Run, Transfer, comparison_page, runs_page
 from medseg_ssl.analysis.tables import write_bytes, write_csv, write_json, write_text
+from medseg_ssl.analysis.tasks import summarise_tasks
+from medseg_ssl.analysis.tasks_page import tasks_html
 from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError, UserError
 
@@ -263,6 +265,13 @@ def _read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _over_tasks(folders: Sequence[Path], read: Sequence[tuple[Comparison, list[dict[str, Any]]]]) -> str:
+    """Ranks and effects over the tasks of several comparisons, each under its name and its folder's."""
+    rows = {f"{own[0]['task']} ({f.name})": own for f, (_, own) in zip(folders, read, strict=True) if own}
+    baselines = dict.fromkeys(b for comparison, _ in read for b in comparison.summary["baselines"])
+    return tasks_html(summarise_tasks(rows, baselines=list(baselines)))
+
+
 def _comparisons_of(run: Path) -> list[Path]:
     """The folder itself where it is a comparison; of a transfer, the comparison on each target."""
     if (run / MATRIX).is_file():
@@ -296,13 +305,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise ConfigError(f"{args.out} exists; choose another --out, or --overwrite to replace a report")
     transfers = [read_transfer(run) for run in args.runs if (run / MATRIX).is_file()]
     folders = [folder for run in args.runs for folder in _comparisons_of(run)]
-    comparisons = [read_comparison(f, volumes_bytes=VOLUMES_BYTES // len(folders))[0] for f in folders]
+    read = [read_comparison(f, volumes_bytes=VOLUMES_BYTES // len(folders)) for f in folders]
+    comparisons = [comparison for comparison, _ in read]
     known = {run for run in args.runs if (run / MATRIX).is_file() or run in folders}
     runs = [read_run(run) for run in args.runs if run not in known]
     if len(comparisons) == 1 and not runs and not transfers:
         write_text(args.out, comparison_page(comparisons[0]))
     else:
-        write_text(args.out, runs_page("Runs", runs=runs, comparisons=comparisons, transfers=transfers))
+        tasks = _over_tasks(folders, read) if len(folders) > 1 else ""
+        page = runs_page("Runs", runs=runs, comparisons=comparisons, transfers=transfers, tasks=tasks)
+        write_text(args.out, page)
     Console(stderr=True).print(f"report: {args.out}", markup=False, highlight=False)
     return args.out
 

@@ -184,9 +184,18 @@ def runs_page(
     runs: Sequence[Run] = (),
     comparisons: Sequence[Comparison] = (),
     transfers: Sequence[Transfer] = (),
+    tasks: str = "",
 ) -> str:
-    """One page of any runs: transfer matrices first, then comparisons, the losses of all runs, and each run."""
-    sections = [MAP]
+    """One page of any runs: transfer matrices first, then comparisons, the losses of all runs, and each run.
+
+    Args:
+        title: heading.
+        runs: pretrainings and fine-tunings.
+        comparisons: of any tasks.
+        transfers: matrices.
+        tasks: HTML that sums up the comparisons of several tasks.
+    """
+    sections = [MAP, section("Over all tasks", tasks)]
     for number, transfer in enumerate(transfers):
         sections.append(f"<h1>{text(transfer.title)}</h1>")
         sections.append(section("Transfer", transfer_html(transfer.matrix, name=f"transfer{number}")))

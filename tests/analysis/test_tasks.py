@@ -7,6 +7,7 @@ import pytest
 
 from medseg_ssl.analysis.statistics import Interval, crossed_interval
 from medseg_ssl.analysis.tasks import pool, ranked, standardised, summarise_tasks
+from medseg_ssl.analysis.tasks_page import tasks_html
 
 from .test_label_efficiency import BETTER, SCRATCH, pretrained_thrice, rows_of
 from .test_statistics import simulate
@@ -132,3 +133,15 @@ def test_pooled_ranks_and_effects_cover_the_truth():
         covered["effect"] += effect.low <= truth <= effect.high
     assert 0.92 <= covered["rank"] / 500 <= 0.98
     assert 0.92 <= covered["effect"] / 500 <= 0.98
+
+
+def test_the_page_ranks_inits_best_first_and_names_what_was_left_out():
+    tasks = tasks_of(2, {"scratch": SCRATCH, "mae": BETTER})
+    tasks["t0"] += [{**row, "init": "<own>"} for row in tasks["t0"] if row["init"] == "mae"]
+    page = tasks_html(summarise_tasks(tasks, baselines=["scratch"]))
+    assert page.index("<td>mae</td>") < page.index("<td>scratch</td>")
+    assert "rank: t0" in page
+    assert "effect against scratch" in page
+    assert "left out: &lt;own&gt;" in page
+    assert "Nothing follows for other tasks" in page
+    assert tasks_html(summarise_tasks({}, baselines=[])) == ""
