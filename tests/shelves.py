@@ -1,5 +1,7 @@
 """The shelves as contract tests walk through them: a new file is picked up by listing."""
 
+from typing import Any
+
 from medseg_ssl.config import find, parse, shelf
 from medseg_ssl.nets.decoders.base import Decoder
 from medseg_ssl.nets.encoders.base import Encoder
@@ -21,8 +23,11 @@ def build_decoder(name: str, encoder: Encoder) -> Decoder:
     return cls(cls.Config(), encoder.channels, encoder.strides)
 
 
-def encoder_for(objective: str) -> str:
-    """The first encoder that an objective can train: the residual one where it will do."""
+def encoder_for(objective: str) -> dict[str, Any]:
+    """Block of the first encoder that an objective can train: a narrow residual one where it will do."""
     needs = find("medseg_ssl.objectives", objective, Objective).needs
-    names = ["resenc", *(name for name in ENCODERS if name != "resenc")]
-    return next(n for n in names if issubclass(find("medseg_ssl.nets.encoders", n, Encoder), needs))
+    if issubclass(find("medseg_ssl.nets.encoders", "resenc", Encoder), needs):
+        return {"name": "resenc", "features": [8, 16, 32, 64]}
+    return {
+        "name": next(n for n in ENCODERS if issubclass(find("medseg_ssl.nets.encoders", n, Encoder), needs))
+    }

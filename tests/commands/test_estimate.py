@@ -90,6 +90,7 @@ def test_a_compare_config_is_no_training(tmp_path):
         estimate.main([str(path)])
 
 
+@pytest.mark.slow
 def test_bench_of_the_machine(archive, capsys):
     figures = bench.machine_figures(archive=archive, seconds=0.01)
     assert len(figures) == 6

@@ -93,6 +93,7 @@ def test_a_known_affine_transform(tmp_path):
     assert np.array_equal(again.transform_44, found.transform_44)
 
 
+@pytest.mark.slow
 def test_two_different_parts_of_a_body_are_refused(tmp_path):
     _, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij")
     limbs = sum(500.0 * ((y - at) ** 2 + (x + at / 2) ** 2 < 0.06) for at in (-0.5, 0.4))
@@ -118,9 +119,8 @@ def test_what_is_aligned_within_the_error_stays_where_it_is(tmp_path):
     assert np.array_equal(found.transform_44, np.eye(4))
 
 
-@pytest.mark.parametrize(
-    ("offset_mm", "believed"), [pytest.param(9.0, True, marks=pytest.mark.slow), (0.0, False)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("offset_mm", "believed"), [(9.0, True), (0.0, False)])
 def test_a_misplaced_pair_must_lie_better_afterwards(tmp_path, monkeypatch, offset_mm, believed):
     from medseg_ssl.data import coregistration
     from medseg_ssl.data.alignment import Alignment

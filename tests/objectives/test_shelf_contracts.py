@@ -29,7 +29,7 @@ def trained(request, archive, tmp_path, monkeypatch):
     """An objective with its smallest encoder, and a batch as the loader makes it."""
     quick_templates(monkeypatch)
     config = PretrainConfig(
-        encoder=Block(name=encoder_for(request.param)),
+        encoder=Block.model_validate(encoder_for(request.param)),
         objective=Block(name=request.param, size=(16, 16, 16)),
         data={"batch_size": 4},  # pyright: ignore[reportArgumentType]
         train={"steps": 1},  # pyright: ignore[reportArgumentType]

@@ -36,7 +36,7 @@ def archive(tmp_path_factory):
 
 def tree(name, *, steps=STEPS):
     return {
-        "encoder": {"name": encoder_for(name)},
+        "encoder": encoder_for(name),
         "objective": {"name": name, "size": [16, 16, 16]},
         "data": {"batch_size": 2},
         "train": {
