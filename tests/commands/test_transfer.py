@@ -172,9 +172,9 @@ def test_a_failed_fit_leaves_the_other_target(tmp_path):
         return fakes.fake_fit(task)
 
     with pytest.raises(
-        UserError, match="target organs: 4 fits failed, the first is MR, 1 labels, draw 0: no space"
+        UserError, match="target organs: 2 fits failed, the first is MR, 1 labels, draw 0: no space"
     ):
-        run(tmp_path / "out", fit=fail)
+        run(tmp_path / "out", fit=fail, config=fakes.config(budgets=[1], baselines=["scratch"]))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {c["target"] for c in summary["cells"]} >= {"lesions"}
     assert summary["finished"] < summary["planned"]
@@ -195,7 +195,8 @@ def test_archives_and_encoders_go_with_their_names(tmp_path):
         run(tmp_path / "out", archives={"organs": Path("ct")})
     with pytest.raises(ConfigError, match=r"--archive liver=… is not in the config; known: organs, lesions"):
         run(tmp_path / "out", archives={**fakes.ARCHIVES, "liver": Path("x")})
-    given = fakes.config(sources={**fakes.TREE["sources"], "file": "encoder"}, unions="none")
+    few = {"budgets": [1], "baselines": ["scratch"], "targets": {"organs": {"archive": "organs"}}}
+    given = fakes.config(sources={**fakes.TREE["sources"], "file": "encoder"}, unions="none", **few)
     with pytest.raises(ConfigError, match="encoder 'file' needs its path: --encoder file=PATH"):
         run(tmp_path / "out", config=given)
     (tmp_path / "file").write_text("PT")
