@@ -121,7 +121,7 @@ def compare(
             folds=folds,
             encoders=files,
             sources={name: "+".join(card["modalities"]) for name, card in cards.items()},
-            target="+".join(test.scans[s].modality for s in test.cases[cases[0]].scans),
+            target=target_of(test, cases),
             pretraining_steps=longest,
             network=next((card["encoder"] for card in cards.values()), None),
             keep=keep,
@@ -129,7 +129,7 @@ def compare(
         notes = [*notes_of(counted, tasks, folds=folds, cards=cards, archive=opened, test=test), *shares]
         if reused is not None:
             notes.append("The labeled cases are those of a file of budgets; none was drawn here.")
-        _write_plan(out, counted, tasks, notes=notes, command=command, folds=folds)
+        _write_plan(out, counted, tasks, notes=notes, command=command, folds=folds, test=test)
         pending = [task for task in tasks if not task.finished]
         failures = crew.fit(fit, pending, done=len(tasks) - len(pending))
         report = _conclude(out, config, failures, mirror=bool(pending), encoders=given)
@@ -193,12 +193,17 @@ def _check_networks(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]
 def _check_seen(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], archive: Archive) -> None:
     """An encoder from outside must not have seen who is scored, as far as its card tells."""
     for name, card in cards.items():
-        if card["archive_fingerprint"] != archive.fingerprint:
+        if archive.fingerprint not in {card["archive_fingerprint"], *(card.get("archives") or ())}:
             continue
         if config.folds is not None:
             raise ConfigError(
                 f"the encoder of {name!r} was pretrained on this archive, and folds score all of its subjects; make it "
                 "{pretrain: …}, which pretrains once per fold, or leave out folds"
+            )
+        if (chosen := card.get("chosen_by")) and chosen["subset"] == config.subset:
+            raise ConfigError(
+                f"the encoder of {name!r} was chosen by {chosen['score']} on {chosen['subset']} subjects of this "
+                "archive, who are scored; score another subset"
             )
         kept = [e["split"] for e in card.get("checked_against", ()) if e["archive"] == archive.fingerprint]
         if kept and config.split not in kept:
@@ -206,6 +211,18 @@ def _check_seen(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], a
                 f"the encoder of {name!r} was pretrained with the split '{kept[0]}' of this archive, so it may have "
                 f"seen subjects whom split '{config.split}' keeps for scoring"
             )
+
+
+def target_of(archive: Archive, cases: Sequence[str]) -> str:
+    """Modalities of the scored cases: ``CT+PT`` for two channels, ``CT/PT`` for cases of either kind."""
+    kinds = {"+".join(archive.scans[s].modality for s in archive.cases[case].scans) for case in cases}
+    return "/".join(sorted(kinds))
+
+
+def shared_subjects(archive: Archive, cases: Sequence[str]) -> dict[str, str]:
+    """Case to subject where a subject has several of the cases; nothing where each has one."""
+    subjects = {case: archive.cases[case].subject for case in cases}
+    return subjects if len(set(subjects.values())) < len(subjects) else {}
 
 
 def _held_out(archive: Archive) -> bool:
@@ -228,6 +245,7 @@ def _write_plan(
     notes: Sequence[str],
     command: str,
     folds: Sequence[labeling.Fold],
+    test: Archive,
 ) -> None:
     subsets = [
         {str(d): {str(b): list(c) for b, c in of.items()} for d, of in fold.budgets.subsets.items()}
@@ -243,6 +261,7 @@ def _write_plan(
         "notes": list(notes),
         "command": command,
         "test_cases": [case for fold in folds for case in fold.scored],
+        "subjects": shared_subjects(test, [case for fold in folds for case in fold.scored]),
         "subsets": subsets[0] if len(subsets) == 1 else {str(f): of for f, of in enumerate(subsets)},
     }
     write_json(out / PLAN, plan)

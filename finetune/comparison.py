@@ -321,6 +321,7 @@ def _check_pretraining(config: CompareConfig, name: str, pretraining: Any, finet
         raise ConfigError(
             f"inits.{name}.pretrain.data.splits holds {config.subset!r}, which is scored; leave it out"
         )
+    check_choice(f"inits.{name}.pretrain", pretraining, config.subset)
     if pretraining.data.split != config.split:
         raise ConfigError(
             f"inits.{name}.pretrain.data.split is {pretraining.data.split!r}, split is {config.split!r}"
@@ -334,6 +335,19 @@ def _check_pretraining(config: CompareConfig, name: str, pretraining: Any, finet
         raise ConfigError(
             f"finetune.encoder and inits.{name}.pretrain.encoder differ, so the weights would not fit:"
             f" {'; '.join(different)}"
+        )
+
+
+def check_choice(where: str, pretraining: Any, subset: str) -> None:
+    """Evaluations of a pretraining must be possible, and ``keep_best`` must not choose by who is scored."""
+    probing = importlib.import_module(locate("pretrain.probing"))
+    try:
+        _, judged_on = probing.with_judge(pretraining)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if judged_on == subset:
+        raise ConfigError(
+            f"{where}.keep_best chooses by {subset} subjects, who are scored; let its evaluation take another subset"
         )
 
 

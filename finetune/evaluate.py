@@ -144,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if args.missing_modalities:
             beside.write_missing(*shared, nsd_tolerance_mm=args.nsd_tolerance_mm, progress=began)
         if args.before is not None:
-            earlier = Predictor.load(args.before, device=args.device, precision=args.precision)
+            how = {"device": args.device, "precision": args.precision, "flips": args.flips}
+            earlier = Predictor.load(args.before, **how)
             beside.write_forgetting(
                 args.out,
                 earlier,

@@ -161,6 +161,8 @@ def fit_and_score(task: FitTask) -> Path:
     from medseg_ssl.analysis.tables import write_csv
 
     if task.finished:
+        if not task.keep:
+            remove_bulky(task.folder)  # a kill may have come between the scores and this
         return task.folder / DONE
     try:
         if task.baseline is not None:

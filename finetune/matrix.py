@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from medseg_ssl.nets.encoder_file import Card
 
 Modality = Literal["CT", "MR", "PT"]
-EQUAL_KEYS = ("seed", "encoder", "train.steps", "train.accumulate", "data.batch_size")
+EQUAL_KEYS = ("seed", "encoder", "train.steps", "train.accumulate", "data.batch_size", "keep_best")
 """What no source may have for itself: with them the matrix compares something else than the data."""
 OURS = ("data.modalities", "data.protect")
 """Keys of a pretraining that the benchmark sets."""
@@ -136,6 +136,11 @@ class MatrixConfig(Record):
                 raise ValueError(
                     f"sources.{name}.pretrain.{equal[0]} would make sources unequal; set it in pretrain"
                 )
+            ours = [key for key in OURS if has_key(source.pretrain, key)]
+            if ours:
+                raise ValueError(
+                    f"sources.{name}.pretrain.{ours[0]} is set by the benchmark, from sources and targets"
+                )
         taken = [name for name in self.sources if name in self.baselines]
         if taken:
             raise ValueError(f"sources.{taken[0]} has the name of a baseline")
@@ -218,6 +223,7 @@ def _checked_source(config: MatrixConfig, name: str) -> None:
     pretraining = plans.pretrain_config(pretrain_tree(config, name), prefix=f"sources.{name}.pretrain")
     if config.subset in pretraining.data.splits:
         raise ConfigError(f"pretrain.data.splits holds {config.subset!r}, which is scored; leave it out")
+    plans.check_choice(f"sources.{name}.pretrain", pretraining, config.subset)
     if pretraining.data.split != config.split:
         raise ConfigError(f"pretrain.data.split is {pretraining.data.split!r}, split is {config.split!r}")
     finetune = plans.finetune_config(config.finetune)

@@ -27,10 +27,11 @@ def group_in(out: Path) -> str | None:
     """Name of the group that the runs of a comparison form, the same whenever it goes on; None outside of one."""
     try:
         inputs = (out / "inputs.json").read_bytes()
-        task = (yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")) or {}).get("task")
+        config = (out / "config.yaml").read_bytes()
+        task = (yaml.safe_load(config) or {}).get("task")
     except OSError:
         return None
-    return f"{task or 'runs'}-{hashlib.sha256(inputs).hexdigest()[:8]}"
+    return f"{task or 'runs'}-{hashlib.sha256(inputs + config).hexdigest()[:8]}"
 
 
 def send_comparison(

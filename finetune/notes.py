@@ -109,6 +109,12 @@ def _card_notes(
             " and others" if len(several) > 1 else ""
         )
     notes = [f"{init}: {card['objective'] or 'unknown objective'}, {card['steps']} steps on {where}."]
+    chosen = card.get("chosen_by")
+    if chosen:
+        notes.append(
+            f"{init}: these weights were chosen among {chosen['candidates']} by {chosen['score']} on "
+            f"{chosen['subset']} subjects; labels that this evaluation reads are not counted in the budgets."
+        )
     # a check against this archive looked at its test and development subjects; folds score training subjects too
     protected = (
         {entry["archive"] for entry in card.get("checked_against", ())} if config.folds is None else set()

@@ -80,6 +80,8 @@ def read_comparison(
     if not finished:
         raise UserError(f"no fit of {out} has finished yet; run the comparison first")
     rows = [row for folder in _comparable(out, plan["fits"], finished) for row in read_cases(folder / DONE)]
+    subjects = plan.get("subjects") or {}
+    rows = [{**row, "subject": subjects[row["case"]]} for row in rows] if subjects else rows
     order = {name: place for place, name in enumerate(plan["inits"])}
     rows.sort(
         key=lambda row: (order[row["init"]], row["budget"], row["draw"])
@@ -219,12 +221,14 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is no run folder (no config.yaml in it)")
     text = config.read_text(encoding="utf-8")
     try:
-        objective = (yaml.safe_load(text) or {}).get("objective") or {}
+        tree = yaml.safe_load(text) or {}
+        objective = tree.get("objective") or {}
     except (AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{config} is no config: {' '.join(str(error).split())}") from error
     made = folder / "environment.json"
     environment = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else {}
-    kind = "fine-tuning" if objective.get("name") == "segmentation" else "pretraining"
+    # only fine-tuning has its decoder at the top
+    kind = "fine-tuning" if "decoder" in tree else "pretraining"
     newest = sorted((folder / "images").glob("*.png"), key=lambda p: p.stem.rsplit("-", 1)[-1])[
         -PICTURES_PER_RUN:
     ]
@@ -267,7 +271,11 @@ def _read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def _over_tasks(folders: Sequence[Path], read: Sequence[tuple[Comparison, list[dict[str, Any]]]]) -> str:
     """Ranks and effects over the tasks of several comparisons, each under its name and its folder's."""
-    rows = {f"{own[0]['task']} ({f.name})": own for f, (_, own) in zip(folders, read, strict=True) if own}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for folder, (_, own) in zip(folders, read, strict=True):
+        name = f"{own[0]['task']} ({folder.name})" if own else ""
+        if own:
+            rows[f"{name}, {len(rows) + 1}" if name in rows else name] = own
     baselines = dict.fromkeys(b for comparison, _ in read for b in comparison.summary["baselines"])
     return tasks_html(summarise_tasks(rows, baselines=list(baselines)))
 

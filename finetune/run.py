@@ -240,7 +240,9 @@ def run_finetune(
 
     def card(steps: int = steps) -> Card:
         made = make_card(config, opened, views, used, silent=unstated, steps=steps)
-        return made.model_copy(update={"classes": classes})
+        # scans of the segmenter's first archive stay readable
+        known = {} if grown is None else grown.loaded.card.intensity
+        return made.model_copy(update={"classes": classes, "intensity": {**known, **made.intensity}})
 
     inputs = {
         "archive": opened.fingerprint[:16],
@@ -266,7 +268,7 @@ def run_finetune(
                 len(used),
                 ", ".join(unstated),
             )
-        if encoder is None and config.tune.name != "full" and machine.is_main and not quiet:
+        if encoder is None and grown is None and config.tune.name != "full" and machine.is_main and not quiet:
             logger.warning(
                 "tune '%s' leaves most of a random encoder as it is: no encoder file is given",
                 config.tune.name,
@@ -282,7 +284,7 @@ def run_finetune(
             steps_per_epoch=per_epoch,
             description=f"finetune {len(used)} cases",
             quiet=quiet,
-            tags=("finetune", "scratch" if encoder is None else "pretrained"),
+            tags=("finetune", "scratch" if encoder is None and grown is None else "pretrained"),
             fresh=fresh,
             undecayed=tuned.undecayed,
             training=tuned.training,

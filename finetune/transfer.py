@@ -127,8 +127,11 @@ def transfer(
                 raise
             except UserError as error:  # the other targets are worth having
                 failures.append(UserError(f"target {target.name}: {error}"))
-        _look_at_segmenters(crew, config, out, targets, paths, files)
         report = _conclude(out, config, failures)
+        # only of whole targets: a look that was made without an init would be kept as it is
+        if config.similarity or config.missing_modalities:
+            _look_at_segmenters(crew, config, out, targets, paths, files)
+            write_transfer(out)
     return report
 
 

@@ -23,12 +23,17 @@ from medseg_ssl.analysis.transfer import (
 from medseg_ssl.config import UserError
 
 from . import looks
-from .report import PLAN, without_nan
+from .fits import DONE
+from .report import PLAN, without_nan, write_comparison
 
 REPORT = "report.html"
 MISSING_COLUMNS = (
     "task", "source", "target", "init", "budget", "given", "metric", "mean", "ci_low", "ci_high", "draws", "cases",
 )  # fmt: skip
+
+
+def _has_fits(folder: Path) -> bool:
+    return (folder / PLAN).is_file() and any(folder.glob(f"fits/*/*/*/{DONE}"))
 
 
 def write_transfer(out: Path) -> list[dict[str, Any]]:
@@ -45,7 +50,8 @@ def write_transfer(out: Path) -> list[dict[str, Any]]:
     rows, links, finished = [], {}, 0
     for target in targets:
         folder = out / "targets" / target.name
-        if (folder / "summary.json").is_file():
+        if _has_fits(folder):
+            write_comparison(folder)
             rows += _rows(folder, plan["task"], target.name, names)
             links[target.name] = f"targets/{target.name}/{REPORT}"
             finished += json.loads((folder / "summary.json").read_text(encoding="utf-8"))["finished"]

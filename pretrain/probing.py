@@ -52,6 +52,12 @@ def with_judge(config: PretrainConfig) -> tuple[PretrainConfig, str]:
             f"evaluations.{judge}.subset is {subset!r}, so keep_best would choose by test subjects; take 'development'"
             " or 'train'"
         )
+    scored = built[judge].config.model_dump().get("split", config.data.split)
+    if scored != config.data.split:
+        raise ConfigError(
+            f"evaluations.{judge}.split is {scored!r}, so keep_best could choose by subjects whom split "
+            f"{config.data.split!r} keeps back; take that one"
+        )
     written = {name: evaluation.config.model_dump(mode="json") for name, evaluation in built.items()}
     return config.model_copy(update={"evaluations": written}), subset
 

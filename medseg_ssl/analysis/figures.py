@@ -195,6 +195,8 @@ def heat_map(rows: Sequence[Row], *, metric: str = "dice", budget: int | None = 
 def _gain_text(row: Row | None) -> str:
     if row is None or math.isnan(row["gain"]):
         return ""
+    if math.isnan(row["gain_ci_low"]):
+        return f"{row['gain']:+.3f}"
     clear = row["gain_ci_low"] > 0 or row["gain_ci_high"] < 0
     return f"<b>{row['gain']:+.3f}</b>" if clear else f"({row['gain']:+.3f})"
 
@@ -202,10 +204,15 @@ def _gain_text(row: Row | None) -> str:
 def _gain_hover(row: Row | None) -> str:
     if row is None:
         return ""
-    parts = [f"score {row['mean']:.3f}, {row['ci_low']:.3f} to {row['ci_high']:.3f}"]
+    parts = [f"score {row['mean']:.3f}, {_ends_of(row['ci_low'], row['ci_high'], '.3f')}"]
     if not math.isnan(row["gain"]):
-        parts.append(f"gain {row['gain']:+.3f}, {row['gain_ci_low']:+.3f} to {row['gain_ci_high']:+.3f}")
+        ends = _ends_of(row["gain_ci_low"], row["gain_ci_high"], "+.3f")
+        parts.append(f"gain {row['gain']:+.3f}, {ends}")
     return "<br>".join(parts)
+
+
+def _ends_of(low: float, high: float, form: str) -> str:
+    return "no interval" if math.isnan(low) else f"{low:{form}} to {high:{form}}"
 
 
 def _layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:

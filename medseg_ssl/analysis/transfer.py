@@ -217,9 +217,9 @@ def transfer_summary(
     known = [cells for cells in found.values() if cells.budgets]
     return {
         "cells": _gains(known, sources),
-        "controls": [item for cells in known for item in _controls(cells, sources)],
+        "controls": _with_holm([item for cells in known for item in _controls(cells, sources)]),
         "asymmetry": _asymmetry(known, sources),
-        "mixed": [item for cells in known for item in _mixed(cells, sources)],
+        "mixed": _with_holm([item for cells in known for item in _mixed(cells, sources)]),
     }
 
 
@@ -321,8 +321,14 @@ def _mixed(cells: Cells, sources: Sequence[Source]) -> list[dict[str, Any]]:
     return out
 
 
+def is_found(item: Mapping[str, Any]) -> bool:
+    """Whether a difference can be judged, and is significant after the correction."""
+    return item["covers"] in JUDGED and item["p_holm"] < 0.05
+
+
 def _with_holm(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    adjusted = holm([item["p"] for item in found])
+    """With p-values corrected over all that can be judged; NaN for the rest."""
+    adjusted = holm([item["p"] if item["covers"] in JUDGED else math.nan for item in found])
     return [item | {"p_holm": p} for item, p in zip(found, adjusted, strict=True)]
 
 
@@ -349,7 +355,7 @@ def transfer_verdicts(summary: Mapping[str, Any]) -> list[str]:
         best = next(i for i in of_union if i["best"])
         line = _line(f"{union} → {target} against {best['single']}, its best single source", best, "helps more",
                      "helps less")  # fmt: skip
-        every = all(i["low"] > 0 for i in of_union)
+        every = all(i["covers"] in JUDGED and i["low"] > 0 for i in of_union)
         lines.append(line if not every else f"{line[:-1]}; it beats each of its single sources.")
     for item in summary.get("estimates", {}).get("ranking", ()):
         lines.append(_ranking_verdict(item))
@@ -381,7 +387,7 @@ def _line(what: str, item: Mapping[str, Any], more: str, less: str) -> str:
         return f"{what}: {numbers}; too few draws or cases to judge."
     numbers += f" (95 % interval {item['low']:+.3f} to {item['high']:+.3f})"
     if item["low"] > 0 or item["high"] < 0:
-        corrected = item.get("p_holm", 0.0) < 0.05
+        corrected = item["p_holm"] < 0.05
         word = more if item["low"] > 0 else less
         return f"{what}: {numbers}, significantly {word}{'' if corrected else ' (not after the correction)'}."
     return f"{what}: {numbers}, no significant difference."

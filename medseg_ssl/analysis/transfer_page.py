@@ -11,6 +11,7 @@ from typing import Any
 from medseg_ssl.analysis.figures import FONT, INK
 from medseg_ssl.analysis.page import details, figure, inline, page, section, table, text
 from medseg_ssl.analysis.report import interval_cell
+from medseg_ssl.analysis.transfer import is_found
 
 Row = Mapping[str, Any]
 POOLED = "gain, few labels"
@@ -166,7 +167,7 @@ def _number(cell: Row | None, key: str) -> float | None:
 def _mark(cell: Row | None, *, gain: bool) -> str:
     if cell is None or math.isnan(cell["mean"]):
         return ""
-    return f"{cell['mean']:+.3f}{'*' if cell['p_holm'] < 0.05 else ''}" if gain else f"{cell['mean']:.3f}"
+    return f"{cell['mean']:+.3f}{'*' if is_found(cell) else ''}" if gain else f"{cell['mean']:.3f}"
 
 
 def _interval(cell: Row | None, *, gain: bool) -> str:

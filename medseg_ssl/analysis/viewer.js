@@ -87,11 +87,11 @@ class Viewer {
   }
 
   async open(index) {
-    const c = this.controls, asked = ++this.asked;
-    this.data = this.cases[index];
+    const c = this.controls, asked = ++this.asked, data = this.cases[index];
     c.case.value = String(index);
-    const truth = await this.get(this.data.truth);
+    const truth = await this.get(data.truth);
     if (asked !== this.asked) return;
+    this.data = data;
     this.truth = truth;
     this.at = this.fullest(truth);
     const names = this.data.channels.map((channel, i) => new Option(channel.name, String(i)));
@@ -105,14 +105,16 @@ class Viewer {
   }
 
   async scan() {
-    const c = this.controls, channel = this.data.channels[Number(c.channel.value)];
+    const c = this.controls, channel = this.data.channels[Number(c.channel.value)], asked = ++this.asked;
+    const image = await this.get(channel.image);
+    if (asked !== this.asked) return; // another one was chosen meanwhile
     this.channel = channel;
     c.window.replaceChildren(...channel.presets.map((p, i) => new Option(p.name, String(i))));
     const low = channel.values[0], high = channel.values[255];
     Object.assign(c.level, {min: low, max: high, step: (high - low) / 500});
     Object.assign(c.width, {min: (high - low) / 500, max: high - low, step: (high - low) / 500});
     this.preset(0);
-    this.image = await this.get(channel.image);
+    this.image = image;
     await this.prediction();
   }
 
@@ -131,9 +133,12 @@ class Viewer {
   }
 
   async prediction() {
-    const found = this.fit(this.controls.init.value);
-    this.label = found ? await this.get(found.label) : null;
-    this.heat = found && found.saliency ? await this.get(found.saliency) : null;
+    const found = this.fit(this.controls.init.value), asked = ++this.asked;
+    const label = found ? await this.get(found.label) : null;
+    const heat = found && found.saliency ? await this.get(found.saliency) : null;
+    if (asked !== this.asked) return;
+    this.label = label;
+    this.heat = heat;
     if (this.controls.saliency) this.controls.saliency.disabled = !this.heat;
     this.numbers(found);
     await this.draw();

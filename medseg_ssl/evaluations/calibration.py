@@ -25,7 +25,7 @@ from medseg_ssl.types import UNKNOWN_LABEL, Score
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
 
-CASE_COLUMNS = ("case", "class", "voxels", "ece", "brier", "confidence", "frequency")
+CASE_COLUMNS = ("case", "class", "voxels", "ece", "brier", "overconfidence", "confidence", "frequency")
 COLUMNS = ("class", "measure", "cases", "mean", "ci_low", "ci_high")
 BIN_COLUMNS = ("class", "low", "high", "voxels", "cases", "confidence", "frequency")
 MEASURES = ("ece", "brier", "overconfidence")

@@ -66,6 +66,11 @@ class Transferability(Evaluation):
         """
         if not isinstance(model, FrozenEncoder):
             raise ConfigError("transferability looks at an encoder's features, not at a segmenter")
+        channels = archive.facts().channels
+        if channels != 1:
+            raise UserError(
+                f"transferability looks at cases of one channel; those of this archive have {channels}"
+            )
         cases = labeled_cases(archive, split=self.config.split, subset=self.config.subset)
         size = self.config.crop_size or crop_size_of(model.card)
         spec = ViewSpec(count=1, size=size, spacing_mm=model.card.spacing_mm, labeled=True)

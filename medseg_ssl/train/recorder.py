@@ -51,6 +51,7 @@ class Recorder:
         self.writes = writes
         self.total_steps = total_steps
         self._wandb = wandb
+        self._pictures = wandb is not None and wandb.pictures
         self._config = dict(config or {})
         self._progress = progress
         self._tags = tuple(tags)
@@ -128,7 +129,10 @@ class Recorder:
     # -- pictures, tables ----------------------------------------------------------------------------------------------
 
     def image(self, name: str, volume: Tensor, *, step: int) -> Path | None:
-        """Middle slices in three planes of (B, D, H, W) or (B, C, D, H, W) as ``images/NAME-STEP.png``."""
+        """Middle slices in three planes of (B, D, H, W) or (B, C, D, H, W) as ``images/NAME-STEP.png``.
+
+        They show real subjects, so the mirror gets them only where ``wandb.pictures`` allows it.
+        """
         if not self.writes:
             return None
         from PIL import Image
@@ -138,7 +142,7 @@ class Recorder:
         path = folder / f"{_safe(name)}-{step:07d}.png"
         picture = Image.fromarray(mid_slices(volume))
         picture.save(path)
-        if self._mirror is not None:
+        if self._mirror is not None and self._pictures:
             import wandb
 
             self._mirror.log({"step": step, f"images/{name}": wandb.Image(picture)})

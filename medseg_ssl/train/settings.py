@@ -138,8 +138,10 @@ class WandbConfig(Record):
             key; ``auto`` is online where ``WANDB_API_KEY`` is set, else offline; ``disabled`` never imports wandb.
         project: project name.
         entity: team or user, null for the key's default.
+        pictures: send previews too, which are slices of real subjects.
     """
 
     mode: Literal["offline", "online", "auto", "disabled"] = "offline"
     project: str = "medseg-ssl"
     entity: str | None = None
+    pictures: bool = False

@@ -301,3 +301,16 @@ def test_verdict_names_the_limit_of_each_baseline_where_they_differ():
     (line,) = le.summarise(pretrained_thrice(rows, "mae"), baselines=["scratch", "long"])["verdicts"]
     assert "no significant difference from scratch and is significantly worse than long at" in line
     assert re.search(r"true difference below 0\.\d{3} \(scratch\) or 0\.\d{3} \(long\)\.$", line)
+
+
+def test_cases_of_one_subject_are_one_piece_of_evidence():
+    rows = [
+        {**row("scratch", 1, draw, case, "a", dice), "subject": subject}
+        for draw in (0, 1)
+        for case, subject, dice in (("c0", "s0", 0.2), ("c1", "s0", 0.4), ("c2", "s1", 0.9))
+    ]
+    table = le.tables(rows)["scratch", 1]
+    assert table.cases == ("s0", "s1")
+    np.testing.assert_allclose(table.scores_NDP[:, :, 0], [[0.3, 0.3], [0.9, 0.9]])
+    without = [{k: v for k, v in r.items() if k != "subject"} for r in rows]
+    assert le.tables(without)["scratch", 1].cases == ("c0", "c1", "c2")

@@ -304,6 +304,35 @@ def test_an_encoder_of_another_split_of_this_archive_is_refused(tmp_path, monkey
             run(tmp_path / "fine", config, encoders={"given": tmp_path / "e"})
 
 
+def test_an_encoder_of_a_mixture_with_this_archive_is_checked_too(tmp_path, monkeypatch):
+    (tmp_path / "e").write_text("weights")
+    config = fakes.config(budgets=[1], draws=1, inits={"scratch": "scratch", "given": "encoder"})
+    mixed = {
+        "archive_fingerprint": "a mixture",
+        "archives": ["f" * 16],
+        "checked_against": [{"archive": "f" * 16, "split": "other"}],
+    }
+    monkeypatch.setattr(command, "_card", lambda path: {**fakes.card(path), **mixed})
+    with pytest.raises(ConfigError, match="with the split 'other' of this archive, so it may"):
+        run(tmp_path / "out", config, encoders={"given": tmp_path / "e"})
+
+
+def test_who_is_scored_does_not_choose_an_encoder(tmp_path, monkeypatch):
+    (tmp_path / "e").write_text("weights")
+    config = fakes.config(
+        budgets=[1], draws=1, inits={"scratch": "scratch", "given": "encoder"}, subset="development"
+    )
+    chosen = {"score": "knn/dice", "subset": "development", "step": 1, "of_steps": 2, "candidates": 2}
+    monkeypatch.setattr(command, "_card", lambda path: {**fakes.card(path), "chosen_by": chosen})
+    with pytest.raises(ConfigError, match="chosen by knn/dice on development subjects of this archive"):
+        run(tmp_path / "out", config, encoders={"given": tmp_path / "e"})
+    probed = {"pretrain": {"base": "mae_probed"}}
+    words = {"task": "t", "inits": {"scratch": "scratch", "mae": probed}, "budgets": [1]}
+    tree = {**words, "finetune": {"base": "segmentation"}, "subset": "development"}
+    with pytest.raises(ConfigError, match=r"inits\.mae\.pretrain\.keep_best chooses by development subjects"):
+        plans.resolve(parse(plans.CompareConfig, plans.expand(tree)))
+
+
 def test_every_draw_is_fine_tuned_from_every_pretraining(tmp_path):
     config = fakes.config(pretrainings=3, budgets=[1, 2], draws=2)
     run(tmp_path / "out", config)
