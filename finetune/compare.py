@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from medseg_ssl.analysis.tables import write_json
 from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import ConfigError, UserError, override, parse, read_yaml
-from medseg_ssl.fanout import ENGINES
 from medseg_ssl.train.run_folder import RunFolder, hash_file, hash_names
 
 from . import labeling, planning
 from .comparison import CompareConfig, expand, resolve
 from .crew import Crew, failure_of, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
+from .flags import add_flags, check_workers, read_named, show
 from .inits import FROM_FILE, SCRATCH_LONG
 from .mirror import send_comparison
 from .notes import notes_of
@@ -302,13 +302,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--budgets", type=Path, help="budgets.json of another comparison: label exactly those cases"
     )
-    parser.add_argument("--workers", type=int, help="fits side by side (default: by cores, or one per GPU)")
-    parser.add_argument("--engine", choices=ENGINES, default="local", help="default: %(default)s")
-    parser.add_argument("--keep", action="store_true", help="keep the weights of every fit")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.add_argument(
-        "--report-only", action="store_true", help="write the tables of the fits that are done; needs OUT"
-    )
+    add_flags(parser)
     return parser
 
 
@@ -326,28 +320,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
     else:
         report = _run(given)
     if not given.quiet:
-        _show(report)
+        show(report)
     return report
 
 
 def _run(given: Any) -> Path:
     if given.config is None or given.archive is None:
         raise ConfigError("compare needs CONFIG, OUT and --archive (--report-only needs OUT alone)")
-    if given.workers is not None and given.workers < 1:
-        raise ConfigError(f"--workers must be at least 1, got {given.workers}")
-    encoders = {}
-    for text in given.encoder:
-        name, equals, file = text.partition("=")
-        if not equals or not name or not file:
-            raise ConfigError(f"cannot read --encoder {text!r}; write NAME=FILE")
-        encoders[name] = Path(file)
+    check_workers(given.workers)
     config = read_config(find_config(given.config, kind="compare"), given.assignments)
     return compare(
         config,
         given.out,
         archive=given.archive,
         test_archive=given.test_archive,
-        encoders=encoders,
+        encoders=read_named("encoder", given.encoder, what="FILE"),
         budgets=given.budgets,
         workers=given.workers,
         engine=given.engine,
@@ -367,22 +354,6 @@ def _command(given: Any) -> str:
     if given.budgets is not None:
         words += ["--budgets", "BUDGETS"]
     return shlex.join([*words, *given.assignments])
-
-
-def _show(report: Path) -> None:
-    import json
-
-    from rich.console import Console
-
-    summary = json.loads((report.parent / "summary.json").read_text(encoding="utf-8"))
-    console = Console(stderr=True)
-    for line in summary["verdicts"]:
-        console.print(line, markup=False, highlight=False)
-    if summary["finished"] < summary["planned"]:
-        console.print(
-            f"{summary['finished']} of {summary['planned']} fits are done", markup=False, highlight=False
-        )
-    console.print(f"report: {report}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

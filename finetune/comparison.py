@@ -30,7 +30,7 @@ from .inits import (
 )
 
 if TYPE_CHECKING:
-    from .run import FinetuneConfig
+    from .settings import FinetuneConfig
 
 Budget = int | str
 """Labeled training cases, or their share as a text such as ``10%``."""

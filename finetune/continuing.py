@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from medseg_ssl.nets.encoder_file import Card, Loaded
     from medseg_ssl.objectives.base import Objective
 
-    from .run import FinetuneConfig
+    from .settings import FinetuneConfig
 
 
 class Previous(NamedTuple):

@@ -194,7 +194,8 @@ def remove_bulky(folder: Path, *, but: str = "") -> None:
 
 
 def _fit(task: FitTask) -> Path:
-    from .run import FinetuneConfig, run_finetune
+    from .run import run_finetune
+    from .settings import FinetuneConfig
 
     return run_finetune(
         parse(FinetuneConfig, task.config, prefix="finetune"),

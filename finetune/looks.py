@@ -210,7 +210,7 @@ def _spec(config: CompareConfig) -> ViewSpec:
     """The crop of fine-tuning, not augmented."""
     from medseg_ssl.train.session import resolve_block
 
-    from .run import SHELVES
+    from .settings import SHELVES
 
     finetune = finetune_config(config.finetune)
     together = {**finetune.objective.model_dump(), "decoder": finetune.decoder.model_dump()}

@@ -9,11 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
-
 from medseg_ssl import __version__
 from medseg_ssl.commandline import Parser, find_config
-from medseg_ssl.config import Block, ConfigError, Record, UserError
+from medseg_ssl.config import Block, ConfigError
 from medseg_ssl.data.partial import Access
 from medseg_ssl.train.session import (
     Session,
@@ -22,129 +20,22 @@ from medseg_ssl.train.session import (
     read_config,
     resolve_block,
     scoring,
-    with_defaults,
     with_spacing,
 )
-from medseg_ssl.train.settings import KeepBest, OptimConfig, TrainConfig, WandbConfig
 
-from .tuning import TuneConfig, check_choice, keeper, ship_plain, tune
+from .settings import SHELVES, FinetuneConfig, TransferConfig, complete_config
+from .training_data import loader, steps_per_epoch, subset, training_cases
+from .tuning import keeper, ship_plain, tune
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.loader import Loader
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
-    from medseg_ssl.types import Batch, Facts, ViewPlan
+    from medseg_ssl.types import Batch, Facts
 
 logger = logging.getLogger(__name__)
 
 SHIPS = "segmenter.safetensors"
-
-
-class FinetuneData(Record):
-    """What is trained on.
-
-    Attributes:
-        batch_size: samples per optimizer step, over all processes and micro-batches.
-        workers: loader processes per process; 0 loads in the training process.
-        split: name of the archive's split; the labeled cases of its train list are used.
-        foreground_share: share of crops centred on a labeled voxel.
-        class_balance: the class of that voxel is drawn among those of the case, each as likely; without it every
-            labeled voxel is as likely, and small structures are seldom met.
-    """
-
-    batch_size: int = Field(ge=1)
-    workers: int = Field(default=0, ge=0)
-    split: str = "default"
-    foreground_share: float = Field(default=0.33, ge=0, le=1)
-    class_balance: bool = True
-
-
-class TransferConfig(Record):
-    """What is taken from an encoder file, where one is given.
-
-    Attributes:
-        encoder: its encoder.
-        decoder: its decoder too, where it holds one.
-        minimum_coverage: least share of each part's parameters that must be found in the file.
-    """
-
-    encoder: bool = True
-    decoder: bool = False
-    minimum_coverage: float = Field(default=0.9, ge=0, le=1)
-
-
-class FinetuneConfig(Record):
-    """A supervised run.
-
-    Attributes:
-        seed: of the fresh weights, the samples and every random draw.
-        encoder: block on the shelf of encoders; null takes the encoder file's.
-        decoder: block on the shelf of decoders.
-        objective: block on the shelf of objectives, one that takes a ``decoder`` (``segmentation``).
-        tune: which of the encoder's parameters are trained.
-        evaluations: name on the shelf of evaluations to its options; run on development subjects.
-        keep_best: ship the weights of the best evaluation on development subjects; null ships the last.
-    """
-
-    seed: int = Field(default=0, ge=0)
-    encoder: Block | None = None
-    decoder: Block = Block(name="unet")
-    objective: Block = Block(name="segmentation")
-    tune: TuneConfig = TuneConfig()
-    data: FinetuneData
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig
-    transfer: TransferConfig = TransferConfig()
-    wandb: WandbConfig = WandbConfig()
-    evaluations: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    keep_best: KeepBest | None = None
-
-    @model_validator(mode="after")
-    def _best_of_what(self) -> FinetuneConfig:
-        if self.keep_best is not None:
-            check_choice(self.keep_best, self.evaluations, self.train, split=self.data.split)
-        return self
-
-    @model_validator(mode="after")
-    def _one_place_for_the_decoder(self) -> FinetuneConfig:
-        if "decoder" in self.objective.options():
-            raise ValueError("objective.decoder stands at the top level here, as 'decoder'")
-        return self
-
-
-def _contract(kind: str) -> type:
-    from medseg_ssl.nets.decoders.base import Decoder
-    from medseg_ssl.nets.encoders.base import Encoder
-    from medseg_ssl.objectives.base import Objective
-
-    return {"encoder": Encoder, "decoder": Decoder, "objective": Objective}[kind]
-
-
-SHELVES = {
-    "encoder": ("medseg_ssl.nets.encoders", partial(_contract, "encoder")),
-    "decoder": ("medseg_ssl.nets.decoders", partial(_contract, "decoder")),
-    "objective": ("medseg_ssl.objectives", partial(_contract, "objective")),
-}
-
-
-def complete_config(config: FinetuneConfig, encoder: Path | None) -> FinetuneConfig:
-    """The config with every default written out and, where it names none, the encoder of the file.
-
-    Raises:
-        ConfigError: neither config nor file names an encoder, or a block has wrong keys.
-    """
-    if config.encoder is None:
-        if encoder is None:
-            raise ConfigError(
-                "no encoder: give the config an 'encoder:' block, or an encoder file by --encoder"
-            )
-        from medseg_ssl.nets.encoder_file import load_card
-
-        config = config.model_copy(update={"encoder": Block.model_validate(load_card(encoder).encoder)})
-    config = with_defaults(config, SHELVES)
-    without = {k: v for k, v in config.objective.model_dump(mode="json").items() if k != "decoder"}
-    return config.model_copy(update={"objective": Block.model_validate(without)})
 
 
 def run_finetune(
@@ -312,88 +203,6 @@ def run_finetune(
             )
         machine.barrier()
     return Path(run) / SHIPS
-
-
-def steps_per_epoch(config: FinetuneConfig, archive: Archive, cases: Sequence[str] | None = None) -> int:
-    """Optimizer steps in which each case is drawn once on average; None counts all that may be trained on."""
-    used = training_cases(archive, config.data.split, cases)
-    return max(1, round(len(used) / config.data.batch_size))
-
-
-def loader(
-    config: FinetuneConfig,
-    archive: Archive,
-    views: ViewPlan,
-    *,
-    cases: Sequence[str] | None = None,
-    relations: Sequence[str] = (),
-) -> partial[Loader]:
-    """The loader of a run, but for its steps and for who reads which share; ``cases`` None takes all of them."""
-    from medseg_ssl.data.loader import Loader
-
-    used = training_cases(archive, config.data.split, cases)
-    # unlabeled views are cut from the scans of all subjects that may be trained on
-    subjects = {*archive.split(config.data.split).train, *(archive.cases[case].subject for case in used)}
-    subjects &= {row.subject for row in archive.scans.values()}
-    return partial(
-        Loader,
-        archive,
-        views,
-        batch_size=config.data.batch_size,
-        accumulate=config.train.accumulate,
-        seed=config.seed,
-        subjects=sorted(subjects),
-        cases=used,
-        relations=relations,
-        foreground_share=config.data.foreground_share,
-        class_balance=config.data.class_balance,
-    )
-
-
-def training_cases(archive: Archive, split: str, cases: Sequence[str] | None) -> list[str]:
-    """Labeled cases that may be trained on, in a stable order.
-
-    Raises:
-        UserError: the archive has no labels, a case is unknown, unlabeled, or of a test subject, or none is left.
-    """
-    lists = archive.split(split)
-    if cases is None:
-        rows = [c for c in archive.cases.values() if c.labeled and c.subject in lists.train]
-        if not rows:
-            raise UserError(f"{archive.path} has no labeled cases in the train list of split '{split}'")
-        return sorted(row.case for row in rows)
-    for case in cases:
-        row = archive.cases.get(case)
-        if row is None or not row.labeled:
-            raise UserError(f"{archive.path} has no labeled case {case!r}")
-        if row.subject in lists.test:
-            raise UserError(
-                f"case {case!r} belongs to a test subject of split '{split}'; it must not be trained on"
-            )
-    if not cases:
-        raise UserError("no cases to train on")
-    return sorted(cases)
-
-
-def subset(
-    config: FinetuneConfig, file: Path, archive: Path, *, budget: int | None, draw: int, fold: int
-) -> tuple[list[str], Access]:
-    """The cases that a file of budgets names, and what may be known of them.
-
-    Raises:
-        ConfigError: no budget is named, or the file does not go with config and archive.
-    """
-    from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.budget_file import chosen_cases, read_budgets
-
-    if budget is None:
-        raise ConfigError("--cases needs --budget, the number of labeled cases")
-    budgets = read_budgets(file)
-    if budgets.split != config.data.split:
-        raise ConfigError(f"{file.name} is of split '{budgets.split}', data.split is '{config.data.split}'")
-    return chosen_cases(
-        budgets, Archive.open(archive), budget=budget, draw=draw, fold=fold, where=f"the budgets {file.name}"
-    )
 
 
 def build(config: FinetuneConfig, facts: Facts) -> tuple[Objective, Any]:

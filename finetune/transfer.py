@@ -7,7 +7,6 @@ comparison on each target. The same command again continues an interrupted bench
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from medseg_ssl.analysis.tables import write_json
 from medseg_ssl.analysis.transfer import MATRIX_COLUMNS, Source, Target
 from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import ConfigError, UserError, override, parse, read_yaml
-from medseg_ssl.fanout import ENGINES, map_tasks
+from medseg_ssl.fanout import map_tasks
 from medseg_ssl.train.interrupt import Interrupted
 from medseg_ssl.train.run_folder import RunFolder, hash_file
 
@@ -27,6 +26,7 @@ from . import looks
 from .compare import compare
 from .crew import Crew, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
+from .flags import add_flags, check_names, check_workers, read_named, show
 from .matrix import (
     MatrixConfig,
     check_sources,
@@ -157,24 +157,6 @@ def _mirror(out: Path, config: MatrixConfig, matrix: Sequence[Mapping[str, Any]]
 
 
 # -- what goes in --------------------------------------------------------------------------------------------
-
-
-def check_names(flag: str, wanted: Iterable[str], given: Mapping[str, Path]) -> dict[str, Path]:
-    """The path of every wanted name.
-
-    Raises:
-        ConfigError: a name without a path, or a path for a name that the config does not have.
-    """
-    wanted = list(wanted)
-    missing = [name for name in wanted if name not in given]
-    if missing:
-        raise ConfigError(f"{flag} {missing[0]!r} needs its path: --{flag} {missing[0]}=PATH")
-    unknown = [name for name in given if name not in wanted]
-    if unknown:
-        raise ConfigError(
-            f"--{flag} {unknown[0]}=… is not in the config; known: {', '.join(wanted) or 'none'}"
-        )
-    return {name: Path(given[name]) for name in wanted}
 
 
 def load_card(path: Path) -> Card:
@@ -323,13 +305,7 @@ def parser() -> Parser:
         metavar="NAME=FILE",
         help="file of a source of kind 'encoder'",
     )
-    parser.add_argument("--workers", type=int, help="fits side by side (default: by cores, or one per GPU)")
-    parser.add_argument("--engine", choices=ENGINES, default="local", help="default: %(default)s")
-    parser.add_argument("--keep", action="store_true", help="keep the weights of every fit")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.add_argument(
-        "--report-only", action="store_true", help="write the tables of the fits that are done; needs OUT"
-    )
+    add_flags(parser)
     return parser
 
 
@@ -347,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     else:
         report = _run(given)
     if not given.quiet:
-        _show(report)
+        show(report)
     return report
 
 
@@ -356,8 +332,7 @@ def _run(given: Any) -> Path:
         raise ConfigError(
             "transfer needs CONFIG, OUT and --archive NAME=PATH (--report-only needs OUT alone)"
         )
-    if given.workers is not None and given.workers < 1:
-        raise ConfigError(f"--workers must be at least 1, got {given.workers}")
+    check_workers(given.workers)
     config = read_config(find_config(given.config, kind="transfer"), given.assignments)
     archives, encoders = read_named("archive", given.archive), read_named("encoder", given.encoder)
     return transfer(
@@ -373,43 +348,12 @@ def _run(given: Any) -> Path:
     )
 
 
-def read_named(flag: str, given: Sequence[str]) -> dict[str, Path]:
-    """``NAME=PATH`` arguments by name.
-
-    Raises:
-        ConfigError: one without a name or a path, or a name given twice.
-    """
-    found: dict[str, Path] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals or not name or not path:
-            raise ConfigError(f"cannot read --{flag} {text!r}; write NAME=PATH")
-        if name in found:
-            raise ConfigError(f"--{flag} {name}=… is given twice")
-        found[name] = Path(path)
-    return found
-
-
 def _command(given: Any, *, archives: Iterable[str], encoders: Iterable[str]) -> str:
     """The command without paths of this machine."""
     words = ["medseg-ssl", "transfer", Path(given.config).stem, "OUT"]
     for flag, names in (("archive", archives), ("encoder", encoders)):
         words += [word for name in names for word in (f"--{flag}", f"{name}=PATH")]
     return shlex.join([*words, *given.assignments])
-
-
-def _show(report: Path) -> None:
-    from rich.console import Console
-
-    summary = json.loads((report.parent / "summary.json").read_text(encoding="utf-8"))
-    console = Console(stderr=True)
-    for line in summary["verdicts"]:
-        console.print(line, markup=False, highlight=False)
-    if summary["finished"] < summary["planned"]:
-        console.print(
-            f"{summary['finished']} of {summary['planned']} fits are done", markup=False, highlight=False
-        )
-    console.print(f"report: {report}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -72,12 +72,6 @@ class Table:
         if not self.pretrainings and layers != 1:
             object.__setattr__(self, "pretrainings", tuple(range(layers)))
 
-    @property
-    def scores_ND(self) -> np.ndarray:
-        """Means over the pretrainings that have a score; an interval of it is for these very pretrainings."""
-        count_ND = (~np.isnan(self.scores_NDP)).sum(axis=2)
-        return np.where(count_ND > 0, np.nansum(self.scores_NDP, axis=2) / np.maximum(count_ND, 1), np.nan)
-
     def select(
         self, cases: Sequence[str], draws: Sequence[int], pretrainings: Sequence[int] | None = None
     ) -> np.ndarray:

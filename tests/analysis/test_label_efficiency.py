@@ -74,9 +74,9 @@ def test_curve_means_classes_then_cases_and_has_the_contract_columns():
 def test_empty_metrics_are_left_out_of_a_case_not_counted_as_zero():
     rows = [row("s", 1, 0, "x", "a", 0.8), row("s", 1, 0, "x", "b", math.nan), row("s", 1, 0, "y", "a", 0.6)]
     table = le.tables(rows)["s", 1]
-    np.testing.assert_allclose(table.scores_ND, [[0.8], [0.6]])
+    np.testing.assert_allclose(table.scores_NDP.mean(axis=2), [[0.8], [0.6]])
     none = le.tables([row("s", 1, 0, "x", "a", math.nan)])["s", 1]
-    assert np.isnan(none.scores_ND).all()
+    assert np.isnan(none.scores_NDP.mean(axis=2)).all()
     assert math.isnan(le.curve_rows([row("s", 1, 0, "x", "a", math.nan)])[0]["mean"])
 
 
@@ -259,8 +259,8 @@ def test_unfinished_pretrainings_compare_what_is_there():
     assert found["area"]["pretrainings"] == 2
     table = le.tables(rows)["mae", 1]
     np.testing.assert_allclose(
-        table.scores_ND,
-        le.tables(rows_of({"scratch": SCRATCH, "mae": BETTER}))["mae", 1].scores_ND,
+        table.scores_NDP.mean(axis=2),
+        le.tables(rows_of({"scratch": SCRATCH, "mae": BETTER}))["mae", 1].scores_NDP.mean(axis=2),
         atol=1e-12,
     )
     assert (table.scores_NDP.shape, table.pretrainings) == ((12, 4, 3), (0, 1, 2))

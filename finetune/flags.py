@@ -1,0 +1,82 @@
+"""What the commands that put fits side by side share: flags, NAME=PATH arguments, and the last lines they print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from medseg_ssl.commandline import Parser
+from medseg_ssl.config import ConfigError
+from medseg_ssl.fanout import ENGINES
+
+
+def add_flags(parser: Parser) -> None:
+    """Add ``--workers``, ``--engine``, ``--keep``, ``--quiet`` and ``--report-only``."""
+    parser.add_argument("--workers", type=int, help="fits side by side (default: by cores, or one per GPU)")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="default: %(default)s")
+    parser.add_argument("--keep", action="store_true", help="keep the weights of every fit")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument(
+        "--report-only", action="store_true", help="write the tables of the fits that are done; needs OUT"
+    )
+
+
+def check_workers(workers: int | None) -> None:
+    """Refuse a number of workers that nobody could have meant.
+
+    Raises:
+        ConfigError: below 1.
+    """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {workers}")
+
+
+def read_named(flag: str, given: Sequence[str], *, what: str = "PATH") -> dict[str, Path]:
+    """``NAME=PATH`` arguments by name.
+
+    Raises:
+        ConfigError: one without a name or a path, or a name given twice.
+    """
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"cannot read --{flag} {text!r}; write NAME={what}")
+        if name in found:
+            raise ConfigError(f"--{flag} {name}=… is given twice")
+        found[name] = Path(path)
+    return found
+
+
+def check_names(flag: str, wanted: Iterable[str], given: Mapping[str, Path]) -> dict[str, Path]:
+    """The path of every wanted name.
+
+    Raises:
+        ConfigError: a name without a path, or a path for a name that the config does not have.
+    """
+    wanted = list(wanted)
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        raise ConfigError(f"{flag} {missing[0]!r} needs its path: --{flag} {missing[0]}=PATH")
+    unknown = [name for name in given if name not in wanted]
+    if unknown:
+        raise ConfigError(
+            f"--{flag} {unknown[0]}=… is not in the config; known: {', '.join(wanted) or 'none'}"
+        )
+    return {name: Path(given[name]) for name in wanted}
+
+
+def show(report: Path) -> None:
+    """The verdicts beside a report, how much of it is done, and where it lies."""
+    from rich.console import Console
+
+    summary = json.loads((report.parent / "summary.json").read_text(encoding="utf-8"))
+    console = Console(stderr=True)
+    for line in summary["verdicts"]:
+        console.print(line, markup=False, highlight=False)
+    if summary["finished"] < summary["planned"]:
+        console.print(
+            f"{summary['finished']} of {summary['planned']} fits are done", markup=False, highlight=False
+        )
+    console.print(f"report: {report}", markup=False, highlight=False)

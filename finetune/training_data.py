@@ -1,0 +1,100 @@
+"""What a fine-tuning is trained on: its cases, and the loader of their crops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medseg_ssl.config import ConfigError, UserError
+
+from .settings import FinetuneConfig
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.loader import Loader
+    from medseg_ssl.data.partial import Access
+    from medseg_ssl.types import ViewPlan
+
+
+def steps_per_epoch(config: FinetuneConfig, archive: Archive, cases: Sequence[str] | None = None) -> int:
+    """Optimizer steps in which each case is drawn once on average; None counts all that may be trained on."""
+    used = training_cases(archive, config.data.split, cases)
+    return max(1, round(len(used) / config.data.batch_size))
+
+
+def loader(
+    config: FinetuneConfig,
+    archive: Archive,
+    views: ViewPlan,
+    *,
+    cases: Sequence[str] | None = None,
+    relations: Sequence[str] = (),
+) -> partial[Loader]:
+    """The loader of a run, but for its steps and for who reads which share; ``cases`` None takes all of them."""
+    from medseg_ssl.data.loader import Loader
+
+    used = training_cases(archive, config.data.split, cases)
+    # unlabeled views are cut from the scans of all subjects that may be trained on
+    subjects = {*archive.split(config.data.split).train, *(archive.cases[case].subject for case in used)}
+    subjects &= {row.subject for row in archive.scans.values()}
+    return partial(
+        Loader,
+        archive,
+        views,
+        batch_size=config.data.batch_size,
+        accumulate=config.train.accumulate,
+        seed=config.seed,
+        subjects=sorted(subjects),
+        cases=used,
+        relations=relations,
+        foreground_share=config.data.foreground_share,
+        class_balance=config.data.class_balance,
+    )
+
+
+def training_cases(archive: Archive, split: str, cases: Sequence[str] | None) -> list[str]:
+    """Labeled cases that may be trained on, in a stable order.
+
+    Raises:
+        UserError: the archive has no labels, a case is unknown, unlabeled, or of a test subject, or none is left.
+    """
+    lists = archive.split(split)
+    if cases is None:
+        rows = [c for c in archive.cases.values() if c.labeled and c.subject in lists.train]
+        if not rows:
+            raise UserError(f"{archive.path} has no labeled cases in the train list of split '{split}'")
+        return sorted(row.case for row in rows)
+    for case in cases:
+        row = archive.cases.get(case)
+        if row is None or not row.labeled:
+            raise UserError(f"{archive.path} has no labeled case {case!r}")
+        if row.subject in lists.test:
+            raise UserError(
+                f"case {case!r} belongs to a test subject of split '{split}'; it must not be trained on"
+            )
+    if not cases:
+        raise UserError("no cases to train on")
+    return sorted(cases)
+
+
+def subset(
+    config: FinetuneConfig, file: Path, archive: Path, *, budget: int | None, draw: int, fold: int
+) -> tuple[list[str], Access]:
+    """The cases that a file of budgets names, and what may be known of them.
+
+    Raises:
+        ConfigError: no budget is named, or the file does not go with config and archive.
+    """
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.budget_file import chosen_cases, read_budgets
+
+    if budget is None:
+        raise ConfigError("--cases needs --budget, the number of labeled cases")
+    budgets = read_budgets(file)
+    if budgets.split != config.data.split:
+        raise ConfigError(f"{file.name} is of split '{budgets.split}', data.split is '{config.data.split}'")
+    return chosen_cases(
+        budgets, Archive.open(archive), budget=budget, draw=draw, fold=fold, where=f"the budgets {file.name}"
+    )
