@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
 
-    from .run import PretrainConfig
+    from .settings import PretrainConfig
 
 PROBES = 10
 """Evaluations of a run that does not say how often."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from pydantic import PositiveInt
 
 from medseg_ssl.baselines._cases import filled_label, known_of
+from medseg_ssl.baselines.base import BaselineConfig
 from medseg_ssl.data.resample import resample
 from medseg_ssl.types import Triple
 
@@ -16,6 +18,18 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
 
 Frame = Literal["crop", "body"]
+
+
+class PlacesConfig(BaselineConfig):
+    """Relative to what labels are averaged, and how finely.
+
+    Attributes:
+        frame: the box places are relative to, the whole crop or the body's box.
+        lattice: cells (D, H, W) on which labels are averaged.
+    """
+
+    frame: Frame
+    lattice: tuple[PositiveInt, PositiveInt, PositiveInt] = (48, 48, 48)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
 from medseg_ssl.baselines._cases import check_training, dice, label_of, to_label_grid
-from medseg_ssl.baselines._places import Frame, MeanLabel
-from medseg_ssl.baselines.base import Baseline, BaselineConfig
+from medseg_ssl.baselines._places import Frame, MeanLabel, PlacesConfig
+from medseg_ssl.baselines.base import Baseline
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -23,18 +23,15 @@ class PositionPrior(Baseline):
     body, which ``prepare`` found in the image.
     """
 
-    class Config(BaselineConfig):
+    class Config(PlacesConfig):
         """How labels are averaged.
 
         Attributes:
-            frame: the box places are relative to, the whole crop or the body's box.
-            lattice: cells (D, H, W) on which labels are averaged.
             shares: sums of the classes' mean shares from which a voxel is no background; the one with the best Dice,
                 each training case left out in turn, is taken, 0.5 where there is one case alone.
         """
 
         frame: Frame = "crop"
-        lattice: tuple[PositiveInt, PositiveInt, PositiveInt] = (48, 48, 48)
         shares: tuple[float, ...] = Field(default=(0.2, 0.3, 0.4, 0.5, 0.6), min_length=1)
 
         @field_validator("shares")

@@ -7,12 +7,36 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from medseg_ssl.config import Record
 from medseg_ssl.types import Score
 
 
 class EvaluationConfig(Record):
     """Options every evaluation has; each file's ``Config`` adds its own."""
+
+
+class CasesConfig(EvaluationConfig):
+    """Whose labeled cases a segmenter is judged by.
+
+    Attributes:
+        split: name of the archive's split.
+        subset: which of its lists.
+    """
+
+    split: str = "default"
+    subset: Literal["train", "development", "test"] = "test"
+
+
+class MetricsConfig(CasesConfig):
+    """How predictions of these cases are measured.
+
+    Attributes:
+        nsd_tolerance_mm: distance up to which a surface counts as right.
+    """
+
+    nsd_tolerance_mm: float = Field(default=2.0, ge=0)
 
 
 class Evaluation(ABC):

@@ -9,7 +9,7 @@ box). Each case has numbers of its own, since voxels of one scan are no independ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -17,7 +17,7 @@ from pydantic import Field
 from medseg_ssl.analysis.change import OVER_CLASSES
 from medseg_ssl.analysis.statistics import crossed_interval
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
+from medseg_ssl.evaluations.base import CasesConfig, Evaluation
 from medseg_ssl.evaluations.segmentation import labeled_cases
 from medseg_ssl.inference.predictor import Predictor
 from medseg_ssl.types import UNKNOWN_LABEL, Score
@@ -47,18 +47,14 @@ class Calibration(Evaluation):
 
     of = "segmenter"
 
-    class Config(EvaluationConfig):
+    class Config(CasesConfig):
         """What counts.
 
         Attributes:
-            split: name of the archive's split.
-            subset: which of its lists.
             margin_mm: voxels up to this distance from truth or prediction count; null counts all of the scan.
             bins: equal bins of probability.
         """
 
-        split: str = "default"
-        subset: Literal["train", "development", "test"] = "test"
         margin_mm: float | None = Field(default=10.0, ge=0)
         bins: int = Field(default=15, ge=1, le=1000)
 

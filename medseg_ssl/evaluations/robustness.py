@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -22,7 +22,7 @@ from medseg_ssl.analysis.statistics import holm
 from medseg_ssl.config import ConfigError
 from medseg_ssl.data import intensity
 from medseg_ssl.evaluations._corruptions import CORRUPTIONS, Volume, corrupt
-from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
+from medseg_ssl.evaluations.base import Evaluation, MetricsConfig
 from medseg_ssl.evaluations.segmentation import evaluate_cases, labeled_cases
 from medseg_ssl.inference.inputs import Channel, policy_for
 from medseg_ssl.inference.predictor import Predictor
@@ -59,13 +59,10 @@ class Robustness(Evaluation):
 
     of = "segmenter"
 
-    class Config(EvaluationConfig):
-        """What is done to the scans, and which are scored.
+    class Config(MetricsConfig):
+        """What is done to the scans.
 
         Attributes:
-            split: name of the archive's split.
-            subset: which of its lists.
-            nsd_tolerance_mm: distance up to which a surface counts as right.
             strengths: by corruption, from weak to strong; left out ones are not tried. ``noise`` (CT, standard
                 deviation in HU), ``relative_noise`` (MR and PET, share of the scan's range), ``blur`` (FWHM in mm),
                 ``resolution`` (shortest voxel side in mm), ``bias_field`` (MR, largest coefficient of its logarithm),
@@ -73,9 +70,6 @@ class Robustness(Evaluation):
             seed: of noise, fields and lost slices.
         """
 
-        split: str = "default"
-        subset: Literal["train", "development", "test"] = "test"
-        nsd_tolerance_mm: float = Field(default=2.0, ge=0)
         strengths: dict[str, tuple[float, ...]] = Field(
             default={
                 "noise": (20.0, 50.0, 100.0),

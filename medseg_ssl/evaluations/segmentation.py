@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field
 
 from medseg_ssl.analysis.metrics import METRICS, case_means, case_metrics, summarize
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
+from medseg_ssl.evaluations.base import Evaluation, MetricsConfig
 from medseg_ssl.inference.predictor import Alter, Predictor
 from medseg_ssl.types import Score
 
@@ -28,18 +27,8 @@ class Segmentation(Evaluation):
 
     of = "segmenter"
 
-    class Config(EvaluationConfig):
-        """What is scored.
-
-        Attributes:
-            split: name of the archive's split.
-            subset: which of its lists.
-            nsd_tolerance_mm: distance up to which a surface counts as right.
-        """
-
-        split: str = "default"
-        subset: Literal["train", "development", "test"] = "test"
-        nsd_tolerance_mm: float = Field(default=2.0, ge=0)
+    class Config(MetricsConfig):
+        """What is scored: nothing beside what is shared."""
 
     config: Config
 

@@ -256,7 +256,7 @@ def test_wrong_configs_are_named(changes, message):
 
 
 def test_lists_of_modalities_go_with_the_archives(tmp_path):
-    pretrain = importlib.import_module(locate("pretrain.run"))
+    pretrain = importlib.import_module(locate("pretrain.training_data"))
     path = write_archive(tmp_path / "archive", labels=False).path
     both = pretrain.PretrainData(batch_size=1, modalities=["CT", "MR"])
     assert both.modalities == (("CT", "MR"),)
