@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import yaml
 
+from finetune import looks, transfer_tables
 from finetune import matrix as plans
 from finetune import transfer as command
 from finetune.matrix import MatrixConfig
 from medseg_ssl.analysis.statistics import paired_interval
+from medseg_ssl.analysis.tables import write_csv
+from medseg_ssl.analysis.transfer import Target
 from medseg_ssl.cli import locate
 from medseg_ssl.config import ConfigError, UserError, parse, to_yaml
 from medseg_ssl.train.interrupt import Interrupted
@@ -180,6 +183,21 @@ def test_a_failed_fit_leaves_the_other_target(tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {c["target"] for c in summary["cells"]} >= {"lesions"}
     assert summary["finished"] < summary["planned"]
+
+
+def test_missing_channels_are_counted_by_subject(tmp_path):
+    """Two scans of each of three subjects: the interval is that of three."""
+    dice = {"c0": 0.5, "c1": 0.5, "c2": 0.7, "c3": 0.7, "c4": 0.6, "c5": 0.6}
+    head = {"target": "t", "init": "scratch", "budget": 1, "draw": 0, "given": "CT", "class": "organ"}
+    rows = [{**head, "case": case, "dice": value} for case, value in dice.items()]
+    subjects = {case: f"s{int(case[1:]) // 2}" for case in dice}
+    found = {}
+    for name, kept in (("pairs", rows), ("single", rows[::2])):
+        write_csv(tmp_path / name / "features/t/missing/a.csv", kept, columns=looks.MISSING_COLUMNS)
+        target = Target("t", "a", ("CT", "MR"), (1,), ("scratch",), subjects)
+        (found[name], _) = transfer_tables._missing(tmp_path / name, "task", [target], [])
+    assert found["pairs"] == found["single"]
+    assert found["pairs"]["cases"] == 3
 
 
 @pytest.mark.usefixtures("stand_ins")
