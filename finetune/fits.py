@@ -168,7 +168,7 @@ def fit_and_score(task: FitTask) -> Path:
         if task.baseline is not None:
             rows = _score(task, _learn(task))
         else:
-            predictor = _load(task, _fit(task))
+            predictor = load_segmenter(_fit(task), train=task.config["train"], flips=task.flips)
             rows = _score(task, predictor, explained=predictor)
     except UserError:
         raise
@@ -220,17 +220,23 @@ def _learn(task: FitTask) -> Baseline:
     return learned
 
 
-def _load(task: FitTask, segmenter: Path) -> Predictor:
-    """The segmenter of a fit, as test cases are predicted with it."""
+def load_segmenter(segmenter: Path, *, train: Mapping[str, Any], flips: bool) -> Predictor:
+    """The segmenter of a fit, as all of its scores are made: on the device, in the precision, with the flips.
+
+    Args:
+        segmenter: its file.
+        train: ``train`` block of its fine-tuning.
+        flips: average over the mirrorings of training.
+    """
     import torch
 
     from medseg_ssl.inference.predictor import Predictor
 
-    wants_gpu = task.config["train"].get("accelerator", "auto") != "cpu"
+    wants_gpu = train.get("accelerator", "auto") != "cpu"
     device = "cuda" if wants_gpu and torch.cuda.is_available() else "cpu"
     # the precision of prediction is the same for every init, and fp32 on a CPU, where it costs little
-    precision = task.config["train"].get("precision", "fp32") if device == "cuda" else "fp32"
-    return Predictor.load(segmenter, device=device, precision=precision, flips=task.flips)
+    precision = train.get("precision", "fp32") if device == "cuda" else "fp32"
+    return Predictor.load(segmenter, device=device, precision=precision, flips=flips)
 
 
 def _score(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -195,6 +196,7 @@ def run_pretrain(
             found = templates(opened, subjects, Path(run), machine=machine, quiet=quiet)
             objective.use_templates(found, seed=config.seed)
         best = Best(config.keep_best) if config.keep_best is not None else None
+        asked = time.perf_counter()
         look_at = partial(frozen, card=card, device=machine.device, precision=config.train.precision)
         judged = partial(scoring, config.evaluations, look_at, opened)
         if machine.is_main and not (Path(run) / "last.ckpt").exists() and (look := judged()) is not None:
@@ -202,6 +204,7 @@ def run_pretrain(
             if best is not None:
                 best.check(scores)
         machine.barrier()
+        looked_s = time.perf_counter() - asked
         session = Session(
             run=Path(run),
             config=config.model_dump(mode="json"),
@@ -219,6 +222,7 @@ def run_pretrain(
             preview_batch=lambda: next(iter(load(steps=1))),
             evaluate=judged(pictures=partial(keep_picture, Path(run))),
             best=best,
+            looked_s=looked_s,
         )
         session.fit(
             objective,

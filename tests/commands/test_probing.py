@@ -1,16 +1,19 @@
 """Evaluations within pretraining: how often, on whom, what they choose, and that a broken run chooses the same."""
 
 import json
+import time
 
 import pytest
 import torch
 
 from medseg_ssl.config import ConfigError, UserError, parse
 from medseg_ssl.data.archive import Archive
+from medseg_ssl.evaluations.health import Health
 from medseg_ssl.inference.frozen import FrozenEncoder
 from medseg_ssl.nets import encoder_file
 from medseg_ssl.train.runtime import Runtime
 from medseg_ssl.train.session import build_evaluations
+from medseg_ssl.types import Score
 from pretrain.probing import with_interval
 from pretrain.run import PretrainConfig, run_pretrain
 from tests.train.archives import write_archive
@@ -137,6 +140,29 @@ def test_what_an_evaluation_lacks_is_said_before_the_first_step(archive, tmp_pat
         run_pretrain(small, tmp_path / "run", archive=archive, quiet=True)
     assert not (tmp_path / "run" / "last.ckpt").exists()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_look_at_step_0_counts_for_the_time_spent_on_looking(archive, tmp_path, monkeypatch):
+    """It takes a second here, the later one nothing."""
+    looks = []
+
+    def run(self, model, archive):
+        time.sleep(0.0 if looks else 1.0)
+        looks.append(model)
+        yield Score("rank", 1.0, "dimensions")
+
+    monkeypatch.setattr(Health, "run", run)
+    changed = config(
+        evaluations={"health": {}},
+        keep_best=None,
+        train={"steps": 1, "preview_every": None, "accelerator": "cpu"},
+    )
+    began = time.perf_counter()
+    run_pretrain(changed, tmp_path / "run", archive=archive, quiet=True)
+    whole_s = time.perf_counter() - began
+    (row,) = (row for row in metrics(tmp_path / "run") if "eval/health/rank" in row)
+    assert len(looks) == 2
+    assert 1 / whole_s < row["system/evaluate_share"] < 1
 
 
 def test_pictures_and_cost_stand_in_the_run_folder(archive, tmp_path):

@@ -22,7 +22,11 @@ from medseg_ssl.analysis.tables import write_csv
 from medseg_ssl.analysis.transfer import Target
 from medseg_ssl.cli import locate
 from medseg_ssl.config import ConfigError, UserError, parse, to_yaml
+from medseg_ssl.data.archive import Archive
+from medseg_ssl.evaluations import missing_modalities
+from medseg_ssl.inference.predictor import Predictor
 from medseg_ssl.train.interrupt import Interrupted
+from tests.evaluations.fakes import Threshold, card
 from tests.train.archives import write_archive
 
 from . import fake_transfer as fakes
@@ -183,6 +187,36 @@ def test_a_failed_fit_leaves_the_other_target(tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {c["target"] for c in summary["cells"]} >= {"lesions"}
     assert summary["finished"] < summary["planned"]
+
+
+def test_missing_channels_are_scored_as_the_fit_was(tmp_path, monkeypatch):
+    """With its flips, in its precision, on its device; the comparison's own scores are made by the same function."""
+    asked = []
+    predictor = Predictor(
+        Threshold(), card(modalities=("CT", "MR"), channels_in=2, mirror_axes=(2,)), flips=True
+    )
+
+    def load(path, **options):
+        asked.append((path.name, options))
+        return predictor
+
+    monkeypatch.setattr(Predictor, "load", load)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(Archive, "open", lambda path: None)
+    scored = []
+    monkeypatch.setattr(missing_modalities, "evaluate_cases", lambda p, *_, **__: scored.append(p) or [])
+    train = {"accelerator": "auto", "precision": "bf16"}
+    shared = (Path("archive"), Path("kept.safetensors"), ("c",), "scratch", 1, 0, 2.0)
+    looks.score_missing(looks.MissingTask(tmp_path / "a.csv", "t", *shared, train, True))
+    looks.score_missing(
+        looks.MissingTask(tmp_path / "b.csv", "t", *shared, {**train, "accelerator": "cpu"}, False)
+    )
+    assert asked == [
+        ("kept.safetensors", {"device": "cuda", "precision": "bf16", "flips": True}),
+        ("kept.safetensors", {"device": "cpu", "precision": "fp32", "flips": False}),
+    ]
+    assert [p._flips for p in scored] == [predictor._flips] * 6, "every subset keeps them"
+    assert len(predictor._flips) == 2
 
 
 def test_missing_channels_are_counted_by_subject(tmp_path):
