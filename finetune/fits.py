@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.cli import locate
-from medseg_ssl.config import Block, UserError, parse
+from medseg_ssl.config import Block, ConfigError, UserError, parse
 from medseg_ssl.data.partial import Access
 
 from .mirror import group_in
@@ -146,6 +146,23 @@ def pretrain_init(task: PretrainTask) -> Path:
         quiet=True,
         group=group,
     )
+
+
+def check_pretraining(task: PretrainTask) -> None:
+    """See that the labels which evaluations of a pretraining read are there, before any pretraining begins.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not task.config.get("evaluations"):
+        return
+    command, probing = (importlib.import_module(locate(f"pretrain.{name}")) for name in ("run", "probing"))
+    config = parse(command.PretrainConfig, task.config, prefix=f"inits.{task.init}.pretrain")
+    opened = command.open_archives(config.data, [task.archive, *task.more], access=task.access)
+    try:
+        probing.check_labels(config, opened)
+    except ConfigError as error:
+        raise ConfigError(f"{task.name}: {error}") from error
 
 
 def fit_and_score(task: FitTask) -> Path:

@@ -259,8 +259,8 @@ def _look_at_segmenters(
                         budget,
                         draw,
                         plan.metrics.nsd_tolerance_mm,
-                        plan.finetune["train"],
-                        plan.metrics.flips,
+                        train=plan.finetune["train"],
+                        flips=plan.metrics.flips,
                     )
                 )
     _look(crew, looks.compare_features, alike)

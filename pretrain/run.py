@@ -28,7 +28,7 @@ from medseg_ssl.train.session import (
 )
 from medseg_ssl.train.settings import KeepBest, OptimConfig, TrainConfig, WandbConfig
 
-from .probing import frozen, keep_picture, with_interval, with_judge
+from .probing import check_labels, frozen, keep_picture, with_interval, with_judge
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -143,7 +143,7 @@ def run_pretrain(
 
     Raises:
         ConfigError: config and archive do not go together, a training scan repeats a protected one, an evaluation
-            cannot judge an encoder or would choose it by test subjects, or the folder holds another run.
+            cannot judge an encoder, lacks labels or would choose by test subjects, or the folder holds another run.
         UserError: a broken archive, a loss that is not finite, a full disk.
     """
     from medseg_ssl.data.augment import prepare_batch
@@ -157,6 +157,7 @@ def run_pretrain(
     opened = open_archives(config.data, [archive, *more], access=access)
     config = with_spacing(with_defaults(config, SHELVES), SHELVES, opened.recipe.spacing_mm)
     config, judged_on = with_judge(config)
+    check_labels(config, opened)
     subjects = training_subjects(opened, config.data)
     checked = guard(opened, subjects, split=config.data.split, protect=config.data.protect)
     lists = access.identity().get("splits")

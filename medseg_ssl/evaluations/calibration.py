@@ -46,7 +46,7 @@ class Bins(NamedTuple):
 class Calibration(Evaluation):
     """Expected calibration error and Brier score per class, and reliability tables."""
 
-    of = "segmenter"
+    of, reads_labels = "segmenter", True
 
     class Config(EvaluationConfig):
         """What counts.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class MissingModalities(Evaluation):
     """Mean metrics of a segmenter for every non-empty subset of its channels."""
 
-    of = "segmenter"
+    of, reads_labels = "segmenter", True
 
     class Config(EvaluationConfig):
         """What is scored.

@@ -57,7 +57,7 @@ class Setting:
 class Robustness(Evaluation):
     """Segmentation metrics under corruptions of graded strength."""
 
-    of = "segmenter"
+    of, reads_labels = "segmenter", True
 
     class Config(EvaluationConfig):
         """What is done to the scans, and which are scored.

@@ -6,6 +6,8 @@ import time
 import pytest
 import torch
 
+from finetune.crew import Crew
+from finetune.fits import PretrainTask
 from medseg_ssl.config import ConfigError, UserError, parse
 from medseg_ssl.data.archive import Archive
 from medseg_ssl.evaluations.health import Health
@@ -130,6 +132,29 @@ def test_who_may_not_choose(archive, tmp_path, changes, told):
     with pytest.raises(ConfigError, match=told):
         run_pretrain(config(**changes), tmp_path / "run", archive=archive, quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_labels_that_are_not_there_are_missed_before_anything_runs(archive, tmp_path):
+    """Some modalities of an archive, or several archives, have none; a whole archive without labels neither."""
+    others = "take an evaluation that reads none: feature_pca, geometry, health, leakage, retrieval$"
+    some = {"batch_size": 2, "modalities": ["CT"]}
+    with pytest.raises(
+        ConfigError, match=f"knn reads labels, and scans .* as some modalities of one, .* {others}"
+    ):
+        run_pretrain(config(data=some), tmp_path / "run", archive=archive, quiet=True)
+    bare = write_archive(tmp_path / "bare", labels=False).path
+    with pytest.raises(ConfigError, match=f"knn reads labels, and {bare} has none; .* {others}"):
+        run_pretrain(config(), tmp_path / "run", archive=bare, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+    plain = config(evaluations={}, keep_best=None).model_dump(mode="json")
+    probed = config(data=some).model_dump(mode="json")
+    tasks = [PretrainTask(tmp_path / name, tree, archive, init=name) for name, tree in
+             (("plain", plain), ("probed", probed))]  # fmt: skip
+    begun = []
+    with pytest.raises(ConfigError, match=r"pretraining probed: evaluations\.knn reads labels"):
+        Crew(workers=1, engine="local", gpus=(), quiet=True).pretrain(begun.append, tasks)
+    assert not begun, "nor is the other one pretrained first"
 
 
 def test_what_an_evaluation_lacks_is_said_before_the_first_step(archive, tmp_path):
