@@ -7,6 +7,7 @@ continues an interrupted comparison; finished fits are not repeated.
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from .report import PLAN, write_comparison
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
+
+logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
 BUDGETS = "budgets.json"
@@ -76,7 +79,7 @@ def compare(
         UserError: fits failed; what finished is in the tables all the same.
     """
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.budget_file import read_budgets, write_budgets
+    from medseg_ssl.data.budget_file import difference, read_budgets, write_budgets
 
     given = _check_encoders(config, encoders or {})
     if config.folds is not None and test_archive is not None:
@@ -89,6 +92,7 @@ def compare(
     counted, shares = labeling.numbered(config, opened, splits)
     folds = labeling.folds_of(counted, opened, test, given=reused)
     cases = [case for fold in folds for case in fold.scored]
+    apart = "" if reused is None else difference(reused, opened)
     inputs = {
         "archive": opened.fingerprint,
         "test_archive": test.fingerprint,
@@ -96,6 +100,10 @@ def compare(
         "test_cases": hash_names(cases),
         **labeling.folds_hash(folds),
     }
+    if reused is not None and apart:
+        inputs["budgets_drawn_from"] = reused.archive
+        if not quiet:
+            logger.warning("%s", apart)
     gpus = visible_gpus(config)
     crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
     device = f"{len(gpus)} GPUs" if gpus else "cpu"
@@ -129,6 +137,8 @@ def compare(
         notes = [*notes_of(counted, tasks, folds=folds, cards=cards, archive=opened, test=test), *shares]
         if reused is not None:
             notes.append("The labeled cases are those of a file of budgets; none was drawn here.")
+        if apart:
+            notes.append(f"{apart[0].upper()}{apart[1:]}.")
         _write_plan(out, counted, tasks, notes=notes, command=command, folds=folds, test=test)
         pending = [task for task in tasks if not task.finished]
         failures = crew.fit(fit, pending, done=len(tasks) - len(pending))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.data.budgets import unstated_classes
 from medseg_ssl.data.partial import limited_cases
+from medseg_ssl.data.strata import CLASSES
 
 from .comparison import CompareConfig
 from .fits import FitTask
@@ -46,7 +47,10 @@ def notes_of(
         "Steps per fit: " + ", ".join(f"{init} {n}" for init, n in steps.items()) + ".",
     ]
     if config.stratify is not None:
-        notes.append(f"The subsets are balanced by {config.stratify.by}.")
+        what = "subsets and folds" if config.folds is not None else "subsets"
+        how = " (of a scored label, which classes it shows decides its fold, and nothing else)"
+        shown = how if config.folds is not None and config.stratify.by == CLASSES else ""
+        notes.append(f"The {what} are balanced by {config.stratify.by}{shown}.")
     if config.pretrainings > 1:
         repeated = ", ".join(blocks(config.inits, "pretrain"))
         notes.append(

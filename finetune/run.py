@@ -47,6 +47,7 @@ def run_finetune(
     cases: Sequence[str] | None = None,
     continue_from: Path | None = None,
     access: Access | None = None,
+    drawn_from: str | None = None,
     quiet: bool = False,
 ) -> Path:
     """Train a segmenter, or go on where an earlier call with the same config and inputs stopped.
@@ -60,6 +61,7 @@ def run_finetune(
         continue_from: a segmenter to go on from, in place of ``encoder``: its networks, its classes, and those of the
             archive that it lacks behind them.
         access: splits and known parts of labels that differ from what the archive says.
+        drawn_from: fingerprint of the archive that ``cases`` were drawn from where it is another one, for the record.
         quiet: show no progress and no audit.
 
     Returns:
@@ -141,6 +143,8 @@ def run_finetune(
         "cases": hash_names(sorted(used)),
         **access.identity(),
     }
+    if drawn_from is not None:
+        inputs["budgets_drawn_from"] = drawn_from
     if continue_from is not None:
         inputs["continue_from"] = hash_file(continue_from)
 
@@ -343,12 +347,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     given = parser.parse_intermixed_args(argv)
     path = find_config(given.config, kind="finetune")
     config = read_config(FinetuneConfig, path, given.assignments, shelves=SHELVES)
-    cases, access = None, None
+    cases, access, drawn_from = None, None, None
     if given.cases is None and given.budget is not None:
         raise ConfigError("--budget needs --cases, the budgets.json that holds it")
     if given.cases is not None:
         which = {"budget": given.budget, "draw": given.draw, "fold": given.fold}
-        cases, access = subset(config, given.cases, given.archive, **which)
+        cases, access, drawn_from, apart = subset(config, given.cases, given.archive, **which)
+        if apart and not given.quiet:
+            logger.warning("%s", apart)
     shipped = run_finetune(
         config,
         given.run,
@@ -357,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         continue_from=given.continue_from,
         cases=cases,
         access=access,
+        drawn_from=drawn_from,
         quiet=given.quiet,
     )
     if not given.quiet:
