@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from medseg_ssl.cli import locate
 from medseg_ssl.config import Block, ConfigError, UserError, parse
 from medseg_ssl.data.partial import Access
+from medseg_ssl.data.protected import Protected
 
 from .mirror import group_in
 
@@ -106,7 +107,8 @@ class PretrainTask:
     """One pretraining of a comparison, picklable.
 
     Attributes:
-        protect: archives whose test subjects it must not see.
+        protect: archives whose test and development subjects it must not see (of the split that it is trained with),
+            or other lists of them.
         more: archives that are drawn from beside ``archive``.
     """
 
@@ -114,7 +116,7 @@ class PretrainTask:
     config: Mapping[str, Any]
     archive: Path
     init: str
-    protect: tuple[Path, ...] = ()
+    protect: tuple[Path | Protected, ...] = ()
     fold: int = 0
     pretraining: int = 0
     access: Access = field(default_factory=Access)
@@ -134,8 +136,8 @@ def pretrain_init(task: PretrainTask) -> Path:
     """Pretrain, or go on with what an interrupted comparison left."""
     command = importlib.import_module(locate("pretrain.run"))
     config = parse(command.PretrainConfig, task.config, prefix=f"inits.{task.init}.pretrain")
-    data = config.data.model_copy(update={"protect": task.protect})
-    config = config.model_copy(update={"data": data})
+    data = {**config.data.model_dump(), "protect": task.protect}
+    config = config.model_copy(update={"data": type(config.data).model_validate(data)})
     group = group_in(task.folder.parents[1])
     return command.run_pretrain(
         config,

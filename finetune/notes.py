@@ -13,6 +13,7 @@ from .comparison import CompareConfig
 from .fits import FitTask
 from .inits import SCRATCH_LONG, blocks
 from .labeling import Fold
+from .seen import unchecked
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -119,13 +120,16 @@ def _card_notes(
             f"{init}: these weights were chosen among {chosen['candidates']} by {chosen['score']} on "
             f"{chosen['subset']} subjects; labels that this evaluation reads are not counted in the budgets."
         )
-    # a check against this archive looked at its test and development subjects; folds score training subjects too
-    protected = (
-        {entry["archive"] for entry in card.get("checked_against", ())} if config.folds is None else set()
-    )
-    if not own and test.fingerprint not in protected:
-        notes.append(f"{init}: whether its pretraining saw scored subjects cannot be checked here.")
+    if why := _unchecked(card, config=config, test=test):
+        notes.append(f"{init}: {why}.")
     return notes
+
+
+def _unchecked(card: Mapping[str, Any], *, config: CompareConfig, test: Archive) -> str:
+    if config.folds is None:
+        return unchecked(card, test, split=config.split, subset=config.subset)
+    # a check looked at subjects that were kept back; folds score training subjects too
+    return unchecked({**card, "checked_against": ()}, test, split=config.split, subset=config.subset)
 
 
 def _cost_notes(folds: Sequence[Fold]) -> list[str]:

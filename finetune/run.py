@@ -23,6 +23,7 @@ from medseg_ssl.train.session import (
     with_spacing,
 )
 
+from .seen import inherited, warning
 from .settings import SHELVES, FinetuneConfig, TransferConfig, complete_config
 from .training_data import loader, steps_per_epoch, subset, training_cases
 from .tuning import keeper, ship_plain, tune
@@ -68,12 +69,14 @@ def run_finetune(
         ``RUN/segmenter.safetensors``.
 
     Raises:
-        ConfigError: config, encoder file and archive do not go together, or the folder holds another run.
+        ConfigError: config, encoder file and archive do not go together, a training scan repeats one of a test subject,
+            or the folder holds another run.
         UserError: a broken file, a case that may not be trained on, a loss that is not finite, a full disk.
     """
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.augment import prepare_batch
     from medseg_ssl.data.budgets import unstated_classes
+    from medseg_ssl.data.leakage import guard, with_lists
     from medseg_ssl.nets import encoder_file
     from medseg_ssl.nets.segmenter import silence
     from medseg_ssl.train import runtime
@@ -131,11 +134,20 @@ def run_finetune(
         steps=1
     )  # says now, before the run folder is touched, what in the config does not go with the archive
 
+    learned_from = {opened.cases[case].subject for case in used}
+    if any(not view.labeled for view in views.values()):
+        learned_from |= set(opened.split(config.data.split).train)
+    checked = with_lists(guard(opened, learned_from, split=config.data.split), access)
+    before = [] if encoder is None else [encoder_file.load_card(encoder)]
+    before += [] if grown is None else [grown.loaded.card]
+    before = [card.model_dump(mode="json") for card in before]
+
     def card(steps: int = steps) -> Card:
         made = make_card(config, opened, views, used, silent=unstated, steps=steps)
         # scans of the segmenter's first archive stay readable
         known = {} if grown is None else grown.loaded.card.intensity
-        return made.model_copy(update={"classes": classes, "intensity": {**known, **made.intensity}})
+        seen = {"checked_against": (*inherited(before), *checked)}
+        return made.model_copy(update={"classes": classes, "intensity": {**known, **made.intensity}, **seen})
 
     inputs = {
         "archive": opened.fingerprint[:16],
@@ -155,6 +167,9 @@ def run_finetune(
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
             return Path(run) / SHIPS
+        for weights in before if machine.is_main and not quiet else ():
+            if told := warning(f"what {run} goes on from", weights, opened, split=config.data.split):
+                logger.warning("%s", told)
         if audit is not None and machine.is_main:
             tell(audit, Path(run), quiet=quiet)
         if unstated and machine.is_main and not quiet:

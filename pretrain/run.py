@@ -16,6 +16,7 @@ from medseg_ssl import __version__
 from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import Block, ConfigError, Record, UserError
 from medseg_ssl.data.partial import Access
+from medseg_ssl.data.protected import Protected
 from medseg_ssl.train.session import (
     Session,
     check_bf16_depth,
@@ -57,8 +58,10 @@ class PretrainData(Record):
         modalities: which scans of the archive are used; none named uses all. With several archives one list serves
             all of them, or there is one list per archive, in the order of ``--archive``.
         max_offset_mm: pairs of one frame of reference that were measured to lie further apart are left out.
-        protect: other archives, whose test and development subjects must not be among those trained on. Given on the
-            command line (``data.protect=[ARCHIVE]``), since paths stand in no YAML; the run folder keeps fingerprints.
+        protect: other archives, whose test and development subjects (of the split of the same name) must not be among
+            those trained on. Given on the command line (``data.protect=[ARCHIVE]``, or for another split
+            ``data.protect=[{archive: ARCHIVE, split: NAME}]``), since paths stand in no YAML; the run folder keeps
+            fingerprints.
     """
 
     batch_size: int = Field(ge=1)
@@ -68,7 +71,7 @@ class PretrainData(Record):
     modality_temperature: float = Field(default=0.5, ge=0, le=1)
     modalities: tuple[tuple[Literal["CT", "MR", "PT"], ...], ...] = ()
     max_offset_mm: float | None = Field(default=None, ge=0)
-    protect: tuple[Path, ...] = Field(default=(), exclude=True)
+    protect: tuple[Protected, ...] = Field(default=(), exclude=True)
 
     @field_validator("modalities", mode="before")
     @classmethod
@@ -147,7 +150,7 @@ def run_pretrain(
         UserError: a broken archive, a loss that is not finite, a full disk.
     """
     from medseg_ssl.data.augment import prepare_batch
-    from medseg_ssl.data.leakage import guard
+    from medseg_ssl.data.leakage import guard, with_lists
     from medseg_ssl.nets import encoder_file
     from medseg_ssl.train import runtime
     from medseg_ssl.train.best import Best
@@ -160,10 +163,7 @@ def run_pretrain(
     check_labels(config, opened)
     subjects = training_subjects(opened, config.data)
     checked = guard(opened, subjects, split=config.data.split, protect=config.data.protect)
-    lists = access.identity().get("splits")
-    if lists is not None:
-        # an encoder of a fold has seen subjects whom the archive's own split keeps back, and its card must not hide it
-        checked = ({**checked[0], "split": f"{config.data.split}, other lists {lists}"}, *checked[1:])
+    checked = with_lists(checked, access)
     machine = runtime.start(config.train)
     objective, options = build(config, opened.facts())
     views = type(objective).views(options)
@@ -189,7 +189,7 @@ def run_pretrain(
 
     inputs: dict[str, Any] = {"archive": opened.fingerprint[:16], **access.identity()}
     if config.data.protect:
-        inputs["protect"] = [entry["archive"][:16] for entry in checked[len(opened.members) :]]
+        inputs["protect"] = [protected_name(entry) for entry in checked[len(opened.members) :]]
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
             return Path(run) / SHIPS
@@ -244,6 +244,14 @@ def run_pretrain(
             encoder_file.save(Path(run) / SHIPS, **parts, card=described)
         machine.barrier()
     return Path(run) / SHIPS
+
+
+def protected_name(entry: Mapping[str, Any]) -> str:
+    """A protected archive in the inputs of a run: its fingerprint, and its lists where they are not the usual ones."""
+    name = entry["archive"][:16]
+    if entry["split"] == "default" and entry["sides"] == ["test", "development"]:
+        return name
+    return f"{name} split {entry['split']}: {', '.join(entry['sides'])}"
 
 
 def open_archives(data: PretrainData, paths: Sequence[Path], *, access: Access | None = None) -> Archive:
