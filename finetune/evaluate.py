@@ -18,6 +18,8 @@ from medseg_ssl.analysis.tables import claim, write_csv, write_json
 from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError
 
+from .seen import check_seen
+
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.inference.predictor import Predictor
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     Raises:
         UserError: a file that is no segmenter or archive, classes that differ, or no labeled case to score.
-        ConfigError: wrong usage, or OUT holds the results of something else.
+        ConfigError: wrong usage, a segmenter that saw who is scored, or OUT holds the results of something else.
     """
     from rich.console import Console
 
@@ -102,6 +104,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     archive = Archive.open(args.archive)
     predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision, flips=args.flips)
     cases = labeled_cases(archive, split=args.split, subset=args.subset)
+    if args.subset != "train":
+        check_seen(
+            "the segmenter",
+            predictor.card.model_dump(mode="json"),
+            archive,
+            split=args.split,
+            subset=args.subset,
+        )
     for column in args.by:
         beside.column_of(archive, cases, column)  # a wrong name is told before the work
     identity = {

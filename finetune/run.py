@@ -23,6 +23,7 @@ from medseg_ssl.train.session import (
     with_spacing,
 )
 
+from .seen import inherited, warning
 from .settings import SHELVES, FinetuneConfig, TransferConfig, complete_config
 from .training_data import loader, steps_per_epoch, subset, training_cases
 from .tuning import keeper, ship_plain, tune
@@ -47,6 +48,7 @@ def run_finetune(
     cases: Sequence[str] | None = None,
     continue_from: Path | None = None,
     access: Access | None = None,
+    drawn_from: str | None = None,
     quiet: bool = False,
 ) -> Path:
     """Train a segmenter, or go on where an earlier call with the same config and inputs stopped.
@@ -60,18 +62,21 @@ def run_finetune(
         continue_from: a segmenter to go on from, in place of ``encoder``: its networks, its classes, and those of the
             archive that it lacks behind them.
         access: splits and known parts of labels that differ from what the archive says.
+        drawn_from: fingerprint of the archive that ``cases`` were drawn from where it is another one, for the record.
         quiet: show no progress and no audit.
 
     Returns:
         ``RUN/segmenter.safetensors``.
 
     Raises:
-        ConfigError: config, encoder file and archive do not go together, or the folder holds another run.
+        ConfigError: config, encoder file and archive do not go together, a training scan repeats one of a test subject,
+            or the folder holds another run.
         UserError: a broken file, a case that may not be trained on, a loss that is not finite, a full disk.
     """
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.augment import prepare_batch
     from medseg_ssl.data.budgets import unstated_classes
+    from medseg_ssl.data.leakage import guard, with_lists
     from medseg_ssl.nets import encoder_file
     from medseg_ssl.nets.segmenter import silence
     from medseg_ssl.train import runtime
@@ -129,11 +134,20 @@ def run_finetune(
         steps=1
     )  # says now, before the run folder is touched, what in the config does not go with the archive
 
+    learned_from = {opened.cases[case].subject for case in used}
+    if any(not view.labeled for view in views.values()):
+        learned_from |= set(opened.split(config.data.split).train)
+    checked = with_lists(guard(opened, learned_from, split=config.data.split), access)
+    before = [] if encoder is None else [encoder_file.load_card(encoder)]
+    before += [] if grown is None else [grown.loaded.card]
+    before = [card.model_dump(mode="json") for card in before]
+
     def card(steps: int = steps) -> Card:
         made = make_card(config, opened, views, used, silent=unstated, steps=steps)
         # scans of the segmenter's first archive stay readable
         known = {} if grown is None else grown.loaded.card.intensity
-        return made.model_copy(update={"classes": classes, "intensity": {**known, **made.intensity}})
+        seen = {"checked_against": (*inherited(before), *checked)}
+        return made.model_copy(update={"classes": classes, "intensity": {**known, **made.intensity}, **seen})
 
     inputs = {
         "archive": opened.fingerprint[:16],
@@ -141,6 +155,8 @@ def run_finetune(
         "cases": hash_names(sorted(used)),
         **access.identity(),
     }
+    if drawn_from is not None:
+        inputs["budgets_drawn_from"] = drawn_from
     if continue_from is not None:
         inputs["continue_from"] = hash_file(continue_from)
 
@@ -151,6 +167,9 @@ def run_finetune(
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
             return Path(run) / SHIPS
+        for weights in before if machine.is_main and not quiet else ():
+            if told := warning(f"what {run} goes on from", weights, opened, split=config.data.split):
+                logger.warning("%s", told)
         if audit is not None and machine.is_main:
             tell(audit, Path(run), quiet=quiet)
         if unstated and machine.is_main and not quiet:
@@ -343,12 +362,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     given = parser.parse_intermixed_args(argv)
     path = find_config(given.config, kind="finetune")
     config = read_config(FinetuneConfig, path, given.assignments, shelves=SHELVES)
-    cases, access = None, None
+    cases, access, drawn_from = None, None, None
     if given.cases is None and given.budget is not None:
         raise ConfigError("--budget needs --cases, the budgets.json that holds it")
     if given.cases is not None:
         which = {"budget": given.budget, "draw": given.draw, "fold": given.fold}
-        cases, access = subset(config, given.cases, given.archive, **which)
+        cases, access, drawn_from, apart = subset(config, given.cases, given.archive, **which)
+        if apart and not given.quiet:
+            logger.warning("%s", apart)
     shipped = run_finetune(
         config,
         given.run,
@@ -357,6 +378,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         continue_from=given.continue_from,
         cases=cases,
         access=access,
+        drawn_from=drawn_from,
         quiet=given.quiet,
     )
     if not given.quiet:

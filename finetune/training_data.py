@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from medseg_ssl.config import ConfigError, UserError
 
@@ -79,22 +79,39 @@ def training_cases(archive: Archive, split: str, cases: Sequence[str] | None) ->
     return sorted(cases)
 
 
+class Drawn(NamedTuple):
+    """A subset that a file of budgets names.
+
+    Attributes:
+        cases: labeled cases.
+        access: what may be known of them.
+        drawn_from: fingerprint of the archive that they were drawn from where it is another one, else None.
+        difference: of that archive, in a sentence; empty for the same one.
+    """
+
+    cases: list[str]
+    access: Access
+    drawn_from: str | None
+    difference: str
+
+
 def subset(
     config: FinetuneConfig, file: Path, archive: Path, *, budget: int | None, draw: int, fold: int
-) -> tuple[list[str], Access]:
+) -> Drawn:
     """The cases that a file of budgets names, and what may be known of them.
 
     Raises:
         ConfigError: no budget is named, or the file does not go with config and archive.
     """
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.budget_file import chosen_cases, read_budgets
+    from medseg_ssl.data.budget_file import chosen_cases, difference, read_budgets
 
     if budget is None:
         raise ConfigError("--cases needs --budget, the number of labeled cases")
     budgets = read_budgets(file)
     if budgets.split != config.data.split:
         raise ConfigError(f"{file.name} is of split '{budgets.split}', data.split is '{config.data.split}'")
-    return chosen_cases(
-        budgets, Archive.open(archive), budget=budget, draw=draw, fold=fold, where=f"the budgets {file.name}"
-    )
+    opened, where = Archive.open(archive), f"the budgets {file.name}"
+    cases, access = chosen_cases(budgets, opened, budget=budget, draw=draw, fold=fold, where=where)
+    apart = difference(budgets, opened, where=where)
+    return Drawn(cases, access, budgets.archive if apart else None, apart)

@@ -259,6 +259,8 @@ def _look_at_segmenters(
                         budget,
                         draw,
                         plan.metrics.nsd_tolerance_mm,
+                        train=plan.finetune["train"],
+                        flips=plan.metrics.flips,
                     )
                 )
     _look(crew, looks.compare_features, alike)

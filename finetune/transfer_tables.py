@@ -52,7 +52,7 @@ def write_transfer(out: Path) -> list[dict[str, Any]]:
         folder = out / "targets" / target.name
         if _has_fits(folder):
             write_comparison(folder)
-            rows += _rows(folder, plan["task"], target.name, names)
+            rows += _rows(folder, plan["task"], target, names)
             links[target.name] = f"targets/{target.name}/{REPORT}"
             finished += json.loads((folder / "summary.json").read_text(encoding="utf-8"))["finished"]
     if not rows:
@@ -117,12 +117,18 @@ def _read_plan(out: Path) -> dict[str, Any]:
     return {**plan, "sources": sources, "targets": targets}
 
 
-def _rows(folder: Path, task: str, target: str, sources: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a target's comparison, with the names of source and target in their columns."""
+def _rows(folder: Path, task: str, target: Target, sources: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a target's comparison, with the names of source and target in their columns, and the subject."""
     return [
-        row | {"task": task, "target": target, "source": row["init"] if row["init"] in sources else ""}
+        _with_subject(row, target)
+        | {"task": task, "target": target.name, "source": row["init"] if row["init"] in sources else ""}
         for row in read_cases(folder / "cases.csv")
     ]
+
+
+def _with_subject(row: Mapping[str, Any], target: Target) -> dict[str, Any]:
+    """The row with its subject, which is the unit of every interval."""
+    return {**row, "subject": target.subjects.get(row["case"], row["case"])}
 
 
 def _without_subjects(target: Target) -> dict[str, Any]:
@@ -149,11 +155,11 @@ def _table(file: Path) -> list[dict[str, Any]]:
 
 
 def _missing(out: Path, task: str, targets: Sequence[Target], sources: Sequence[str]) -> list[dict[str, Any]]:
-    """Means over cases and draws for every subset of the channels, with intervals."""
+    """Means over subjects and draws for every subset of the channels, with intervals."""
     found = []
     for target in targets:
         files = sorted((out / "features" / target.name / "missing").glob("*.csv"))
-        rows = [row for file in files for row in _table(file)]
+        rows = [_with_subject(row, target) for file in files for row in _table(file)]
         order = [*target.baselines, *sources]
         for given in sorted({row["given"] for row in rows}, key=lambda name: (name.count("+"), name)):
             of_subset = [row for row in rows if row["given"] == given]

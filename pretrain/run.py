@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,7 @@ from medseg_ssl.train.session import (
     with_spacing,
 )
 
-from .probing import frozen, keep_picture, with_interval, with_judge
+from .probing import check_labels, frozen, keep_picture, with_interval, with_judge
 from .settings import SHELVES, PretrainConfig
 from .training_data import loader, open_archives, steps_per_epoch, templates, training_subjects
 
@@ -67,11 +68,11 @@ def run_pretrain(
 
     Raises:
         ConfigError: config and archive do not go together, a training scan repeats a protected one, an evaluation
-            cannot judge an encoder or would choose it by test subjects, or the folder holds another run.
+            cannot judge an encoder, lacks labels or would choose by test subjects, or the folder holds another run.
         UserError: a broken archive, a loss that is not finite, a full disk.
     """
     from medseg_ssl.data.augment import prepare_batch
-    from medseg_ssl.data.leakage import guard
+    from medseg_ssl.data.leakage import guard, with_lists
     from medseg_ssl.nets import encoder_file
     from medseg_ssl.train import runtime
     from medseg_ssl.train.best import Best
@@ -81,12 +82,10 @@ def run_pretrain(
     opened = open_archives(config.data, [archive, *more], access=access)
     config = with_spacing(with_defaults(config, SHELVES), SHELVES, opened.recipe.spacing_mm)
     config, judged_on = with_judge(config)
+    check_labels(config, opened)
     subjects = training_subjects(opened, config.data)
     checked = guard(opened, subjects, split=config.data.split, protect=config.data.protect)
-    lists = access.identity().get("splits")
-    if lists is not None:
-        # an encoder of a fold has seen subjects whom the archive's own split keeps back, and its card must not hide it
-        checked = ({**checked[0], "split": f"{config.data.split}, other lists {lists}"}, *checked[1:])
+    checked = with_lists(checked, access)
     machine = runtime.start(config.train)
     objective, options = build(config, opened.facts())
     views = type(objective).views(options)
@@ -112,7 +111,7 @@ def run_pretrain(
 
     inputs: dict[str, Any] = {"archive": opened.fingerprint[:16], **access.identity()}
     if config.data.protect:
-        inputs["protect"] = [entry["archive"][:16] for entry in checked[len(opened.members) :]]
+        inputs["protect"] = [protected_name(entry) for entry in checked[len(opened.members) :]]
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
             return Path(run) / SHIPS
@@ -120,6 +119,7 @@ def run_pretrain(
             found = templates(opened, subjects, Path(run), machine=machine, quiet=quiet)
             objective.use_templates(found, seed=config.seed)
         best = Best(config.keep_best) if config.keep_best is not None else None
+        asked = time.perf_counter()
         look_at = partial(frozen, card=card, device=machine.device, precision=config.train.precision)
         judged = partial(scoring, config.evaluations, look_at, opened)
         if machine.is_main and not (Path(run) / "last.ckpt").exists() and (look := judged()) is not None:
@@ -127,6 +127,7 @@ def run_pretrain(
             if best is not None:
                 best.check(scores)
         machine.barrier()
+        looked_s = time.perf_counter() - asked
         session = Session(
             run=Path(run),
             config=config.model_dump(mode="json"),
@@ -144,6 +145,7 @@ def run_pretrain(
             preview_batch=lambda: next(iter(load(steps=1))),
             evaluate=judged(pictures=partial(keep_picture, Path(run))),
             best=best,
+            looked_s=looked_s,
         )
         session.fit(
             objective,
@@ -164,6 +166,14 @@ def run_pretrain(
             encoder_file.save(Path(run) / SHIPS, **parts, card=described)
         machine.barrier()
     return Path(run) / SHIPS
+
+
+def protected_name(entry: Mapping[str, Any]) -> str:
+    """A protected archive in the inputs of a run: its fingerprint, and its lists where they are not the usual ones."""
+    name = entry["archive"][:16]
+    if entry["split"] == "default" and entry["sides"] == ["test", "development"]:
+        return name
+    return f"{name} split {entry['split']}: {', '.join(entry['sides'])}"
 
 
 def build(config: PretrainConfig, facts: Facts) -> tuple[Objective, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from medseg_ssl.config import Block, Record
+from medseg_ssl.data.protected import Protected
 from medseg_ssl.train.settings import KeepBest, OptimConfig, TrainConfig, WandbConfig
 
 
@@ -23,8 +23,10 @@ class PretrainData(Record):
         modalities: which scans of the archive are used; none named uses all. With several archives one list serves
             all of them, or there is one list per archive, in the order of ``--archive``.
         max_offset_mm: pairs of one frame of reference that were measured to lie further apart are left out.
-        protect: other archives, whose test and development subjects must not be among those trained on. Given on the
-            command line (``data.protect=[ARCHIVE]``), since paths stand in no YAML; the run folder keeps fingerprints.
+        protect: other archives, whose test and development subjects (of the split of the same name) must not be among
+            those trained on. Given on the command line (``data.protect=[ARCHIVE]``, or for another split
+            ``data.protect=[{archive: ARCHIVE, split: NAME}]``), since paths stand in no YAML; the run folder keeps
+            fingerprints.
     """
 
     batch_size: int = Field(ge=1)
@@ -34,7 +36,7 @@ class PretrainData(Record):
     modality_temperature: float = Field(default=0.5, ge=0, le=1)
     modalities: tuple[tuple[Literal["CT", "MR", "PT"], ...], ...] = ()
     max_offset_mm: float | None = Field(default=None, ge=0)
-    protect: tuple[Path, ...] = Field(default=(), exclude=True)
+    protect: tuple[Protected, ...] = Field(default=(), exclude=True)
 
     @field_validator("modalities", mode="before")
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -94,13 +94,13 @@ class MeanLabel:
                     shares_KDHW[value] = resample(chosen_DHW, np.eye(4), size, lattice_44, order=1)
         return cls(frame, shares_NKDHW, np.array(known))
 
-    def mean_KDHW(self, *, without: int | None = None) -> np.ndarray:
+    def mean_KDHW(self, *, without: Collection[int] = ()) -> np.ndarray:
         """Mean share of each class over the cases that state it; the background has what is left.
 
         Args:
-            without: a case that is left out.
+            without: numbers of cases that are left out.
         """
-        kept = np.arange(len(self.known_NK)) != (-1 if without is None else without)
+        kept = ~np.isin(np.arange(len(self.known_NK)), list(without))
         counts_K = self.known_NK[kept].sum(axis=0)
         mean_KDHW = self.shares_NKDHW[kept].sum(axis=0) / np.maximum(1, counts_K)[:, None, None, None]
         mean_KDHW[0] = np.maximum(0.0, 1.0 - mean_KDHW[1:].sum(axis=0))

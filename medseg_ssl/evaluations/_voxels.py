@@ -112,6 +112,7 @@ class VoxelProbe(Evaluation):
     """Voxels of labeled cases through a frozen encoder, a classifier taught with them, Dice of other cases."""
 
     config: VoxelConfig
+    reads_labels = True
     sparing = MappingProxyType(
         {"baseline": False, "scored": 6, "windows": 2, "taught_voxels": 2048, "scored_voxels": 1024}
     )

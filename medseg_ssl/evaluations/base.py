@@ -44,11 +44,13 @@ class Evaluation(ABC):
 
     Attributes:
         of: what ``run`` looks at: a frozen encoder or a segmenter's predictor.
+        reads_labels: whether it needs labeled cases.
         sparing: options that a training run takes where its config leaves them open, so that looking costs little.
     """
 
     Config: ClassVar[type[EvaluationConfig]]
     of: ClassVar[Literal["encoder", "segmenter"]] = "encoder"
+    reads_labels: ClassVar[bool] = False
     sparing: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: EvaluationConfig) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class MissingModalities(Evaluation):
     """Mean metrics of a segmenter for every non-empty subset of its channels."""
 
-    of = "segmenter"
+    of, reads_labels = "segmenter", True
 
     class Config(MetricsConfig):
         """What is scored: nothing beside what is shared."""

@@ -2,7 +2,7 @@
 
 Every corruption is applied in physical units (HU, mm, shares of the scan's range) to what the network is about to see,
 and the intensity policy's statistics are taken anew from the corrupted scan, as ``prepare`` would take them. Truth and
-grid stay, so cases are paired with themselves undisturbed.
+grid stay, so cases are paired with themselves undisturbed; the subject is the unit of intervals and tests.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Setting:
 class Robustness(Evaluation):
     """Segmentation metrics under corruptions of graded strength."""
 
-    of = "segmenter"
+    of, reads_labels = "segmenter", True
 
     class Config(MetricsConfig):
         """What is done to the scans.
@@ -146,11 +146,14 @@ class Robustness(Evaluation):
                 table = None
 
 
-def robustness_table(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+def robustness_table(
+    rows: Sequence[Mapping[str, object]], *, subjects: Mapping[str, str]
+) -> list[dict[str, object]]:
     """What each setting costs: the mean difference to the undisturbed scans, paired by case, with its interval.
 
     Args:
         rows: of ``CASE_COLUMNS``, of all settings.
+        subjects: case to its subject, whose cases are averaged before differences are taken.
 
     Returns:
         Rows of ``COLUMNS``: mean over the classes of a case first, then per class. ``p`` is that of a paired t-test,
@@ -166,7 +169,7 @@ def robustness_table(rows: Sequence[Mapping[str, object]]) -> list[dict[str, obj
         for name in (OVER_CLASSES, *classes):
             block = []
             for given in settings.values():
-                found = paired_change(clean, given, name=name, metric=metric)
+                found = paired_change(clean, given, name=name, metric=metric, subjects=subjects)
                 if found is not None:
                     setting = {key: given[0][key] for key in ("corruption", "severity", "amount", "unit")}
                     block.append({**setting, **found} | ({"p": float("nan")} if given is clean else {}))

@@ -25,7 +25,7 @@ SUBSETS = ("train", "development", "test")
 class Segmentation(Evaluation):
     """Mean metrics of a segmenter's predictor over the labeled cases of a split's subset."""
 
-    of = "segmenter"
+    of, reads_labels = "segmenter", True
 
     class Config(MetricsConfig):
         """What is scored: nothing beside what is shared."""

@@ -220,6 +220,7 @@ class Session:
         undecayed: names of parameters that weight decay would harm.
         training: puts the objective into training mode; all of it, unless parts are frozen.
         best: keeps the weights of the best evaluation, and says when to stop; None runs all steps.
+        looked_s: seconds that a look at step 0 took, which counts for the share of time spent on evaluations.
     """
 
     run: Path
@@ -241,6 +242,7 @@ class Session:
     undecayed: tuple[str, ...] = ()
     training: Callable[[Objective], object] = methodcaller("train")
     best: Best | None = None
+    looked_s: float = 0.0
 
     def fit(
         self, objective: Objective, *, batches: Callable[[int], Iterator[Batch]], runtime: Runtime
@@ -316,7 +318,7 @@ class Session:
             actions.append((self._every(self.train.preview_every), preview))
         if self.evaluate is not None:
             measure = self.evaluate
-            began, spent = time.perf_counter(), 0.0
+            began, spent = time.perf_counter() - self.looked_s, self.looked_s
 
             def evaluate(step: int) -> None:
                 nonlocal spent

@@ -20,6 +20,7 @@ from finetune.report import main as report_main
 from medseg_ssl.cli import locate
 from medseg_ssl.config import ConfigError, UserError, override, parse, to_yaml
 from medseg_ssl.data.archive import Archive
+from medseg_ssl.data.protected import Protected
 from medseg_ssl.train.interrupt import Interrupted
 from tests.data.heads import head, seen
 
@@ -447,7 +448,7 @@ def test_pretraining_is_kept_from_a_test_archive_of_its_own(tmp_path, monkeypatc
             pretrain=pretrain,
             **options,
         )
-    assert seen_by == [(), (Path("other"),)]
+    assert seen_by == [(), (Protected(archive=Path("other"), split="default"),)]
 
 
 def test_protect_has_no_place_in_a_comparison():

@@ -76,6 +76,19 @@ def test_other_subset(world):
         assert {row["case"] for row in csv.DictReader(file)} == {"c0"}
 
 
+def test_a_segmenter_that_saw_who_is_scored_is_refused(world, monkeypatch):
+    """It was fine-tuned with another split of this archive; its training subjects may still be looked at as such."""
+    folder, _ = world
+    entry = {"archive": "f" * 64, "split": "other", "sides": ["test"], "trained_on": ["train"]}
+    described = card(classes=("background", "bright", "never"), checked_against=(entry,))
+    predictor = Predictor(Threshold(classes=3), described)
+    monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **_: predictor)
+    with pytest.raises(ConfigError, match="the segmenter was trained with the split 'other' of this archive"):
+        run(folder)
+    assert not (folder / "out").exists()
+    run(folder, "--subset", "train")
+
+
 def test_a_second_run_finds_its_results_and_another_is_refused(world, capsys):
     folder, _ = world
     out = run(folder)
