@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     cases = labeled_cases(archive, split=args.split, subset=args.subset)
     if args.subset != "train":
         check_seen(
-            "the segmenter",
+            "the segmenter, or the encoder it began with,",
             predictor.card.model_dump(mode="json"),
             archive,
             split=args.split,

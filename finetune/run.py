@@ -138,15 +138,15 @@ def run_finetune(
     if any(not view.labeled for view in views.values()):
         learned_from |= set(opened.split(config.data.split).train)
     checked = with_lists(guard(opened, learned_from, split=config.data.split), access)
-    before = [] if encoder is None else [encoder_file.load_card(encoder)]
-    before += [] if grown is None else [grown.loaded.card]
-    before = [card.model_dump(mode="json") for card in before]
+    cards = {} if encoder is None else {"the given encoder": encoder_file.load_card(encoder)}
+    cards |= {} if grown is None else {"the given segmenter": grown.loaded.card}
+    before = {name: known.model_dump(mode="json") for name, known in cards.items()}
 
     def card(steps: int = steps) -> Card:
         made = make_card(config, opened, views, used, silent=unstated, steps=steps)
         # scans of the segmenter's first archive stay readable
         known = {} if grown is None else grown.loaded.card.intensity
-        seen = {"checked_against": (*inherited(before), *checked)}
+        seen = {"checked_against": (*inherited(before.values()), *checked)}
         return made.model_copy(update={"classes": classes, "intensity": {**known, **made.intensity}, **seen})
 
     inputs = {
@@ -167,8 +167,8 @@ def run_finetune(
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
             return Path(run) / SHIPS
-        for weights in before if machine.is_main and not quiet else ():
-            if told := warning(f"what {run} goes on from", weights, opened, split=config.data.split):
+        for name, known in before.items() if machine.is_main and not quiet else ():
+            if told := warning(name, known, opened, split=config.data.split):
                 logger.warning("%s", told)
         if audit is not None and machine.is_main:
             tell(audit, Path(run), quiet=quiet)

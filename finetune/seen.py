@@ -6,7 +6,7 @@ trained on (with which split, and which of its lists), the others of archives th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.config import ConfigError
@@ -102,6 +102,6 @@ def trained_on(card: Card) -> list[dict[str, Any]]:
     ]
 
 
-def inherited(cards: Sequence[Card]) -> tuple[dict[str, Any], ...]:
+def inherited(cards: Iterable[Card]) -> tuple[dict[str, Any], ...]:
     """What the cards of weights that are gone on from tell about who was seen, for the card of what comes of them."""
     return tuple(entry for card in cards for entry in trained_on(card))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,7 @@ from finetune.report import main as report_main
 from medseg_ssl.cli import locate
 from medseg_ssl.config import ConfigError, UserError, override, parse, to_yaml
 from medseg_ssl.data.archive import Archive
+from medseg_ssl.data.manifest import Split
 from medseg_ssl.data.protected import Protected
 from medseg_ssl.train.interrupt import Interrupted
 from tests.data.heads import head, seen
@@ -449,6 +451,20 @@ def test_pretraining_is_kept_from_a_test_archive_of_its_own(tmp_path, monkeypatc
             **options,
         )
     assert seen_by == [(), (Protected(archive=Path("other"), split="default"),)]
+
+
+def test_a_test_archive_is_protected_by_the_split_and_subset_that_are_scored():
+    def protected(test, **changes):
+        lists = Split(name="any", seed=0, train=("a",), development=(), test=test)
+        scored = SimpleNamespace(split={"default": None, "second": lists}.__getitem__)
+        return command._protected(fakes.config(split="second", **changes), Path("other"), scored)
+
+    other = {"archive": Path("other"), "split": "second"}
+    assert protected(("b",)) == Protected(**other, sides=("test", "development"))
+    assert protected(()) == Protected(**other, sides=("test", "development", "train")), (
+        "it is scored as a whole"
+    )
+    assert protected(("b",), subset="development").sides == ("test", "development", "train")
 
 
 def test_protect_has_no_place_in_a_comparison():

@@ -421,6 +421,8 @@ def test_the_whole_benchmark_with_real_networks(tmp_path):
         "budgets": [1],
         "unions": "none",
         "missing_modalities": True,
+        "metrics": {"flips": True},
+        "finetune": {**tree["finetune"], "objective": {"size": [16, 16, 16], "mirror_axes": [2]}},
     }
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(tree))
     words[:4] = [
