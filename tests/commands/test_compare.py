@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,6 +240,68 @@ def _other_archive(path):
     other = fakes.archive()
     other.fingerprint = "0" * 16
     return other
+
+
+def test_a_comparison_killed_before_the_mirror_got_it_is_sent_once(tmp_path, monkeypatch):
+    from finetune import mirror
+
+    monkeypatch.delenv("WANDB_MODE")
+    out, config = tmp_path / "out", fakes.config(wandb={"mode": "offline"}, budgets=[1], draws=1)
+    asked = []
+
+    def killed(*args, known_id, **more):
+        asked.append(known_id)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mirror, "send_comparison", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(out, config=config)
+    assert (out / "report.html").is_file()
+    half = out / "wandb" / f"offline-run-20250101_000000-{asked[0]}"
+    half.mkdir(parents=True)
+    monkeypatch.setattr(mirror, "send_comparison", lambda *a, known_id, **more: asked.append(known_id))
+    other = tmp_path / "other"
+    shutil.copytree(out, other)
+    for _ in range(2):
+        run(out, config=config)
+        command.main([str(out), "--report-only", "--quiet"])
+    assert asked == [asked[0]] * 2, "again once, as the same run"
+    assert not half.exists()
+    for _ in range(2):
+        command.main([str(other), "--report-only", "--quiet"])
+    assert asked == [asked[0]] * 3
+    assert json.loads((other / "mirror.json").read_text())["sent"]
+    # an earlier version left no mark
+    (other / "mirror.json").unlink()
+    (other / "wandb" / "offline-run-20250101_000000-abcd1234").mkdir(parents=True)
+    command.main([str(other), "--report-only", "--quiet"])
+    assert len(asked) == 3
+
+
+def test_what_is_not_whole_or_lacks_its_encoder_file_is_not_sent(tmp_path, monkeypatch, caplog):
+    from finetune import mirror
+
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(mirror, "send_comparison", lambda *a, **more: pytest.fail("sent"))
+    part = tmp_path / "part"
+    config = fakes.config(wandb={"mode": "offline"})
+    with pytest.raises(UserError):
+        run(part, config=config, fit=fakes.failing_fit)
+    command.main([str(part), "--report-only", "--quiet"])
+    given = tmp_path / "given.safetensors"
+    given.write_bytes(b"weights")
+    whole = tmp_path / "whole"
+    inits = {"scratch": "scratch", "given": "encoder"}
+    config = fakes.config(inits=inits, budgets=[1], draws=1)
+    run(whole, config=config, encoders={"given": given})
+    text = (whole / "config.yaml").read_text()
+    (whole / "config.yaml").write_text(text.replace("mode: disabled", "mode: offline"))
+    command.main([str(whole), "--report-only", "--quiet"])
+    assert "add --encoder given=FILE" in caplog.text
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"other weights")
+    with pytest.raises(ConfigError, match=r"--encoder given=other.safetensors is no file that"):
+        command.main([str(whole), "--report-only", "--quiet", "--encoder", f"given={other}"])
 
 
 def test_report_only_writes_what_is_done(tmp_path, finished):
