@@ -10,18 +10,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from finetune import compare as command
 from finetune import comparison as plans
 from finetune import crew as crew_module
-from finetune import fits, labeling, notes, planning
+from finetune import fits, labeling, mirror, notes, planning
 from finetune.report import main as report_main
 from medseg_ssl.cli import locate
 from medseg_ssl.config import ConfigError, UserError, override, parse, to_yaml
 from medseg_ssl.data.archive import Archive
 from medseg_ssl.train.interrupt import Interrupted
+from medseg_ssl.train.run_folder import RunFolder, hash_file
 from tests.data.heads import head, seen
 
 from . import fake_comparison as fakes
@@ -242,66 +244,67 @@ def _other_archive(path):
     return other
 
 
-def test_a_comparison_killed_before_the_mirror_got_it_is_sent_once(tmp_path, monkeypatch):
-    from finetune import mirror
-
+@pytest.fixture
+def sends(monkeypatch):
+    """Ids under which comparisons are sent, in place of sending them."""
     monkeypatch.delenv("WANDB_MODE")
-    out, config = tmp_path / "out", fakes.config(wandb={"mode": "offline"}, budgets=[1], draws=1)
     asked = []
+    monkeypatch.setattr(mirror, "send_comparison", lambda *a, known_id, **more: asked.append(known_id))
+    return asked
 
+
+def test_a_comparison_killed_before_the_mirror_got_it_is_sent_once(tmp_path, monkeypatch, sends):
     def killed(*args, known_id, **more):
-        asked.append(known_id)
+        sends.append(known_id)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mirror, "send_comparison", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(out, config=config)
+    config = fakes.config(wandb={"mode": "offline"}, budgets=[1], draws=1, inits={"scratch": "scratch"})
+    out, other = tmp_path / "out", tmp_path / "other"
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "send_comparison", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, config=config)
     assert (out / "report.html").is_file()
-    half = out / "wandb" / f"offline-run-20250101_000000-{asked[0]}"
+    half = out / "wandb" / f"offline-run-20250101_000000-{sends[0]}"
     half.mkdir(parents=True)
-    monkeypatch.setattr(mirror, "send_comparison", lambda *a, known_id, **more: asked.append(known_id))
-    other = tmp_path / "other"
     shutil.copytree(out, other)
     for _ in range(2):
         run(out, config=config)
-        command.main([str(out), "--report-only", "--quiet"])
-    assert asked == [asked[0]] * 2, "again once, as the same run"
+    assert sends == [sends[0]] * 2, "again once, as the same run"
     assert not half.exists()
-    for _ in range(2):
-        command.main([str(other), "--report-only", "--quiet"])
-    assert asked == [asked[0]] * 3
-    assert json.loads((other / "mirror.json").read_text())["sent"]
-    # an earlier version left no mark
-    (other / "mirror.json").unlink()
-    (other / "wandb" / "offline-run-20250101_000000-abcd1234").mkdir(parents=True)
     command.main([str(other), "--report-only", "--quiet"])
-    assert len(asked) == 3
+    assert sends == [sends[0]] * 3
+    assert json.loads((other / "mirror.json").read_text())["sent"]
 
 
-def test_what_is_not_whole_or_lacks_its_encoder_file_is_not_sent(tmp_path, monkeypatch, caplog):
-    from finetune import mirror
-
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(mirror, "send_comparison", lambda *a, **more: pytest.fail("sent"))
-    part = tmp_path / "part"
-    config = fakes.config(wandb={"mode": "offline"})
-    with pytest.raises(UserError):
-        run(part, config=config, fit=fakes.failing_fit)
-    command.main([str(part), "--report-only", "--quiet"])
-    given = tmp_path / "given.safetensors"
+def test_only_what_is_whole_and_unsent_is_sent_late(tmp_path, monkeypatch, sends, caplog):
+    given, wrong = tmp_path / "given.safetensors", tmp_path / "wrong.safetensors"
     given.write_bytes(b"weights")
-    whole = tmp_path / "whole"
-    inits = {"scratch": "scratch", "given": "encoder"}
-    config = fakes.config(inits=inits, budgets=[1], draws=1)
-    run(whole, config=config, encoders={"given": given})
-    text = (whole / "config.yaml").read_text()
-    (whole / "config.yaml").write_text(text.replace("mode: disabled", "mode: offline"))
-    command.main([str(whole), "--report-only", "--quiet"])
+    wrong.write_bytes(b"other weights")
+    (tmp_path / "config.yaml").write_text("task: fake\nwandb: {mode: offline}\n")
+    inputs = {"encoders": {"given": hash_file(given)}}
+    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
+    part, whole = SimpleNamespace(finished=1, planned=2), SimpleNamespace(finished=2, planned=2)
+    mirror.send_left(tmp_path, part, encoders={"given": given})
+    mirror.send_left(tmp_path, whole, encoders={})
     assert "add --encoder given=FILE" in caplog.text
-    other = tmp_path / "other.safetensors"
-    other.write_bytes(b"other weights")
-    with pytest.raises(ConfigError, match=r"--encoder given=other.safetensors is no file that"):
-        command.main([str(whole), "--report-only", "--quiet", "--encoder", f"given={other}"])
+    with pytest.raises(ConfigError, match=r"--encoder given=wrong.safetensors is no file that"):
+        mirror.send_left(tmp_path, whole, encoders={"given": wrong})
+    with RunFolder(tmp_path / "busy", config=fakes.config(), inputs=inputs, ships="none"):
+        shutil.copy(tmp_path / "config.yaml", tmp_path / "busy")
+        mirror.send_left(tmp_path / "busy", whole, encoders={"given": given})
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    mirror.send_left(tmp_path, whole, encoders={"given": given})
+    monkeypatch.delenv("WANDB_MODE")
+    assert sends == []
+    for _ in range(2):
+        mirror.send_left(tmp_path, whole, encoders={"given": given})
+    assert len(sends) == 1
+    # an earlier version left its run and no mark
+    (tmp_path / "mirror.json").unlink()
+    (tmp_path / "wandb" / "offline-run-20250101_000000-abcd1234").mkdir(parents=True)
+    mirror.send_left(tmp_path, whole, encoders={"given": given})
+    assert len(sends) == 1
 
 
 def test_report_only_writes_what_is_done(tmp_path, finished):

@@ -214,8 +214,8 @@ def test_a_folder_of_something_else_is_refused_before_the_look(world, tmp_path, 
             "evaluations.segmentation.split is 'default', but data.split is 'fold1'",
         ),
         (
-            ["keep_best={score: knn/dice}", "evaluations={knn: {subset: test}}", "tune.name=lorra"],
-            r"tune.name: .*keep_best needs train.evaluate_every.*evaluations.knn.subset is 'test'.*"
+            ["keep_best={score: knn/dice}", "evaluations={knn: {subset: test}}"],
+            r"keep_best needs train.evaluate_every.*evaluations.knn.subset is 'test'.*"
             r"evaluations.knn looks at an encoder, this run has a segmenter; known: calibration, missing_modalities,",
         ),
         (
