@@ -136,9 +136,8 @@ def write_forgetting(
     from medseg_ssl.evaluations.segmentation import evaluate_cases
 
     path = out / FORGETTING
+    check_forgetting(out, identity)
     if path.is_file():
-        if {str(row["earlier"]) for row in read_rows(path)} != {identity}:
-            raise ConfigError(f"{path} compares with another segmenter; choose another folder")
         return
     on_case = progress("earlier", len(cases))
     rows = evaluate_cases(before, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
@@ -153,6 +152,18 @@ def write_forgetting(
         adjusted = holm([float(str(row["p"])) for row in block])
         found += [{"earlier": identity, **row, "p_holm": p} for row, p in zip(block, adjusted, strict=True)]
     write_csv(path, found, columns=("earlier", *change.COLUMNS, "p_holm"))
+
+
+def check_forgetting(out: Path, identity: str) -> None:
+    """See that ``forgetting.csv``, where there is one, compares with this earlier segmenter.
+
+    Raises:
+        ConfigError: it compares with another one.
+        UserError: it cannot be read.
+    """
+    path = out / FORGETTING
+    if path.is_file() and {str(row["earlier"]) for row in read_rows(path)} != {identity}:
+        raise ConfigError(f"{path} compares with another segmenter; choose another folder")
 
 
 def write_subgroups(out: Path, archive: Archive, cases: Sequence[str], *, by: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from .crew import Crew, failure_of, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
 from .flags import add_flags, check_workers, read_named, show
 from .inits import FROM_FILE, SCRATCH_LONG
-from .mirror import send_comparison
+from .mirror import send_left, send_once
 from .notes import notes_of
 from .planning import EncoderKey
 from .report import PLAN, write_comparison
@@ -144,7 +144,7 @@ def compare(
         _write_plan(out, counted, tasks, notes=notes, command=command, folds=folds, test=test)
         pending = [task for task in tasks if not task.finished]
         failures = crew.fit(fit, pending, done=len(tasks) - len(pending))
-        report = _conclude(out, config, failures, mirror=bool(pending), encoders=given)
+        report = _conclude(out, config, failures, encoders=given)
     return report
 
 
@@ -158,7 +158,6 @@ def _conclude(
     config: CompareConfig,
     failures: Sequence[tuple[FitTask, BaseException]],
     *,
-    mirror: bool,
     encoders: Mapping[str, Path],
 ) -> Path:
     try:
@@ -167,11 +166,10 @@ def _conclude(
         if failures:
             raise failure_of(failures) from None
         raise
-    if mirror and not failures:
-        tree = config.model_dump(mode="json")
-        send_comparison(out, found, wandb=config.wandb, config=tree, encoders=encoders)
     if failures:
         raise failure_of(failures)
+    tree = config.model_dump(mode="json")
+    send_once(out, found, wandb=config.wandb, config=tree, encoders=encoders)
     return out / REPORT
 
 
@@ -323,7 +321,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     given = parser().parse_intermixed_args(argv)
     if given.report_only:
-        write_comparison(given.out)
+        found = write_comparison(given.out)
+        send_left(given.out, found, encoders=read_named("encoder", given.encoder, what="FILE"))
         report = given.out / REPORT
     else:
         report = _run(given)

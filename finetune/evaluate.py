@@ -9,6 +9,7 @@ over the classes of a case, then over cases. Beside them, where asked for, also 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
 from medseg_ssl.analysis.metrics import summarize
 from medseg_ssl.analysis.tables import claim, write_csv, write_json
 from medseg_ssl.commandline import Parser
-from medseg_ssl.config import ConfigError
+from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.train.run_folder import hash_file
 
 from .seen import check_seen
 
@@ -85,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     Raises:
         UserError: a file that is no segmenter or archive, classes that differ, or no labeled case to score.
-        ConfigError: wrong usage, a segmenter that saw who is scored, or OUT holds the results of something else.
+        ConfigError: wrong usage, a segmenter that saw who is scored, a table that cannot be made, or OUT holds the
+            results of something else.
     """
     from rich.console import Console
 
@@ -97,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.evaluations.segmentation import labeled_cases
     from medseg_ssl.inference.predictor import Predictor
-    from medseg_ssl.train.run_folder import hash_file
 
     from . import beside
 
     archive = Archive.open(args.archive)
-    predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision, flips=args.flips)
+    load = partial(Predictor.load, device=args.device, precision=args.precision, flips=args.flips)
+    predictor = load(args.segmenter)
     cases = labeled_cases(archive, split=args.split, subset=args.subset)
     if args.subset != "train":
         check_seen(
@@ -112,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             split=args.split,
             subset=args.subset,
         )
-    for column in args.by:
-        beside.column_of(archive, cases, column)  # a wrong name is told before the work
+    earlier = None if args.before is None else load(args.before)
+    _check(args, archive, cases, predictor, earlier)
     identity = {
         "segmenter": hash_file(args.segmenter),
         "archive": archive.fingerprint,
@@ -153,9 +156,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             beside.write_calibration(*shared, progress=began)
         if args.missing_modalities:
             beside.write_missing(*shared, nsd_tolerance_mm=args.nsd_tolerance_mm, progress=began)
-        if args.before is not None:
-            how = {"device": args.device, "precision": args.precision, "flips": args.flips}
-            earlier = Predictor.load(args.before, **how)
+        if earlier is not None:
             beside.write_forgetting(
                 args.out,
                 earlier,
@@ -168,6 +169,41 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if args.by:
         beside.write_subgroups(args.out, archive, cases, by=args.by)
     return args.out
+
+
+def _check(
+    args: Any, archive: Archive, cases: Sequence[str], predictor: Predictor, earlier: Predictor | None
+) -> None:
+    """Refuse every table that cannot be made, before the work and all at once.
+
+    Raises:
+        UserError: a segmenter that does not go with the archive.
+        ConfigError: a table that cannot be made of it; see ``beside``.
+    """
+    from medseg_ssl.evaluations.calibration import check_classes
+    from medseg_ssl.evaluations.missing_modalities import channel_subsets
+    from medseg_ssl.evaluations.segmentation import check_predictor
+
+    from . import beside
+
+    checks: list[Callable[[], object]] = [lambda: check_predictor(predictor, archive, cases)]
+    if earlier is not None:
+        checks.append(lambda: check_predictor(earlier, archive, cases))
+        checks.append(lambda: beside.check_forgetting(args.out, hash_file(args.before)))
+    if args.calibration:
+        checks.append(lambda: check_classes(predictor.classes, archive.classes))
+    if args.missing_modalities:
+        checks.append(lambda: channel_subsets(predictor.card.modalities))
+    checks += [partial(beside.column_of, archive, cases, column) for column in args.by]
+    wrong = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            wrong.append(error)
+    if wrong:
+        kind = ConfigError if any(error.code == ConfigError.code for error in wrong) else UserError
+        raise kind("; ".join(dict.fromkeys(map(str, wrong))))
 
 
 def _score(

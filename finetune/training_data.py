@@ -19,9 +19,18 @@ if TYPE_CHECKING:
 
 
 def steps_per_epoch(config: FinetuneConfig, archive: Archive, cases: Sequence[str] | None = None) -> int:
-    """Optimizer steps in which each case is drawn once on average; None counts all that may be trained on."""
+    """Optimizer steps in which each case is drawn once on average; None counts all that may be trained on.
+
+    Old cases that are kept (``replay``) do not count: a step has as many samples of the others as they leave.
+    """
     used = training_cases(archive, config.data.split, cases)
-    return max(1, round(len(used) / config.data.batch_size))
+    return max(1, round(len(used) / new_samples(config)))
+
+
+def new_samples(config: FinetuneConfig) -> int:
+    """Samples of a step that are cut from the cases of the archive: all but those of ``replay``."""
+    batch_size = config.data.batch_size
+    return batch_size if config.replay is None else max(1, batch_size - config.replay.samples(batch_size))
 
 
 def loader(
@@ -43,7 +52,7 @@ def loader(
         Loader,
         archive,
         views,
-        batch_size=config.data.batch_size,
+        batch_size=new_samples(config),
         accumulate=config.train.accumulate,
         seed=config.seed,
         subjects=sorted(subjects),

@@ -47,9 +47,7 @@ def build(
     if archive is None:
         facts = Facts(1, ("background", "made-up"), ("CT", "MR"), relations or ("registered",))
     else:
-        from medseg_ssl.data.archive import Archive
-
-        opened = Archive.open(archive)
+        opened = _open(config, kind, archive)
         facts = opened.facts()
     objective, options = command.build(config, facts)
     views: ViewPlan = type(objective).views(options)
@@ -97,22 +95,39 @@ def plan_of(config: Any, kind: str, archive: Path | None) -> dict[str, Any]:
     if length.unit == "steps":
         steps = length.steps()
     elif archive is not None:
-        from medseg_ssl.data.archive import Archive
-
         command = import_module(locate(f"{kind}.run"))
-        steps = length.steps(steps_per_epoch=command.steps_per_epoch(config, Archive.open(archive)))
+        steps = length.steps(steps_per_epoch=command.steps_per_epoch(config, _open(config, kind, archive)))
     return {
         "gpu": gpu,
         "steps": steps,
-        "footprint": tuple(footprint_of(objective, views)),
+        "footprint": tuple(footprint_of(objective, views, tuned_of(config, kind))),
         "weights": sum(p.numel() * 4 for p in objective.parameters()),
         "strides": objective.encoder.strides,
         "size": next(iter(views.values())).size,
     }
 
 
-def footprint_of(objective: Any, views: ViewPlan) -> Footprint:
-    """Of encoder and decoder over all views of one sample."""
+def _open(config: Any, kind: str, archive: Path) -> Any:
+    """The archive as the command opens it: pretraining may take some of its modalities alone."""
+    if kind == "pretrain":
+        return import_module(locate("pretrain.run")).open_archives(config.data, [archive])
+    from medseg_ssl.data.archive import Archive
+
+    return Archive.open(archive)
+
+
+def tuned_of(config: Any, kind: str) -> str:
+    """How much of the encoder is trained: ``full``, or the name of a fine-tuning's ``tune`` block."""
+    return config.tune.name if kind == "finetune" else "full"
+
+
+def footprint_of(objective: Any, views: ViewPlan, tuned: str = "full") -> Footprint:
+    """Of encoder and decoder over all views of one sample, forward and backward.
+
+    The backward pass takes twice the operations of the forward pass, for the gradients of weights and of inputs. A
+    frozen encoder has none and keeps nothing for it; one tuned in part needs those of its inputs, which is the most of
+    what is left.
+    """
     from torch import nn
 
     from medseg_ssl.nets.footprint import Footprint, footprint
@@ -120,17 +135,23 @@ def footprint_of(objective: Any, views: ViewPlan) -> Footprint:
     parts = objective.export()
     networks = nn.ModuleList([parts.encoder] if parts.decoder is None else [parts.encoder, parts.decoder])
 
+    def encode(blank: Any, image: Any) -> Any:
+        return blank[0](image)
+
     def run(blank: Any, image: Any) -> Any:
         out = blank[0](image)
         return out if parts.decoder is None else blank[1](out)
 
-    total = Footprint(0, 0)
+    passes = {"full": 3, "frozen": 1}.get(tuned, 2)
+    operations = saved = 0
     for view in views.values():
-        one = footprint(networks, view.size, channels=parts.encoder.channels_in, run=run)
-        total = Footprint(
-            total.operations + view.count * one.operations, total.saved_bytes + view.count * one.saved_bytes
-        )
-    return total
+        size = {"size": view.size, "channels": parts.encoder.channels_in}
+        whole = footprint(networks, **size, run=run)
+        encoder = whole if tuned == "full" else footprint(networks, **size, run=encode)
+        above = whole.operations - encoder.operations
+        operations += view.count * (passes * encoder.operations + 3 * above)
+        saved += view.count * (whole.saved_bytes - (encoder.saved_bytes if tuned == "frozen" else 0))
+    return Footprint(operations, saved)
 
 
 def size_that_fits(config: Any, kind: str, plan: Mapping[str, Any]) -> Triple | None:
@@ -146,7 +167,7 @@ def size_that_fits(config: Any, kind: str, plan: Mapping[str, Any]) -> Triple | 
     size: Triple | None = None
     footprint = plan["footprint"]
     while True:
-        step_s = 3 * footprint[0] * config.data.batch_size / rate
+        step_s = footprint[0] * config.data.batch_size / rate
         memory = state + 1.5 * footprint[1] * samples
         if step_s <= SLOWEST_TRIAL_STEP_S and memory <= free:
             return size
@@ -159,7 +180,7 @@ def size_that_fits(config: Any, kind: str, plan: Mapping[str, Any]) -> Triple | 
             objective, views, _ = build(with_size(config, smaller), kind, None, prefer="cpu")
         except ConfigError:  # another option of the objective does not go with so small a crop
             break
-        size, footprint = smaller, tuple(footprint_of(objective, views))
+        size, footprint = smaller, tuple(footprint_of(objective, views, tuned_of(config, kind)))
     if memory > free:
         raise UserError(
             f"this machine cannot try this config: even crops of {list(size or plan['size'])} need about"

@@ -99,7 +99,7 @@ def estimate(config: Any, *, kind: str, archive: Path | None = None, seconds: fl
         memory = memory + max(0.0, working) * (full[1] / small[1] - 1)
     return Estimate(
         parameters=found["parameters"],
-        operations_per_step=3.0 * full[0] * config.data.batch_size,
+        operations_per_step=float(full[0] * config.data.batch_size),
         steps=plan["steps"],
         step_s=step_s,
         wait_share=wait_s / step_s if archive is not None else None,

@@ -36,12 +36,7 @@ def with_judge(config: PretrainConfig) -> tuple[PretrainConfig, str]:
     Raises:
         ConfigError: an evaluation looks at segmenters, or ``keep_best`` names none or one that sees test subjects.
     """
-    built = build_evaluations(config.evaluations)
-    for name, evaluation in built.items():
-        if evaluation.of != "encoder":
-            raise ConfigError(
-                f"evaluations.{name} looks at a {evaluation.of}; pretraining has an encoder only"
-            )
+    built = build_evaluations(config.evaluations, of="encoder")
     if config.keep_best is None:
         return config, ""
     judge = config.keep_best.score.split("/")[0]

@@ -18,6 +18,7 @@ from medseg_ssl.train.session import (
     Session,
     check_bf16_depth,
     check_crop_sizes,
+    look_first,
     read_config,
     resolve_block,
     scoring,
@@ -123,9 +124,7 @@ def run_pretrain(
         look_at = partial(frozen, card=card, device=machine.device, precision=config.train.precision)
         judged = partial(scoring, config.evaluations, look_at, opened)
         if machine.is_main and not (Path(run) / "last.ckpt").exists() and (look := judged()) is not None:
-            scores = look(objective, 0)  # says before hours of training what an evaluation lacks
-            if best is not None:
-                best.check(scores)
+            look_first(look, objective, best)
         machine.barrier()
         looked_s = time.perf_counter() - asked
         session = Session(
@@ -247,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     given = parser.parse_intermixed_args(argv)
     path = find_config(given.config, kind="pretrain")
-    config = read_config(PretrainConfig, path, given.assignments, shelves=SHELVES)
+    config = read_config(PretrainConfig, path, given.assignments, shelves=SHELVES, evaluates="encoder")
     archive, *more = given.archive
     shipped = run_pretrain(config, given.run, archive=archive, more=more, quiet=given.quiet)
     if not given.quiet:

@@ -13,7 +13,7 @@ from typing import Any
 from medseg_ssl.cli import locate
 from medseg_ssl.config import UserError
 
-from .counting import build, footprint_of
+from .counting import build, footprint_of, tuned_of
 
 
 def in_a_process(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,13 +54,23 @@ def trial(job: Mapping[str, Any]) -> dict[str, Any]:
     command = import_module(locate(f"{job['kind']}.run"))
     cls = command.PretrainConfig if job["kind"] == "pretrain" else command.FinetuneConfig
     config = cls.model_validate(job["config"])
+    if job["kind"] == "finetune":  # a sample of an old case costs what one of a new case does
+        config = config.model_copy(update={"replay": None})
     machine = runtime.start(config.train)
     objective, views, batches = build(config, job["kind"], job["archive"], prefer=machine.device.type)
+    before, counted = (
+        runtime.peak_memory_bytes(),
+        tuple(footprint_of(objective, views, tuned_of(config, job["kind"]))),
+    )
+    undecayed: tuple[str, ...] = ()
+    training: dict[str, Any] = {}
     if job["kind"] == "finetune":
-        import_module(locate("finetune.tuning")).tune(objective, config.tune, seed=config.seed)
-    optimizer = build_optimizer(objective, config.optim, total_steps=10**6, steps_per_epoch=1000)
+        tuned = import_module(locate("finetune.tuning")).tune(objective, config.tune, seed=config.seed)
+        undecayed, training = tuned.undecayed, {"training": tuned.training}
+    optimizer = build_optimizer(
+        objective, config.optim, total_steps=10**6, steps_per_epoch=1000, undecayed=undecayed
+    )
     accumulate = config.train.accumulate
-    before, counted = runtime.peak_memory_bytes(), tuple(footprint_of(objective, views))
     measured = measure(
         objective,
         batches=batches,
@@ -69,6 +79,7 @@ def trial(job: Mapping[str, Any]) -> dict[str, Any]:
         runtime=machine,
         seconds=job["seconds"],
         prepare_batch=partial(prepare_batch, plan=views),
+        **training,
     )
     parameters = {"encoder": 0, "decoder": 0, "rest": 0}
     for name, parameter in objective.named_parameters():

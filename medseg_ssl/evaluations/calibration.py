@@ -74,11 +74,7 @@ class Calibration(Evaluation):
         Raises:
             UserError: the segmenter's classes are not the archive's.
         """
-        if tuple(model.classes) != tuple(archive.classes):
-            raise UserError(
-                f"calibration compares equal classes: the segmenter knows {', '.join(model.classes)}, the archive has"
-                f" {', '.join(archive.classes)}"
-            )
+        check_classes(model.classes, archive.classes)
         found: list[Bins] = []
         for case, probabilities_KDHW in model.case_probabilities(archive, cases):
             label_DHW, _ = archive.original_label(case)
@@ -112,6 +108,19 @@ class Calibration(Evaluation):
             name = str(row["measure"]) if row["class"] == OVER_CLASSES else f"{row['measure']}/{row['class']}"
             yield Score(name, float(str(row["mean"])), "share", table)
             table = None
+
+
+def check_classes(segmenter: Sequence[str], archive: Sequence[str]) -> None:
+    """See that probabilities can be compared with the truth.
+
+    Raises:
+        UserError: the segmenter's classes are not the archive's.
+    """
+    if tuple(segmenter) != tuple(archive):
+        raise UserError(
+            f"calibration compares equal classes: the segmenter knows {', '.join(segmenter)}, the archive has"
+            f" {', '.join(archive)}"
+        )
 
 
 def case_bins(

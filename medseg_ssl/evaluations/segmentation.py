@@ -121,6 +121,17 @@ def evaluate_cases(
     return rows
 
 
+def check_predictor(predictor: Predictor, archive: Archive, cases: Sequence[str]) -> None:
+    """See that a segmenter goes with the classes and scans of these cases, before one is predicted.
+
+    Raises:
+        UserError: names the classes, the case, or the modality that it does not.
+    """
+    class_places(predictor.classes, archive.classes)
+    for case in cases:
+        predictor.check_case(archive, case)
+
+
 def class_places(segmenter: Sequence[str], archive: Sequence[str]) -> np.ndarray:
     """The archive's value (uint8) of each of the segmenter's classes; 0 for those that the archive does not know.
 

@@ -67,6 +67,21 @@ def test_a_config_too_large_for_this_machine_is_tried_smaller(monkeypatch):
     assert found.step_s == pytest.approx(8 * smaller.step_s)
 
 
+def test_a_frozen_encoder_has_no_backward_pass_and_other_modalities_cost_nothing(archive):
+    plans = {}
+    for name in ("full", "frozen"):
+        config, kind = estimate.read("segmentation", [*SMALL, f"tune.name={name}"], archive=None)
+        plans[name] = counting.plan_of(config, kind, None)["footprint"]
+    encoder = ResEnc(ResEnc.Config())
+    forward = footprint(encoder, (16, 16, 16), channels=1, run=lambda m, x: m(x))
+    assert plans["full"][0] - plans["frozen"][0] == 2 * forward.operations
+    assert plans["full"][1] - plans["frozen"][1] == forward.saved_bytes
+    words = [*SMALL, "train.steps=3 epochs"]
+    for more, steps in (([], 12), (["data.modalities=[CT]"], 6)):
+        config, kind = estimate.read("mae", [*words, *more], archive=archive)
+        assert counting.plan_of(config, kind, archive)["steps"] == steps
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

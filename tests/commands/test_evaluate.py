@@ -158,6 +158,26 @@ def test_missing_modalities_are_scored_where_they_are_asked_for(world, monkeypat
         }
 
 
+def test_tables_that_cannot_be_are_refused_before_the_work_all_at_once(world, monkeypatch):
+    folder, _ = world
+    predictor = Predictor(Threshold(classes=4), card(classes=("background", "bright", "never", "more")))
+    monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **_: predictor)
+    with pytest.raises(ConfigError) as error:
+        run(folder, "--calibration", "--missing-modalities", "--by", "age", "--by", "case")
+    for told in (
+        "calibration compares equal classes: the segmenter knows background, bright, never, more",
+        "needs a segmenter of several channels, this one takes CT alone",
+        "--by 'age' is no column",
+        "--by 'case' is no column",
+    ):
+        assert told in str(error.value)
+    lacking = Predictor(Threshold(), card(classes=("background", "bright"), intensity={}))
+    monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **_: lacking)
+    with pytest.raises(UserError, match="has background, bright, never"):
+        run(folder)
+    assert not (folder / "out").exists()
+
+
 def test_prepared_archive_of_turned_anisotropic_scans(tmp_path, monkeypatch):
     """Files -> prepare at another spacing -> evaluate: the threshold's answer is right on every label's own grid."""
     import nibabel as nib
