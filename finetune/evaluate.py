@@ -115,8 +115,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
             split=args.split,
             subset=args.subset,
         )
-    earlier = None if args.before is None else load(args.before)
-    _check(args, archive, cases, predictor, earlier)
+    earlier, before = None, ""
+    if args.before is not None:
+        earlier, before = load(args.before), hash_file(args.before)
+    _check(args, archive, cases, predictor, earlier, before=before)
     identity = {
         "segmenter": hash_file(args.segmenter),
         "archive": archive.fingerprint,
@@ -162,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 earlier,
                 archive,
                 cases,
-                identity=hash_file(args.before),
+                identity=before,
                 nsd_tolerance_mm=args.nsd_tolerance_mm,
                 progress=began,
             )
@@ -172,9 +174,23 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def _check(
-    args: Any, archive: Archive, cases: Sequence[str], predictor: Predictor, earlier: Predictor | None
+    args: Any,
+    archive: Archive,
+    cases: Sequence[str],
+    predictor: Predictor,
+    earlier: Predictor | None,
+    *,
+    before: str,
 ) -> None:
     """Refuse every table that cannot be made, before the work and all at once.
+
+    Args:
+        args: of the command.
+        archive: with the cases.
+        cases: to score.
+        predictor: the segmenter.
+        earlier: the one it continued from, None without.
+        before: hash of that one's file.
 
     Raises:
         UserError: a segmenter that does not go with the archive.
@@ -189,7 +205,7 @@ def _check(
     checks: list[Callable[[], object]] = [lambda: check_predictor(predictor, archive, cases)]
     if earlier is not None:
         checks.append(lambda: check_predictor(earlier, archive, cases))
-        checks.append(lambda: beside.check_forgetting(args.out, hash_file(args.before)))
+        checks.append(lambda: beside.check_forgetting(args.out, before))
     if args.calibration:
         checks.append(lambda: check_classes(predictor.classes, archive.classes))
     if args.missing_modalities:

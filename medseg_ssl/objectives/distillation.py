@@ -1,4 +1,4 @@
-"""Incremental learning: new classes or a new scanner without the old data, held to what the segmenter said before.
+"""Incremental learning: new classes or a new scanner with few old cases or none, held to what it said before.
 
 A copy of the segmenter as it was answers every crop; the network is drawn towards those answers for the old classes
 (learning without forgetting, arXiv 1606.09282) while it learns the new ones from labels. Where the new labels say
