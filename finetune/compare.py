@@ -19,6 +19,7 @@ from medseg_ssl.train.run_folder import RunFolder, hash_file, hash_names
 
 from . import labeling, planning
 from .comparison import CompareConfig, expand, resolve
+from .comparison_tables import PLAN, write_comparison
 from .crew import Crew, failure_of, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
 from .flags import add_flags, check_workers, read_named, show
@@ -26,7 +27,6 @@ from .inits import SCRATCH_LONG
 from .mirror import send_comparison
 from .notes import notes_of
 from .planning import EncoderKey
-from .report import PLAN, write_comparison
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive

@@ -105,8 +105,8 @@ class CompareConfig(Record):
         seed: of subsets, folds and fits.
         split: of the archive.
         subset: which subjects are scored; recipes are tuned on ``development`` alone.
-        modalities: cases of exactly these modalities, in channel order; several are joined from single scans in the same
-            coordinates where the archive has no such cases. Empty takes every labeled case.
+        modalities: cases of exactly these modalities, in channel order; several are joined from single scans in the
+            same coordinates where the archive has no such cases. Empty takes every labeled case.
         metrics: how predictions are scored.
         wandb: mirror of the tables and the curve; single fits have none.
     """

@@ -330,3 +330,8 @@ def comparison_of(config: MatrixConfig, name: str) -> CompareConfig:
         "wandb": {"mode": "disabled"},
     }
     return parse(CompareConfig, {**tree, **shared, **own}, where=f"target {name}")
+
+
+def files_of(config: MatrixConfig) -> dict[str, int]:
+    """Encoder files of each source that is pretrained here, as ``planning.fit_grid`` wants to know."""
+    return dict.fromkeys(config.own_sources(), config.pretrainings)

@@ -43,11 +43,6 @@ def pretrain_tasks(config: MatrixConfig, out: Path, archives: Mapping[str, Path]
     return tasks
 
 
-def files_of(config: MatrixConfig) -> dict[str, int]:
-    """Encoder files of each source that is pretrained here, as ``planning.fit_grid`` wants to know."""
-    return dict.fromkeys(config.own_sources(), config.pretrainings)
-
-
 def check_sources(config: MatrixConfig, archives: Mapping[str, Archive]) -> None:
     """Every source has training scans of every modality it names.
 

@@ -224,7 +224,7 @@ def transfer_summary(
     """Cells pooled over few labels, controls, asymmetry, mixed-source gain and what stands beside, with intervals.
 
     Args:
-        rows: of ``cases.csv``: ``init`` is a source's name, a baseline or what stands beside, ``target`` a target's name.
+        rows: of ``cases.csv``: ``init`` is a source, a baseline or what stands beside, ``target`` a target's name.
         sources: columns of the matrix.
         targets: rows of the matrix; those without scores yet are left out.
     """

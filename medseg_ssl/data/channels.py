@@ -1,7 +1,7 @@
 """Cases of several channels from an archive that holds each scan as a case of its own.
 
-Nothing is written: ``Archive.limited`` hands out a copy whose cases are these, so one archive serves PET alone, PET with
-CT, and all three. Scans are joined as they lie: they must share physical coordinates already (``types.ALIGNED``).
+Nothing is written: ``Archive.limited`` hands out a copy whose cases are these, so one archive serves PET alone, PET
+with CT, and all three. Scans are joined as they lie: they must share physical coordinates already (``types.ALIGNED``).
 """
 
 from __future__ import annotations

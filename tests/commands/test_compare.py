@@ -397,7 +397,9 @@ def test_encoder_files_go_with_their_inits(tmp_path):
     with pytest.raises(ConfigError, match="--encoder gevin=… is not in the config; known: given"):
         run(tmp_path / "out2", config=config, encoders={"given": file, "gevin": file})
     for name in ("given@p2", "given@p0", "given@f1", "other@p1"):
-        with pytest.raises(ConfigError, match=f"--encoder {name}=… is no further pretraining .* known: given"):
+        with pytest.raises(
+            ConfigError, match=f"--encoder {name}=… is no further pretraining .* known: given"
+        ):
             run(tmp_path / "out2", config=config, encoders={"given": file, name: file})
 
 

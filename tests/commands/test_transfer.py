@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from finetune import matrix as plans
+from finetune import matrix_planning as planning
+from finetune import report
 from finetune import transfer as command
 from finetune.matrix import MatrixConfig
 from medseg_ssl.analysis.statistics import paired_interval
@@ -103,7 +105,7 @@ def test_summary_has_controls_asymmetry_and_mixed_gain(finished):
 
 
 def test_every_source_is_pretrained_once_and_kept_from_test_subjects(tmp_path):
-    tasks = {t.init: t for t in plans.pretrain_tasks(fakes.config(), tmp_path, fakes.ARCHIVES)}
+    tasks = {t.init: t for t in planning.pretrain_tasks(fakes.config(), tmp_path, fakes.ARCHIVES)}
     assert list(tasks) == ["CT", "MR", "CT+MR"]
     assert (tasks["CT"].archive, tasks["CT"].protect) == (Path("ct"), (Path("mr"),))
     both = tasks["CT+MR"]
@@ -111,6 +113,84 @@ def test_every_source_is_pretrained_once_and_kept_from_test_subjects(tmp_path):
     assert both.config["data"]["modalities"] == [["CT"], ["MR"]]
     without = [{k: v for k, v in t.config.items() if k != "data"} for t in tasks.values()]
     assert all(tree == without[0] for tree in without)
+    again = planning.pretrain_tasks(fakes.config(pretrainings=2), tmp_path, fakes.ARCHIVES)[3:]
+    assert [(t.folder.name, t.pretraining, t.config["seed"]) for t in again] == [
+        (f"{name}@p1", 1, 1) for name in tasks
+    ]
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_pretrainings_are_the_third_level_and_what_stands_beside_is_no_source(tmp_path):
+    targets = {
+        **fakes.TREE["targets"],
+        "lesions": {"archive": "lesions", "baselines": [{"baseline": "size_only"}]},
+    }
+    out = tmp_path / "out"
+    run(out, config=fakes.config(pretrainings=2, budgets=[1], targets=targets, unions="none"))
+    cases = rows_of(out / "cases.csv")
+    found = {(r["target"], r["init"], r["source"], r["pretraining"]) for r in cases}
+    scratch = {(t, i, "", "0") for t in ("organs", "lesions") for i in ("scratch", "scratch_long")}
+    sources = {(t, i, i, p) for t in ("organs", "lesions") for i in ("CT", "MR") for p in "01"}
+    assert found == scratch | sources | {("lesions", "size_only", "", "0")}
+    assert {row["source"] for row in rows_of(out / "matrix.csv")} == {"CT", "MR"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["planned"] == summary["finished"] == (4 + 2) * 2 + (4 + 2 + 1) * 2
+    assert {(c["pretrainings"], c["covers"]) for c in summary["cells"]} == {
+        (2, "cases, draws and pretrainings")
+    }
+    assert [(b["beside"], b["init"], b["target"]) for b in summary["beside"]] == [
+        ("size_only", init, "lesions") for init in ("CT", "MR", "scratch", "scratch_long")
+    ]
+
+    def dice(init, number):
+        table = np.full((5, 2), np.nan)
+        for row in cases:
+            if (row["init"], row["target"], row["pretraining"]) == (init, "lesions", number):
+                table[int(row["case"][1:]) - 6, int(row["draw"])] = float(row["dice"])
+        return table
+
+    by_hand = paired_interval(
+        np.stack([dice("MR", n) for n in "01"], axis=-1), dice("size_only", "0")[..., None]
+    )
+    assert (summary["beside"][1]["mean"], summary["beside"][1]["low"]) == pytest.approx(
+        (by_hand.mean, by_hand.low)
+    )
+    verdicts = " ".join(summary["verdicts"])
+    assert "lesions: size_only alone reaches" in verdicts
+    assert "One pretraining" not in verdicts
+    assert "CT, MR: pretrained 2 times, with seeds that follow one another" in " ".join(summary["conditions"])
+    page = (out / "report.html").read_text()
+    assert "<td>size_only</td><td>beside</td>" in page
+    assert "cases × draws × pretrainings" in page
+
+
+def test_one_pretraining_per_source_is_said_in_words(finished):
+    told = "One pretraining per source: differences between pretrainings are not in the intervals."
+    assert json.loads((finished / "summary.json").read_text())["verdicts"][-1] == told
+    assert told in (finished / "report.html").read_text()
+
+
+def test_report_draws_the_page_of_the_benchmark(tmp_path, finished):
+    """The same sections, without links to pages that lie elsewhere, and every target's comparison below."""
+    both = report.main([str(finished), "--out", str(tmp_path / "all.html")]).read_text()
+    own = (finished / "report.html").read_text()
+
+    def sections(page):
+        return {part.partition("</h2>")[0]: part for part in page.split("<section><h2>")[1:]}
+
+    links = "Curves, examples and losses of each target"
+    shown = [
+        name
+        for name in sections(own)
+        if name not in (links, "Configs", "Conditions", "How to make this again")
+    ]
+    assert shown[:3] == ["Transfer matrix", "Gains over the better scratch baseline", "Dice on each target"]
+    for name in shown:
+        mine, theirs = sections(own)[name], sections(both)[name]
+        assert mine.replace('id="matrix"', 'id="transfer0"') == theirs, name
+    assert links not in both
+    assert both.count("<h2>Label-efficiency curve</h2>") == 2
+    assert both.count("<h2>Transfer matrix</h2>") == 1
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -239,6 +319,13 @@ def test_what_the_archives_do_not_hold_is_named(tmp_path, changes, message):
         ({"archives": ["organs", "lesions", "spare"]}, "no source and no target uses archive 'spare'"),
         ({"sources": {"a/b": "encoder"}}, "plain name"),
         ({"sources": {"scratch": "encoder"}}, "name of a baseline"),
+        ({"baselines": ["scratch", "scratch"]}, "a baseline stands twice in scratch, scratch; give them names"),
+        ({"baselines": [{"baseline": "size_only"}]}, "needs scratch or scratch_long, which gains are measured against"),
+        ({"baselines": ["scratch", "encoder"]}, "baselines.encoder is pretrained; name it under sources"),
+        ({"baselines": {"scratch": "scratch", "a/b": {"baseline": "atlas"}}}, "baselines.a/b must be a plain name"),
+        ({"baselines": ["scratch", {"baseline": "size_onli"}]}, "no baseline named 'size_onli'"),
+        ({"targets": {"t": {"archive": "organs", "baselines": ["scratch"]}}}, "baselines.scratch has the name of a"),
+        ({"sources": {"a": "encoder"}, "unions": "none", "pretrainings": 2}, "repeats the sources that are pretrained"),
         ({"sources": {"X": {"archives": {"organs": []}, "pretrain": {"train": {"steps": 9}}}}}, "would make"),
         ({"pretrain": {}}, "pretrain is missing"),
         ({"pretrain": {**fakes.TREE["pretrain"], "data": {"batch_size": 2, "modalities": ["CT"]}}}, "set by the bench"),
