@@ -450,25 +450,49 @@ def test_the_whole_benchmark_with_real_networks(tmp_path):
     assert {name: (out / name).read_bytes() for name in TABLES} == written, "a fit done again is the same fit"
     assert sum(p.stat().st_mtime_ns != when for p, when in before.items()) == 1
 
-    # cases of two channels: an adapted stem, and every subset of the channels
-    tree |= {
-        "targets": {"both": {"archive": "balls"}},
+
+@pytest.mark.slow
+def test_cases_of_two_channels_are_the_same_prepared_or_joined(tmp_path):
+    """An adapted stem, every subset of the channels, several pretrainings, and a baseline beside."""
+    steps = {"steps": "2 steps", "accelerator": "cpu", "preview_every": None}
+    shared = {"encoder": {"name": "resenc", "size": "tiny", "features": [4, 8, 8, 8]}, "train": steps}
+    tree = {
+        "task": "balls",
+        "archives": ["balls"],
+        "sources": {"CT": {"archives": {"balls": ["CT"]}}, "MR": {"archives": {"balls": ["MR"]}}},
+        "pretrainings": 2,
+        "pretrain": {"base": "mae", **shared, "objective": {"size": [16, 16, 16]}, "data": {"batch_size": 2}},
+        "finetune": {"base": "segmentation", **shared, "objective": {"size": [16, 16, 16]}},
+        "targets": {"both": {"archive": "balls", "modalities": ["CT", "MR"]}},
+        "baselines": ["scratch", {"baseline": "size_only"}],
         "budgets": [1],
-        "unions": "none",
+        "draws": 2,
         "missing_modalities": True,
+        "similarity": True,
+        "wandb": {"mode": "disabled"},
     }
+    write_archive(tmp_path / "single")
+    write_archive(tmp_path / "both", channels=("CT", "MR"))
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(tree))
-    words[:4] = [
-        str(tmp_path / "both.yaml"),
-        str(tmp_path / "two"),
-        "--archive",
-        f"balls={tmp_path / 'both'}",
-    ]
-    command.main(words)
+    for name, out in (("both", "two"), ("single", "joined")):
+        words = [str(tmp_path / "both.yaml"), str(tmp_path / out), "--archive", f"balls={tmp_path / name}"]
+        command.main([*words, "--workers", "1", "--quiet"])
+    for name in ("cases.csv", "curve.csv", "missing.csv", "similarity.csv"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "joined" / name).read_bytes(), name
+    fits = tmp_path / "joined" / "targets" / "both" / "fits"
+    assert {p.parent.name for p in fits.glob("CT/b1/*/cases.csv")} == {"d0", "d0p1", "d1", "d1p1"}
+    assert (
+        "stem_block.conv.weight from 1 to 2 channels"
+        in (fits / "MR" / "b1" / "d1p1" / "audit.txt").read_text()
+    )
     missing = rows_of(tmp_path / "two" / "missing.csv")
     assert {row["given"] for row in missing} == {"CT", "MR", "CT+MR"}
+    assert {row["init"] for row in missing} == {"scratch", "CT", "MR"}
     whole = {r["init"]: r["mean"] for r in missing if (r["given"], r["metric"]) == ("CT+MR", "dice")}
     curve = {r["init"]: r["mean"] for r in rows_of(tmp_path / "two" / "curve.csv") if r["metric"] == "dice"}
-    assert whole == curve, "with every channel the table repeats the comparison"
+    assert set(curve) - set(whole) == {"size_only"}
+    assert whole == {init: curve[init] for init in whole}, (
+        "with every channel the table repeats the comparison"
+    )
     cells = json.loads((tmp_path / "two" / "summary.json").read_text())["cells"]
     assert {cell["kind"] for cell in cells} == {"some of the modalities"}
