@@ -67,7 +67,7 @@ def archive(*, train: int = 6, test: int = 5, hashes: dict[str, str] | None = No
     split = Split(
         name="default", seed=0, train=tuple(subjects[:train]), development=(), test=tuple(subjects[train:])
     )
-    return SimpleNamespace(
+    made = SimpleNamespace(
         fingerprint="f" * 16,
         recipe=SimpleNamespace(near_duplicate=0.95),
         classes=CLASSES,
@@ -75,6 +75,8 @@ def archive(*, train: int = 6, test: int = 5, hashes: dict[str, str] | None = No
         scans=scans,
         split=lambda name="default": split,
     )
+    made.limited = lambda access: made  # a case has one channel
+    return made
 
 
 def card(path: Path) -> dict:
