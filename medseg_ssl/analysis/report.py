@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medseg_ssl.analysis.cases import CaseScores, case_sections
-from medseg_ssl.analysis.comparison_tables import (
+from medseg_ssl.analysis.comparison_html import (
     METRIC_LABELS,
     differences_table,
     means_table,
