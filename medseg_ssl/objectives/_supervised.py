@@ -7,7 +7,7 @@ learned from it, and the moving average of the network that may judge it (mean t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class Supervised(Objective):
         self.heads = nn.ModuleList(nn.Conv3d(c, len(facts.classes), kernel_size=1) for c in levels)
 
     @staticmethod
-    def views(config: SupervisedConfig) -> ViewPlan:
+    def views(config: Any) -> ViewPlan:
         """One labeled crop."""
         spec = ViewSpec(
             count=1, size=config.size, augment=config.augment, labeled=True, mirror_axes=config.mirror_axes
@@ -119,7 +119,7 @@ class SemiSupervised(Supervised):
         teacher: the moving average of the networks; None where they judge themselves.
     """
 
-    config: SemiSupervisedConfig
+    config: SemiSupervisedConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self, config: SemiSupervisedConfig, encoder: Encoder, facts: Facts, *, with_teacher: bool = True

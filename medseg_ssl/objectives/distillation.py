@@ -44,7 +44,7 @@ class Distillation(Supervised):
         background: Literal["merged", "own"] = "merged"
         temperature: float = Field(default=1.0, gt=0.0)
 
-    config: Config
+    config: Config  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: Config, encoder: Encoder, facts: Facts) -> None:
         super().__init__(config, encoder, facts)

@@ -39,7 +39,7 @@ class MeanTeacher(SemiSupervised):
         noisy_passes: int = Field(default=0, ge=0, le=64)
         noise: float = Field(default=0.1, gt=0.0)
 
-    config: Config
+    config: Config  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """Supervised loss + weight(progress) · consistency."""

@@ -36,7 +36,7 @@ class PseudoLabels(SemiSupervised):
         labels_from: Literal["teacher", "network"] = "teacher"
         threshold: float = Field(default=0.95, ge=0.0, le=1.0)
 
-    config: Config
+    config: Config  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: Config, encoder: Encoder, facts: Facts) -> None:
         super().__init__(config, encoder, facts, with_teacher=config.labels_from == "teacher")
