@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,14 @@ from medseg_ssl.train.run_folder import RunFolder, hash_file, hash_names
 
 from . import labeling, planning
 from .comparison import CompareConfig, expand, resolve
+from .comparison_tables import PLAN, write_comparison
 from .crew import Crew, failure_of, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
 from .flags import add_flags, check_workers, read_named, show
-from .inits import FROM_FILE, SCRATCH_LONG
+from .inits import SCRATCH_LONG
 from .mirror import send_left, send_once
 from .notes import notes_of
 from .planning import EncoderKey
-from .report import PLAN, write_comparison
 from .seen import check_seen, scored_sides
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def compare(
         out: folder of the comparison.
         archive: labeled archive; its training subjects are pretrained and fine-tuned on.
         test_archive: another archive whose cases are scored; None scores cases of ``archive``.
-        encoders: file of each init of kind ``encoder``.
+        encoders: file of each init of kind ``encoder``; further pretrainings of it as ``INIT@p1``, ``INIT@p2``, ….
         budgets: ``budgets.json`` of a comparison, whose labeled cases are used as they are; None draws them.
         workers: fits side by side; None chooses by cores or GPUs.
         engine: ``local`` or ``ray``.
@@ -83,12 +83,13 @@ def compare(
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.budget_file import difference, read_budgets, write_budgets
 
-    given = _check_encoders(config, encoders or {})
+    given = planning.given_encoders(config, encoders or {})
+    hashes = {key.label: hash_file(path) for key, path in given.items() if key.fold == 0}
     if config.folds is not None and test_archive is not None:
         raise ConfigError("folds score the cases of the archive itself; leave out --test-archive or folds")
-    opened = Archive.open(archive)
-    test = opened if test_archive is None else Archive.open(test_archive)
-    _check_seen(config, {name: _card(path) for name, path in given.items()}, test)
+    opened = Archive.open(archive).limited(config.access())
+    test = opened if test_archive is None else Archive.open(test_archive).limited(config.access())
+    _check_seen(config, {key.label: _card(path) for key, path in given.items()}, test)
     reused = None if budgets is None else read_budgets(budgets)
     splits = labeling.splits_of(config, opened, given=reused)
     counted, shares = labeling.numbered(config, opened, splits)
@@ -98,7 +99,7 @@ def compare(
     inputs = {
         "archive": opened.fingerprint,
         "test_archive": test.fingerprint,
-        "encoders": {name: hash_file(path) for name, path in given.items()},
+        "encoders": hashes,
         "test_cases": hash_names(cases),
         **labeling.folds_hash(folds),
     }
@@ -113,10 +114,9 @@ def compare(
         write_budgets(out / BUDGETS, labeling.budget_file(counted, opened, folds, given=reused))
         protect = () if test_archive is None else (_protected(config, test_archive, test),)
         pretrains = planning.pretrain_tasks(config, out, archive=archive, protect=protect, folds=folds)
-        files = crew.pretrain(pretrain, pretrains)
-        files |= {EncoderKey(name, f): path for name, path in given.items() for f in range(len(folds))}
+        files = crew.pretrain(pretrain, pretrains) | given
         cards = {name: _card(files[EncoderKey(name)]) for name in config.pretrained()}
-        _check_networks(config, cards)
+        _check_networks(config, cards | {key.label: _card(path) for key, path in given.items()})
         # an encoder that was chosen on the way has cost all the steps of its pretraining
         spent = [(card.get("chosen_by") or {}).get("of_steps", card["steps"]) for card in cards.values()]
         longest = max(spent, default=0)
@@ -144,7 +144,9 @@ def compare(
         _write_plan(out, counted, tasks, notes=notes, command=command, folds=folds, test=test)
         pending = [task for task in tasks if not task.finished]
         failures = crew.fit(fit, pending, done=len(tasks) - len(pending))
-        report = _conclude(out, config, failures, encoders=given)
+        # names of artifacts hold no "@"
+        artifacts = {key.label.replace("@", "-"): path for key, path in given.items() if key.fold == 0}
+        report = _conclude(out, config, failures, encoders=artifacts)
     return report
 
 
@@ -174,19 +176,6 @@ def _conclude(
 
 
 # -- what goes in and what a reader must know ----------------------------------------------------------------
-
-
-def _check_encoders(config: CompareConfig, encoders: Mapping[str, Path]) -> dict[str, Path]:
-    wanted = [name for name, kind in config.inits.items() if kind == FROM_FILE]
-    missing = [name for name in wanted if name not in encoders]
-    if missing:
-        raise ConfigError(f"init {missing[0]!r} needs its file: --encoder {missing[0]}=FILE")
-    unknown = [name for name in encoders if name not in wanted]
-    if unknown:
-        raise ConfigError(
-            f"--encoder {unknown[0]}=… names no init of kind 'encoder'; known: {', '.join(wanted) or 'none'}"
-        )
-    return {name: Path(path) for name, path in encoders.items()}
 
 
 def _check_networks(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]]) -> None:
@@ -303,7 +292,7 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="encoder file of an init; repeat for more",
+        help="encoder file of an init; repeat for more, NAME@p1=FILE for a second pretraining of NAME",
     )
     parser.add_argument(
         "--budgets", type=Path, help="budgets.json of another comparison: label exactly those cases"
@@ -336,28 +325,29 @@ def _run(given: Any) -> Path:
         raise ConfigError("compare needs CONFIG, OUT and --archive (--report-only needs OUT alone)")
     check_workers(given.workers)
     config = read_config(find_config(given.config, kind="compare"), given.assignments)
+    encoders = read_named("encoder", given.encoder, what="FILE")
     return compare(
         config,
         given.out,
         archive=given.archive,
         test_archive=given.test_archive,
-        encoders=read_named("encoder", given.encoder, what="FILE"),
+        encoders=encoders,
         budgets=given.budgets,
         workers=given.workers,
         engine=given.engine,
         keep=given.keep,
         quiet=given.quiet,
-        command=_command(given),
+        command=_command(given, encoders=encoders),
     )
 
 
-def _command(given: Any) -> str:
+def _command(given: Any, *, encoders: Iterable[str]) -> str:
     """The command without paths of this machine."""
     words = ["medseg-ssl", "compare", Path(given.config).stem, "OUT", "--archive", "ARCHIVE"]
     if given.test_archive is not None:
         words += ["--test-archive", "TEST_ARCHIVE"]
-    for text in given.encoder:
-        words += ["--encoder", f"{text.partition('=')[0]}=FILE"]
+    for name in encoders:
+        words += ["--encoder", f"{name}=FILE"]
     if given.budgets is not None:
         words += ["--budgets", "BUDGETS"]
     return shlex.join([*words, *given.assignments])

@@ -14,6 +14,7 @@ from medseg_ssl.baselines.base import Baseline
 from medseg_ssl.cli import locate
 from medseg_ssl.commandline import find_config
 from medseg_ssl.config import Block, ConfigError, Record, overlay, parse, read_yaml, resolved
+from medseg_ssl.data.partial import Access
 from medseg_ssl.train.run_folder import differences
 from medseg_ssl.train.session import build_evaluations, with_defaults
 from medseg_ssl.train.settings import WandbConfig
@@ -104,7 +105,8 @@ class CompareConfig(Record):
         seed: of subsets, folds and fits.
         split: of the archive.
         subset: which subjects are scored; recipes are tuned on ``development`` alone.
-        modalities: cases of exactly these modalities, in channel order; empty takes every labeled case.
+        modalities: cases of exactly these modalities, in channel order; several are joined from single scans in the
+            same coordinates where the archive has no such cases. Empty takes every labeled case.
         metrics: how predictions are scored.
         wandb: mirror of the tables and the curve; single fits have none.
     """
@@ -185,6 +187,10 @@ class CompareConfig(Record):
         if self.pretrainings > 1 and not of_kind(self.inits, "pretrain"):
             raise ValueError("pretrainings repeats the inits of kind {pretrain: …}, and there is none")
         return self
+
+    def access(self) -> Access:
+        """How its archives are read: cases of several channels may have to be joined."""
+        return Access(channels=self.modalities if len(self.modalities) > 1 else ())
 
     def draws_of(self, init: str, budget: Budget) -> int:
         """Draws of an init at a budget."""

@@ -57,7 +57,8 @@ class FitTask:
         keep: keep the bulky files.
         pretraining: which of the init's pretrainings it starts from; 0 for inits without.
         fold: which fold is scored.
-        access: split of the fold, and the known parts of the training labels; the test cases are scored whole.
+        access: split of the fold, channels of a case, and the known parts of the training labels; the test cases are
+            scored whole.
         baseline: block on the shelf of baselines, None for a network.
         flips: predict with test-time mirroring.
     """
@@ -268,7 +269,7 @@ def _score(
 
     from .volumes import Keeper
 
-    archive = Archive.open(task.test_archive)
+    archive = Archive.open(task.test_archive).limited(Access(channels=task.access.channels))
     rows: list[dict[str, object]] = []
     slices = []
     keeper = Keeper(task.folder, archive, test_cases=task.test_cases)

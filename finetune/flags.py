@@ -49,8 +49,10 @@ def read_named(flag: str, given: Sequence[str], *, what: str = "PATH") -> dict[s
     return found
 
 
-def check_names(flag: str, wanted: Iterable[str], given: Mapping[str, Path]) -> dict[str, Path]:
-    """The path of every wanted name.
+def check_names(
+    flag: str, wanted: Iterable[str], given: Mapping[str, Path], *, what: str = "PATH"
+) -> dict[str, Path]:
+    """The path of every wanted name; ``what`` as in ``read_named``.
 
     Raises:
         ConfigError: a name without a path, or a path for a name that the config does not have.
@@ -58,7 +60,7 @@ def check_names(flag: str, wanted: Iterable[str], given: Mapping[str, Path]) -> 
     wanted = list(wanted)
     missing = [name for name in wanted if name not in given]
     if missing:
-        raise ConfigError(f"{flag} {missing[0]!r} needs its path: --{flag} {missing[0]}=PATH")
+        raise ConfigError(f"{flag} {missing[0]!r} needs its path: --{flag} {missing[0]}={what}")
     unknown = [name for name in given if name not in wanted]
     if unknown:
         raise ConfigError(

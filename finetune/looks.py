@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from medseg_ssl.analysis.metrics import METRICS
 from medseg_ssl.analysis.tables import write_csv, write_json
 from medseg_ssl.config import Block
+from medseg_ssl.data.partial import Access
 
 from .comparison import CompareConfig, finetune_config
 from .fits import FitTask, fit_and_score, load_segmenter, remove_bulky
@@ -30,7 +31,7 @@ SEGMENTER = "segmenter.safetensors"
 SIMILARITY_COLUMNS = (
     "target", "first", "first_state", "second", "second_state", "first_level", "second_level", "cka",
 )  # fmt: skip
-MISSING_COLUMNS = ("target", "init", "budget", "draw", "given", "case", "class", *METRICS)
+MISSING_COLUMNS = ("target", "init", "budget", "draw", "given", "case", "class", *METRICS, "pretraining")
 BEFORE, AFTER = "pretrained", "fine-tuned"
 CROPS, PLACES = 48, 32
 SIMILARITY_PLACES = 8
@@ -42,7 +43,7 @@ SIMILARITY_PLACES = 8
 
 def fit_and_keep(task: FitTask, *, budget: int, every_draw: bool) -> Path:
     """``fit_and_score`` that keeps the segmenters of one budget (of its first draw), and nothing else that is bulky."""
-    looked_at = task.budget == budget and (every_draw or task.draw == 0)
+    looked_at = task.budget == budget and (every_draw or task.draw == task.pretraining == 0)
     if task.finished or task.keep or not looked_at:
         return fit_and_score(task)
     done = fit_and_score(replace(task, keep=True))
@@ -86,7 +87,9 @@ def estimate_sources(task: FeatureTask) -> Path:
     if not task.file.is_file():
         views, voxels = _voxels(task, places=PLACES)
         channels = views[0].image_BCDHW.shape[1]
-        built = {name: _encoder(path, channels) for name, path in task.encoders.items()}
+        built = {
+            name: _encoder(path, channels, task.config.modalities) for name, path in task.encoders.items()
+        }
         built["random weights"] = _fresh(next(iter(built.values())), seed=task.config.seed)
         write_json(task.file, {name: estimate(encoder, views, voxels) for name, encoder in built.items()})
     return task.file
@@ -113,7 +116,7 @@ def compare_features(task: FeatureTask) -> Path:
         grams[name, state] = [centred_gram(level_NPE.transpose(1, 0, 2)) for level_NPE in levels]
 
     for name, path in task.encoders.items():
-        add(name, BEFORE, _encoder(path, channels))
+        add(name, BEFORE, _encoder(path, channels, task.config.modalities))
     for name, path in task.segmenters.items():
         add(name, AFTER, encoder_file.build(path).encoder)
     rows = []
@@ -156,11 +159,13 @@ class MissingTask:
     nsd_tolerance_mm: float
     train: Mapping[str, Any]
     flips: bool
+    pretraining: int = 0
 
     @property
     def name(self) -> str:
         """For messages."""
-        return f"missing modalities of {self.target}, {self.init}, draw {self.draw}"
+        more = f", pretraining {self.pretraining}" if self.pretraining else ""
+        return f"missing modalities of {self.target}, {self.init}, draw {self.draw}{more}"
 
 
 def score_missing(task: MissingTask) -> Path:
@@ -171,10 +176,9 @@ def score_missing(task: MissingTask) -> Path:
     if task.file.is_file():
         return task.file
     predictor = load_segmenter(task.segmenter, train=task.train, flips=task.flips)
-    rows = missing_rows(
-        predictor, Archive.open(task.archive), task.cases, nsd_tolerance_mm=task.nsd_tolerance_mm
-    )
-    head = {key: getattr(task, key) for key in ("target", "init", "budget", "draw")}
+    archive = Archive.open(task.archive).limited(Access(channels=predictor.card.modalities))
+    rows = missing_rows(predictor, archive, task.cases, nsd_tolerance_mm=task.nsd_tolerance_mm)
+    head = {key: getattr(task, key) for key in ("target", "init", "budget", "draw", "pretraining")}
     return write_csv(task.file, ({**head, **row} for row in rows), columns=MISSING_COLUMNS)
 
 
@@ -194,7 +198,7 @@ def read_estimates(file: Path) -> dict[str, float]:
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """Rows of a look's table, numbers as numbers; an empty cell is NaN."""
     numbers = {"cka", *METRICS}
-    whole = {"first_level", "second_level", "budget", "draw"}
+    whole = {"first_level", "second_level", "budget", "draw", "pretraining"}
     with file.open(encoding="utf-8", newline="") as stream:
         return [
             {k: float(v or "nan") if k in numbers else int(v) if k in whole else v for k, v in row.items()}
@@ -210,7 +214,7 @@ def _voxels(task: FeatureTask, *, places: int) -> tuple[Any, Any]:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.evaluations.transferability import draw_voxels, labeled_views
 
-    archive = Archive.open(task.archive)
+    archive = Archive.open(task.archive).limited(task.config.access())
     train = set(archive.split(task.config.split).train)
     cases = sorted(
         c for c, row in archive.cases.items() if is_wanted(task.config, archive, row) and row.subject in train
@@ -232,15 +236,12 @@ def _spec(config: CompareConfig) -> ViewSpec:
     return replace(spec, augment="none", mirror_axes=())
 
 
-def _encoder(path: Path, channels: int) -> Encoder:
+def _encoder(path: Path, channels: int, modalities: Sequence[str]) -> Encoder:
     """The encoder of a file, its stem adapted as fine-tuning adapts it."""
     from medseg_ssl.nets import encoder_file
 
-    loaded = encoder_file.build(path)
-    if loaded.card.channels_in == channels:
-        return loaded.encoder
-    adapted = _fresh(loaded.encoder, seed=0, channels=channels)
-    encoder_file.load_into(path, encoder=adapted)
+    adapted = _fresh(encoder_file.build(path).encoder, seed=0, channels=channels)
+    encoder_file.load_into(path, encoder=adapted, modalities=modalities)
     return adapted
 
 
@@ -253,7 +254,10 @@ def _fresh(encoder: Encoder, *, seed: int, channels: int | None = None) -> Encod
         return type(encoder)(encoder.config, encoder.channels_in if channels is None else channels)
 
 
-def segmenters_of(folder: Path, inits: Sequence[str], *, budget: int, draw: int) -> dict[str, Path]:
-    """The kept segmenters of a comparison at a budget and draw, by init."""
-    files = {init: fit_folder(folder, init, budget, draw) / SEGMENTER for init in inits}
+def segmenters_of(
+    folder: Path, inits: Sequence[str], *, budget: int, draw: int, pretraining: int = 0
+) -> dict[str, Path]:
+    """The kept segmenters of a comparison at a budget and draw, by init; those of a baseline are none."""
+    where = {"draw": draw, "pretraining": pretraining}
+    files = {init: fit_folder(folder, init, budget, **where) / SEGMENTER for init in inits}
     return {init: file for init, file in files.items() if file.is_file()}

@@ -1,33 +1,28 @@
-"""What a transfer benchmark is: its config, and the pretrainings and comparisons that follow from it."""
+"""What a transfer benchmark is: its config, read and checked; ``matrix_planning`` has what follows from it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medseg_ssl.analysis.transfer import Source, Target
 from medseg_ssl.config import ConfigError, Record, overlay, parse, resolved
 from medseg_ssl.train.run_folder import differences
 from medseg_ssl.train.settings import WandbConfig
 
 from . import comparison as plans
 from .comparison import CompareConfig, Metrics
-from .fits import PretrainTask
-from .inits import FROM_FILE, has_key
-from .labeling import scored_cases, training_subsets
-
-if TYPE_CHECKING:
-    from medseg_ssl.data.archive import Archive
-    from medseg_ssl.nets.encoder_file import Card
+from .inits import FROM_FILE, SCRATCH, SCRATCH_LONG, Kind, has_key, kind_of, of_kind
 
 Modality = Literal["CT", "MR", "PT"]
 EQUAL_KEYS = ("seed", "encoder", "train.steps", "train.accumulate", "data.batch_size", "keep_best")
 """What no source may have for itself: with them the matrix compares something else than the data."""
+PLAIN = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
+MEASURES: tuple[Kind, ...] = (SCRATCH, SCRATCH_LONG)
+"""Kinds of baselines that a gain is measured against."""
 OURS = ("data.modalities", "data.protect")
 """Keys of a pretraining that the benchmark sets."""
 
@@ -49,18 +44,27 @@ class TargetConfig(Record):
 
     Attributes:
         archive: name of the archive with its labels.
-        modalities: of the cases, in channel order; empty takes every labeled case.
+        modalities: of the cases, in channel order; empty takes every labeled case. Cases of several are joined from
+            single scans in the same coordinates where the archive has none; an encoder that was pretrained on one scan
+            at a time enters them by its first layer's weights, spread over the channels (``encoder_file.load_into``).
+        baselines: of this target alone, beside the shared ones.
         finetune: laid over the shared ``finetune``.
         budgets: in place of the shared one; ``draws``, ``low_budgets`` and ``metrics`` likewise.
     """
 
     archive: str
     modalities: tuple[Modality, ...] = ()
+    baselines: dict[str, Any] = Field(default_factory=dict)
     finetune: dict[str, Any] = Field(default_factory=dict)
     budgets: tuple[int, ...] | None = None
     draws: int | dict[int, int] | None = None
     low_budgets: tuple[int, ...] | None = None
     metrics: Metrics | None = None
+
+    @field_validator("baselines", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return named_baselines(value)
 
 
 class MatrixConfig(Record):
@@ -74,7 +78,11 @@ class MatrixConfig(Record):
         unions: ``all`` adds every union of two or more sources that are pretrained here, named ``A+B``.
         finetune: fine-tuning of every init on every target.
         targets: name to its task.
-        baselines: scratch inits of every target.
+        baselines: name to ``scratch`` or ``scratch_long``, which gains are measured against, or to what stands beside
+            them and needs no pretraining: ``{baseline: NAME or block}`` (no network) or ``{network: …}`` (another one
+            from scratch). In a list each is named by itself: ``[scratch, {baseline: size_only}]``.
+        pretrainings: how often each source is pretrained here, with seeds that follow one another; every draw is
+            fine-tuned from each.
         budgets: numbers of labeled training cases.
         draws: training subsets per budget, or a number by budget.
         low_budgets: budgets over which a cell of the matrix is pooled.
@@ -95,9 +103,8 @@ class MatrixConfig(Record):
     unions: Literal["none", "all"] = "none"
     finetune: dict[str, Any]
     targets: dict[str, TargetConfig] = Field(min_length=1)
-    baselines: tuple[Literal["scratch", "scratch_long"], ...] = Field(
-        default=("scratch", "scratch_long"), min_length=1
-    )
+    baselines: dict[str, Any] = Field(default={"scratch": "scratch", "scratch_long": "scratch_long"})
+    pretrainings: int = Field(default=1, ge=1)
     budgets: tuple[int, ...] = Field(min_length=1)
     draws: int | dict[int, int] = 3
     low_budgets: tuple[int, ...] = (1, 2, 4)
@@ -110,11 +117,16 @@ class MatrixConfig(Record):
     missing_modalities: bool = False
     wandb: WandbConfig = WandbConfig()
 
+    @field_validator("baselines", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return named_baselines(value)
+
     @field_validator("archives", "sources", "targets")
     @classmethod
     def _plain_names(cls, value: Any) -> Any:
         for name in value:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
+            if not re.fullmatch(PLAIN, name):
                 raise ValueError(f"{name!r} must be a plain name, since it names a folder or a flag")
         if len(set(value)) < len(value):
             raise ValueError(f"a name stands twice in {', '.join(value)}")
@@ -141,20 +153,60 @@ class MatrixConfig(Record):
                 raise ValueError(
                     f"sources.{name}.pretrain.{ours[0]} is set by the benchmark, from sources and targets"
                 )
-        taken = [name for name in self.sources if name in self.baselines]
-        if taken:
-            raise ValueError(f"sources.{taken[0]} has the name of a baseline")
+        if not of_kind(self.baselines, *MEASURES):
+            raise ValueError("baselines needs scratch or scratch_long, which gains are measured against")
+        for where, baselines in [("", self.baselines)] + [
+            (f"targets.{n}.", t.baselines) for n, t in self.targets.items()
+        ]:
+            taken = [name for name in self.sources if name in baselines]
+            if taken:
+                raise ValueError(f"sources.{taken[0]} has the name of a baseline")
+            twice = [name for name in baselines if where and name in self.baselines]
+            if twice:
+                raise ValueError(f"{where}baselines.{twice[0]} has the name of a shared baseline")
         if self.own_sources() and not self.pretrain:
             raise ValueError("pretrain is missing: how are the sources pretrained?")
+        if self.pretrainings > 1 and not self.own_sources():
+            raise ValueError("pretrainings repeats the sources that are pretrained here, and there is none")
         return self
 
     def own_sources(self) -> dict[str, SourceConfig]:
         """Sources that are pretrained here."""
         return {name: s for name, s in self.sources.items() if isinstance(s, SourceConfig)}
 
+    def baselines_of(self, target: str) -> dict[str, Any]:
+        """Every init of a target that is no source: the shared ones, then its own."""
+        return self.baselines | self.targets[target].baselines
+
     def given_sources(self) -> list[str]:
         """Sources whose encoder file comes by a flag."""
         return [name for name, source in self.sources.items() if source == FROM_FILE]
+
+
+def named_baselines(value: Any) -> Any:
+    """Baselines by name; those of a list are named by their word or their block.
+
+    Raises:
+        ValueError: a source, another thing that is no baseline, or a name twice.
+    """
+    if isinstance(value, (list, tuple)):
+        names = [_own_name(item) for item in value]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a baseline stands twice in {', '.join(names)}; give them names: {{NAME: …}}")
+        value = dict(zip(names, value, strict=True))
+    for name, init in value.items() if isinstance(value, Mapping) else ():
+        if kind_of(name, init) in ("encoder", "pretrain"):
+            raise ValueError(f"baselines.{name} is pretrained; name it under sources")
+        if not re.fullmatch(PLAIN, name):
+            raise ValueError(f"baselines.{name} must be a plain name, since it names a folder")
+    return value
+
+
+def _own_name(item: Any) -> str:
+    """``scratch``, or the name of the first block in ``{baseline: NAME or block}`` or ``{network: {encoder: …}}``."""
+    while isinstance(item, Mapping) and item:
+        item = item["name"] if "name" in item else next(iter(item.values()))
+    return str(item)
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -195,7 +247,19 @@ def resolve(config: MatrixConfig) -> MatrixConfig:
         *(lambda n=n: _checked_source(config, n) for n in config.own_sources()),
         *(lambda n=n: plans.resolve(comparison_of(config, n)) for n in config.targets),
     )
-    return config.model_copy(update={"finetune": found[0].model_dump(mode="json")})
+    comparisons = dict(zip(config.targets, found[-len(config.targets) :], strict=True))
+    first = next(iter(comparisons.values()))
+    targets = {
+        name: target.model_copy(update={"baselines": _filled(target.baselines, comparisons[name])})
+        for name, target in config.targets.items()
+    }
+    update = {"finetune": found[0].model_dump(mode="json"), "targets": targets}
+    return config.model_copy(update=update | {"baselines": _filled(config.baselines, first)})
+
+
+def _filled(baselines: Mapping[str, Any], found: CompareConfig) -> dict[str, Any]:
+    """Baselines with the defaults of those without a network; another network goes by each target's fine-tuning."""
+    return {n: found.inits[n] if kind_of(n, init) == "baseline" else init for n, init in baselines.items()}
 
 
 def _with_unions(config: MatrixConfig) -> MatrixConfig:
@@ -249,35 +313,15 @@ def pretrain_tree(config: MatrixConfig, name: str) -> dict[str, Any]:
     return overlay(tree, {"data": {"modalities": [list(m) for m in source.archives.values()]}})
 
 
-def pretrain_tasks(config: MatrixConfig, out: Path, archives: Mapping[str, Path]) -> list[PretrainTask]:
-    """The pretraining of every source; none sees a test or development subject of a target."""
-    tasks = []
-    for name, source in config.own_sources().items():
-        first, *more = source.archives
-        others = dict.fromkeys(t.archive for t in config.targets.values() if t.archive not in source.archives)
-        tasks.append(
-            PretrainTask(
-                out / "pretrain" / name,
-                pretrain_tree(config, name),
-                archives[first],
-                init=name,
-                protect=tuple(archives[other] for other in others),
-                more=tuple(archives[other] for other in more),
-            )
-        )
-    return tasks
-
-
 def comparison_of(config: MatrixConfig, name: str) -> CompareConfig:
     """The comparison on a target: its baselines and every source as an encoder file."""
     target = config.targets[name]
     own = {key: value for key in ("budgets", "draws", "low_budgets", "metrics")
            if (value := getattr(target, key)) is not None}  # fmt: skip
     shared = {key: getattr(config, key) for key in ("budgets", "draws", "low_budgets", "metrics")}
-    inits = dict.fromkeys(config.baselines) | dict.fromkeys(config.sources, FROM_FILE)
     tree = {
         "task": f"{config.task}.{name}".replace("+", "-"),
-        "inits": {init: kind or init for init, kind in inits.items()},
+        "inits": config.baselines_of(name) | dict.fromkeys(config.sources, FROM_FILE),
         "finetune": overlay(config.finetune, target.finetune),
         "seed": config.seed,
         "split": config.split,
@@ -288,109 +332,6 @@ def comparison_of(config: MatrixConfig, name: str) -> CompareConfig:
     return parse(CompareConfig, {**tree, **shared, **own}, where=f"target {name}")
 
 
-def check_sources(config: MatrixConfig, archives: Mapping[str, Archive]) -> None:
-    """Every source has training scans of every modality it names.
-
-    Raises:
-        ConfigError: names source, archive, modality and what there is.
-    """
-    for name, source in config.own_sources().items():
-        for archive, modalities in source.archives.items():
-            opened = archives[archive]
-            train = set(opened.split(config.split).train)
-            held = sorted({row.modality for row in opened.scans.values() if row.subject in train})
-            missing = [m for m in modalities if m not in held]
-            if missing or not held:
-                wanted = missing[0] if missing else "any modality"
-                raise ConfigError(
-                    f"sources.{name}: archive {archive!r} has no training scan of {wanted}; it has"
-                    f" {', '.join(held) or 'none'}"
-                )
-
-
-def source_facts(
-    config: MatrixConfig, cards: Mapping[str, Card], archives: Mapping[str, Archive]
-) -> list[Source]:
-    """What the matrix must know of every source."""
-    known = {opened.fingerprint: name for name, opened in archives.items()}
-    out = []
-    for name, source in config.sources.items():
-        if isinstance(source, SourceConfig):
-            parts = {
-                a: modalities or archives[a].facts().modalities for a, modalities in source.archives.items()
-            }
-        else:  # a file that was made of an archive that is here
-            where = known.get(cards[name].archive_fingerprint)
-            parts = {} if where is None else {where: cards[name].modalities}
-        out.append(Source(name, parts, cards[name].modalities))
-    return out
-
-
-def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) -> Target:
-    """A target's facts, once budgets, scored cases and modalities are known to be there.
-
-    Raises:
-        ConfigError: a modality that no labeled case has, or cases of several modalities and none named.
-    """
-    plan, archive = comparison_of(config, name), archives[config.targets[name].archive]
-    labeled = [row for row in archive.cases.values() if row.labeled]
-    held = sorted({"+".join(archive.scans[key].modality for key in row.scans) for row in labeled})
-    wanted = "+".join(plan.modalities)
-    if (wanted and wanted not in held) or (not wanted and len(held) != 1):
-        asked = f"asks for {wanted}" if wanted else "must name one of these"
-        raise ConfigError(
-            f"targets.{name}: archive {config.targets[name].archive!r} has labeled cases of"
-            f" {', '.join(held) or 'nothing'}; modalities {asked}"
-        )
-    cases = scored_cases(plan, archive, archive)
-    training_subsets(plan, archive)
-    return Target(
-        name,
-        config.targets[name].archive,
-        tuple(archive.scans[key].modality for key in archive.cases[cases[0]].scans),
-        tuple(map(int, plan.low_budgets)),
-        tuple(config.baselines),
-        {case: archive.cases[case].subject for case in cases},
-    )
-
-
-def notes_of(
-    config: MatrixConfig,
-    archives: Mapping[str, Archive],
-    cards: Mapping[str, Card],
-    targets: Sequence[Target],
-) -> list[str]:
-    """Conditions a reader of the matrix must know."""
-    notes = [
-        "Every source is pretrained with the same network, steps and batch; every init of a target is fine-tuned on the"
-        " same subsets with the same steps and seeds.",
-        f"Scored on subset '{config.subset}' of split '{config.split}'; no source that is pretrained here sees a test"
-        " subject of a target, nor a copy of one of their scans.",
-    ]
-    for name, card in cards.items():
-        where = "an encoder file given by hand"
-        if source := config.own_sources().get(name):
-            named = [
-                f"{a} ({', '.join(m or archives[a].facts().modalities)})" for a, m in source.archives.items()
-            ]
-            where = " and ".join(named)
-        spacing = "each scan's own spacing" if card.spacing_mm is None else f"{_triple(card.spacing_mm)} mm"
-        notes.append(
-            f"{name}: {card.objective or 'unknown objective'}, {card.steps} steps at {spacing} on {where}."
-        )
-        if name in config.own_sources() and config.own_sources()[name].pretrain:
-            notes.append(
-                f"{name} is pretrained with settings of its own: {config.own_sources()[name].pretrain}."
-            )
-    for target in targets:
-        plan, archive = comparison_of(config, target.name), archives[target.archive]
-        spacing = archive.recipe.spacing_mm
-        at = "each scan's own spacing" if spacing is None else f"{_triple(spacing)} mm"
-        cases = f"{len(target.subjects)} scored cases of {'+'.join(target.modalities)}"
-        notes.append(f"Target {target.name}: {cases} in archive {target.archive} at {at}, pooled over the budgets"
-                     f" {', '.join(map(str, plan.low_budgets))} where they were fitted.")  # fmt: skip
-    return notes
-
-
-def _triple(values: Sequence[float]) -> str:
-    return "×".join(f"{v:g}" for v in values)
+def files_of(config: MatrixConfig) -> dict[str, int]:
+    """Encoder files of each source that is pretrained here, as ``planning.fit_grid`` wants to know."""
+    return dict.fromkeys(config.own_sources(), config.pretrainings)

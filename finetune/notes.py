@@ -52,14 +52,28 @@ def notes_of(
         how = " (of a scored label, which classes it shows decides its fold, and nothing else)"
         shown = how if config.folds is not None and config.stratify.by == CLASSES else ""
         notes.append(f"The {what} are balanced by {config.stratify.by}{shown}.")
-    if config.pretrainings > 1:
-        repeated = ", ".join(blocks(config.inits, "pretrain"))
-        notes.append(
-            f"{repeated}: pretrained {config.pretrainings} times; every draw is fine-tuned from each."
-        )
+    times = {task.init: task.pretraining + 1 for task in sorted(tasks, key=lambda task: task.pretraining)}
+    for number in sorted(set(times.values()) - {1}):
+        repeated = ", ".join(init for init in config.inits if times.get(init) == number)
+        notes.append(f"{repeated}: pretrained {number} times; every draw is fine-tuned from each.")
+    notes += _channel_notes(tasks, cards=cards, archive=archive)
     notes += _init_notes(config, cards=cards, archive=archive, test=test or archive)
     notes += _cost_notes(folds)
     return notes + _unstated_notes(tasks, archive)
+
+
+def _channel_notes(tasks: Sequence[FitTask], *, cards: Mapping[str, Any], archive: Archive) -> list[str]:
+    """What goes in where a case has several channels, and how encoders of another number enter."""
+    channels = [archive.scans[key].modality for key in archive.cases[tasks[0].train_cases[0]].scans]
+    if len(channels) == 1:
+        return []
+    adapted = [init for init, card in cards.items() if card["channels_in"] != len(channels)]
+    return [
+        f"A case has the channels {'+'.join(channels)}, with the label of the first; voxels where one of them has no"
+        " data are not trained on.",
+        *([f"{', '.join(adapted)}: pretrained on another number of channels; the first layer's weights are spread over"
+           f" the {len(channels)} of a case so that equal channels are answered as before."] if adapted else []),
+    ]  # fmt: skip
 
 
 def _folded(config: CompareConfig) -> str:

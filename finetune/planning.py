@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from medseg_ssl import draws
-from medseg_ssl.config import overlay, parse
+from medseg_ssl.config import ConfigError, overlay, parse
 from medseg_ssl.data.partial import Access
 from medseg_ssl.data.protected import Protected
 
 from .comparison import CompareConfig, finetune_config, steps_of
 from .fits import FitTask, PretrainTask
-from .inits import SCRATCH_LONG, Network, blocks
+from .flags import check_names
+from .inits import FROM_FILE, SCRATCH_LONG, Network, blocks, of_kind
 from .labeling import Fold
 
 
@@ -23,6 +25,12 @@ class EncoderKey(NamedTuple):
     init: str
     fold: int = 0
     pretraining: int = 0
+
+    @property
+    def label(self) -> str:
+        """``INIT``, ``INIT@f2p1`` for fold 2 and pretraining 1; no name of an init holds an ``@``."""
+        others = _suffix(self.fold, self.pretraining)
+        return f"{self.init}@{others}" if others else self.init
 
 
 class Cell(NamedTuple):
@@ -65,12 +73,34 @@ def pretrain_tasks(
 
 
 def pretrain_folder(out: Path, key: EncoderKey) -> Path:
-    """Run folder of a pretraining: ``pretrain/INIT``, ``pretrain/INIT@f2p1`` for fold 2 and pretraining 1.
+    """Run folder of a pretraining: ``pretrain/`` and the label of its encoder."""
+    return out / "pretrain" / key.label
 
-    No name of an init holds an ``@``.
+
+def given_encoders(config: CompareConfig, files: Mapping[str, Path]) -> dict[EncoderKey, Path]:
+    """Encoder files that come from elsewhere, for every fold.
+
+    Args:
+        config: of the comparison.
+        files: by ``EncoderKey.label``: ``INIT``, and ``INIT@p1``, ``INIT@p2``, … for further pretrainings of it.
+
+    Raises:
+        ConfigError: an init of kind ``encoder`` without a file, a file of no such init, or a number left out.
     """
-    others = _suffix(key.fold, key.pretraining)
-    return out / "pretrain" / (f"{key.init}@{others}" if others else key.init)
+    wanted = of_kind(config.inits, FROM_FILE)
+    check_names("encoder", wanted, {n: p for n, p in files.items() if "@" not in n}, what="FILE")
+    found = {}
+    for name, path in files.items():
+        init, _, number = name.partition("@p")
+        key = EncoderKey(init, 0, int(number) if number.isdecimal() else 0)
+        before = key._replace(pretraining=key.pretraining - 1).label
+        if key.label != name or init not in wanted or (key.pretraining and before not in files):
+            raise ConfigError(
+                f"--encoder {name}=… is no further pretraining of an init of kind 'encoder'; they are named INIT@p1,"
+                f" INIT@p2, … beside INIT; known: {', '.join(wanted) or 'none'}"
+            )
+        found |= {key._replace(fold=fold): Path(path) for fold in range(config.folds or 1)}
+    return found
 
 
 def fit_folder(out: Path, init: str, budget: int, draw: int, fold: int = 0, pretraining: int = 0) -> Path:
@@ -82,21 +112,25 @@ def _suffix(fold: int, pretraining: int) -> str:
     return (f"f{fold}" if fold else "") + (f"p{pretraining}" if pretraining else "")
 
 
-def fit_grid(config: CompareConfig) -> list[Cell]:
+def fit_grid(config: CompareConfig, files: Mapping[str, int] | None = None) -> list[Cell]:
     """Every fit in the order of work: draw by draw and fold by fold over all budgets, inits in turn.
 
     A comparison that was stopped then has a whole curve of fewer draws, rather than no point at all at many labels.
+
+    Args:
+        config: of the comparison.
+        files: encoder files of the inits of kind ``encoder`` that come in several pretrainings.
     """
     most = max(config.draws_of(init, budget) for init in config.inits for budget in config.budgets)
-    repeated = blocks(config.inits, "pretrain")
+    repeated = dict.fromkeys(blocks(config.inits, "pretrain"), config.pretrainings) | dict(files or {})
     return [
         Cell(init, budget, draw, fold, number)  # pyright: ignore[reportArgumentType]
         for draw in range(most)
         for fold in range(config.folds or 1)
         for budget in config.budgets
-        for number in range(config.pretrainings)
+        for number in range(max(repeated.values(), default=1))
         for init in config.inits
-        if draw < config.draws_of(init, budget) and (number == 0 or init in repeated)
+        if draw < config.draws_of(init, budget) and number < repeated.get(init, 1)
     ]
 
 
@@ -127,9 +161,10 @@ def fit_tasks(
         network: encoder block of the pretrained inits, for scratch where ``finetune.encoder`` is null.
         keep: keep the bulky files of every fit.
     """
-    baselines = blocks(config.inits, "baseline")
+    baselines, channels = blocks(config.inits, "baseline"), config.access().channels
+    files = Counter(key.init for key in encoders if key.fold == 0 and config.inits[key.init] == FROM_FILE)
     tasks = []
-    for cell in fit_grid(config):
+    for cell in fit_grid(config, files):
         init, budget, draw, fold, pretraining = cell
         purpose = f"fit with {budget} labels" + (f", fold {fold}" if fold else "")
         seed = draws.key(config.seed, draw, purpose) & 0x7FFF_FFFF
@@ -159,7 +194,7 @@ def fit_tasks(
                 keep=keep,
                 pretraining=pretraining,
                 fold=fold,
-                access=folds[fold].access_of(draw, budget),
+                access=folds[fold].access_of(draw, budget).model_copy(update={"channels": channels}),
                 baseline=baselines.get(init),
                 flips=config.metrics.flips,
             )

@@ -124,7 +124,8 @@ def run_finetune(
         check_bf16_depth(views, objective.encoder.strides)
     audit = None
     if encoder is not None:
-        audit = transfer(objective, encoder, config.transfer)
+        channels = [opened.scans[key].modality for key in opened.cases[used[0]].scans]
+        audit = transfer(objective, encoder, config.transfer, modalities=channels)
     if grown is None:
         # a class that is unknown in every case would be free to take over the background
         silence(heads(objective.export().head), [opened.classes.index(name) for name in unstated])
@@ -290,7 +291,9 @@ def build(config: FinetuneConfig, facts: Facts) -> tuple[Objective, Any]:
     return objective, options
 
 
-def transfer(objective: Objective, encoder: Path, config: TransferConfig) -> Any:
+def transfer(
+    objective: Objective, encoder: Path, config: TransferConfig, *, modalities: Sequence[str] = ()
+) -> Any:
     """Load an encoder file into the objective's networks and return the audit.
 
     Raises:
@@ -312,6 +315,7 @@ def transfer(objective: Objective, encoder: Path, config: TransferConfig) -> Any
         decoder=decoder,
         minimum_coverage=config.minimum_coverage,
         allow_decoder=config.decoder,
+        modalities=modalities,
     )
 
 

@@ -24,22 +24,13 @@ from medseg_ssl.train.run_folder import RunFolder, hash_file
 
 from . import looks
 from .compare import compare
+from .comparison_tables import PLAN
 from .crew import Crew, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
 from .flags import add_flags, check_names, check_workers, read_named, show
-from .matrix import (
-    MatrixConfig,
-    check_sources,
-    comparison_of,
-    expand,
-    notes_of,
-    pretrain_tasks,
-    resolve,
-    source_facts,
-    target_of,
-)
+from .matrix import MatrixConfig, comparison_of, expand, files_of, resolve
+from .matrix_planning import check_sources, notes_of, pretrain_tasks, source_facts, target_of
 from .planning import EncoderKey, fit_grid
-from .report import PLAN
 from .transfer_tables import REPORT, write_transfer
 
 if TYPE_CHECKING:
@@ -96,9 +87,10 @@ def transfer(
     gpus = visible_gpus(comparison_of(config, targets[0].name))
     crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
     device = f"{len(gpus)} GPUs" if gpus else "cpu"
-    with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device):
+    with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device, today=_today):
         made = crew.pretrain(pretrain, pretrain_tasks(config, out, paths))
         files = {name: given.get(name) or made[EncoderKey(name)] for name in config.sources}
+        further = {key.label: path for key, path in made.items() if key.pretraining}
         cards = {name: load_card(path) for name, path in files.items()}
         sources = source_facts(config, cards, opened)
         _write_plan(
@@ -115,7 +107,7 @@ def transfer(
                     plan,
                     out / "targets" / target.name,
                     archive=paths[target.archive],
-                    encoders=files,
+                    encoders=files | further,
                     workers=workers,
                     engine=engine,
                     keep=keep,
@@ -133,6 +125,11 @@ def transfer(
             _look_at_segmenters(crew, config, out, targets, paths, files)
             write_transfer(out)
     return report
+
+
+def _today(written: Mapping[str, Any]) -> MatrixConfig:
+    """A config that an earlier version resolved, as today's would."""
+    return resolve(parse(MatrixConfig, written))
 
 
 def _conclude(out: Path, config: MatrixConfig, failures: Sequence[UserError]) -> Path:
@@ -175,7 +172,7 @@ def _write_plan(
     notes: Sequence[str],
     command: str,
 ) -> None:
-    planned = {t.name: len(fit_grid(comparison_of(config, t.name))) for t in targets}
+    planned = {t.name: len(fit_grid(comparison_of(config, t.name), files_of(config))) for t in targets}
     write_json(
         out / PLAN,
         {
@@ -244,13 +241,15 @@ def _look_at_segmenters(
             alike.append(_feature_task(config, out, target, "similarity.csv", archives, encoders, kept))
         if not _several(config, target):
             continue
-        for cell in fit_grid(plan):
+        for cell in fit_grid(plan, files_of(config)):
             init, draw = cell.init, cell.draw
-            kept = looks.segmenters_of(folder, [init], budget=budget, draw=draw)
+            which = {"draw": draw, "pretraining": cell.pretraining}
+            kept = looks.segmenters_of(folder, [init], budget=budget, **which)
             if cell.budget == budget and kept:
+                suffix = f"d{draw}" + (f"p{cell.pretraining}" if cell.pretraining else "")
                 missing.append(
                     looks.MissingTask(
-                        out / "features" / target.name / "missing" / f"{init}-d{draw}.csv",
+                        out / "features" / target.name / "missing" / f"{init}-{suffix}.csv",
                         target.name,
                         archives[target.archive],
                         kept[init],
@@ -261,6 +260,7 @@ def _look_at_segmenters(
                         plan.metrics.nsd_tolerance_mm,
                         train=plan.finetune["train"],
                         flips=plan.metrics.flips,
+                        pretraining=cell.pretraining,
                     )
                 )
     _look(crew, looks.compare_features, alike)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS, CURVE_COLUMNS, curve_rows, read_cases, tables
+from medseg_ssl.analysis.figures import heat_map_png
+from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS, CURVE_COLUMNS, curve_rows
+from medseg_ssl.analysis.scores import tables
 from medseg_ssl.analysis.similarity import rank_correlation
 from medseg_ssl.analysis.statistics import crossed_interval
 from medseg_ssl.analysis.tables import write_bytes, write_csv, write_json, write_text
@@ -16,20 +18,52 @@ from medseg_ssl.analysis.transfer import (
     MATRIX_COLUMNS,
     Source,
     Target,
+    kind_of,
     matrix_rows,
     transfer_summary,
-    transfer_verdicts,
 )
+from medseg_ssl.analysis.transfer_page import Transfer, gain_cells, transfer_page
+from medseg_ssl.analysis.transfer_verdicts import transfer_verdicts
 from medseg_ssl.config import UserError
 
 from . import looks
+from .comparison_tables import PLAN, Read, read_comparison, without_nan, write_tables
 from .fits import DONE
-from .report import PLAN, without_nan, write_comparison
 
+MATRIX = "matrix.csv"
 REPORT = "report.html"
 MISSING_COLUMNS = (
     "task", "source", "target", "init", "budget", "given", "metric", "mean", "ci_low", "ci_high", "draws", "cases",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a benchmark's finished fits say.
+
+    Attributes:
+        plan: of the benchmark.
+        rows: of ``cases.csv``.
+        curve: of ``curve.csv``.
+        matrix: of ``matrix.csv``.
+        page: what its page shows.
+    """
+
+    plan: Mapping[str, Any]
+    rows: Sequence[dict[str, Any]]
+    curve: Sequence[dict[str, Any]]
+    matrix: list[dict[str, Any]]
+    page: Transfer
+
+
+def target_folders(out: Path) -> dict[str, Path]:
+    """The comparison on every target that has a finished fit.
+
+    Raises:
+        UserError: the folder holds no benchmark.
+    """
+    folders = {target.name: out / "targets" / target.name for target in _read_plan(out)["targets"]}
+    return {name: folder for name, folder in folders.items() if _has_fits(folder)}
 
 
 def _has_fits(folder: Path) -> bool:
@@ -42,59 +76,74 @@ def write_transfer(out: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the folder holds no benchmark, or none of its fits has finished.
     """
-    from medseg_ssl.analysis.transfer_page import Transfer, heat_map_png, transfer_page
+    read, links = {}, {}
+    for name, folder in target_folders(out).items():
+        read[name] = read_comparison(folder)
+        write_tables(folder, *read[name])
+        links[name] = f"targets/{name}/{REPORT}"
+    found = read_transfer(out, read)
+    shown = replace(found.page, links=links)
+    sources, targets = found.plan["sources"], found.plan["targets"]
+    write_csv(out / "cases.csv", found.rows, columns=CASE_COLUMNS)
+    write_csv(out / "curve.csv", found.curve, columns=CURVE_COLUMNS)
+    write_csv(out / MATRIX, found.matrix, columns=MATRIX_COLUMNS)
+    if shown.similarity:
+        write_csv(out / "similarity.csv", shown.similarity, columns=looks.SIMILARITY_COLUMNS)
+    if shown.missing:
+        write_csv(out / "missing.csv", shown.missing, columns=MISSING_COLUMNS)
+    head = {"task": found.plan["task"], "finished": shown.finished, "planned": shown.planned}
+    head |= {"conditions": found.plan["notes"]}
+    facts = {"sources": [asdict(s) for s in sources], "targets": [_without_subjects(t) for t in targets]}
+    write_json(out / "summary.json", without_nan({**head, **facts, **shown.summary}))
+    write_bytes(out / "matrix.png", shown.picture)
+    write_text(out / REPORT, transfer_page(shown))
+    return found.matrix
 
+
+def read_transfer(out: Path, read: Mapping[str, Read]) -> Found:
+    """What a benchmark's finished fits say so far.
+
+    Args:
+        out: its folder.
+        read: the comparison on every target of ``target_folders``.
+
+    Raises:
+        UserError: the folder holds no benchmark, or none of its fits has finished.
+    """
     plan = _read_plan(out)
-    sources, targets = plan["sources"], plan["targets"]
+    sources, targets, task = plan["sources"], plan["targets"], plan["task"]
     names = [source.name for source in sources]
-    rows, links, finished = [], {}, 0
-    for target in targets:
-        folder = out / "targets" / target.name
-        if _has_fits(folder):
-            write_comparison(folder)
-            rows += _rows(folder, plan["task"], target, names)
-            links[target.name] = f"targets/{target.name}/{REPORT}"
-            finished += json.loads((folder / "summary.json").read_text(encoding="utf-8"))["finished"]
+    rows = [row for t in targets if t.name in read for row in _rows(read[t.name][1], task, t, names)]
     if not rows:
         raise UserError(f"no fit of {out} has finished yet; run the benchmark first")
-    matrix = matrix_rows(plan["task"], rows, sources, targets)
     summary = transfer_summary(rows, sources, targets)
     summary |= _estimates(out, targets, summary["cells"])
     summary |= {"verdicts": transfer_verdicts(summary)}
-    similarity = [row for t in targets for row in _table(out / "features" / t.name / "similarity.csv")]
-    missing = _missing(out, plan["task"], targets, names)
-    planned = sum(plan["planned"].values())
-    title = f"Transfer: {plan['task']}"
-    picture = heat_map_png(summary["cells"], sources=names, targets=[t.name for t in targets], title=title)
-    write_csv(out / "cases.csv", rows, columns=CASE_COLUMNS)
-    write_csv(out / "curve.csv", curve_rows(rows), columns=CURVE_COLUMNS)
-    write_csv(out / "matrix.csv", matrix, columns=MATRIX_COLUMNS)
-    if similarity:
-        write_csv(out / "similarity.csv", similarity, columns=looks.SIMILARITY_COLUMNS)
-    if missing:
-        write_csv(out / "missing.csv", missing, columns=MISSING_COLUMNS)
-    head = {"task": plan["task"], "finished": finished, "planned": planned, "conditions": plan["notes"]}
-    facts = {"sources": [asdict(s) for s in sources], "targets": [_without_subjects(t) for t in targets]}
-    write_json(out / "summary.json", without_nan({**head, **facts, **summary}))
-    write_bytes(out / "matrix.png", picture)
-    found = Transfer(
+    title, curve = f"Transfer: {task}", curve_rows(rows)
+    shown = {"columns": names, "targets": [t.name for t in targets]}
+    page = Transfer(
         title=title,
         summary=summary,
-        matrix=matrix,
+        curve=curve,
         sources=names,
         targets=[t.name for t in targets],
-        picture=picture,
+        roles={t.name: _roles(t, sources) for t in targets},
+        picture=heat_map_png(gain_cells(summary), title=title, **shown),
         notes=plan["notes"],
-        similarity=similarity,
-        missing=missing,
+        similarity=[row for t in targets for row in _table(out / "features" / t.name / "similarity.csv")],
+        missing=_missing(out, task, targets, names),
         configs={"benchmark": (out / "config.yaml").read_text(encoding="utf-8")},
         command=plan["command"],
-        links=links,
-        finished=finished,
-        planned=planned,
+        finished=sum(comparison.finished for comparison, _ in read.values()),
+        planned=sum(plan["planned"].values()),
     )
-    write_text(out / REPORT, transfer_page(found))
-    return matrix
+    return Found(plan, rows, curve, matrix_rows(task, rows, sources, targets), page)
+
+
+def _roles(target: Target, sources: Sequence[Source]) -> dict[str, str]:
+    """What every init is on a target, in the order of its tables."""
+    roles = {source.name: f"source: {kind_of(source, target)}" for source in sources}
+    return roles | dict.fromkeys(target.baselines, "scratch") | dict.fromkeys(target.beside, "beside")
 
 
 def _read_plan(out: Path) -> dict[str, Any]:
@@ -109,6 +158,7 @@ def _read_plan(out: Path) -> dict[str, Any]:
                 tuple(t["low_budgets"]),
                 tuple(t["baselines"]),
                 t["subjects"],
+                tuple(t.get("beside", ())),  # benchmarks of before had none
             )
             for t in plan["targets"]
         ]
@@ -117,12 +167,14 @@ def _read_plan(out: Path) -> dict[str, Any]:
     return {**plan, "sources": sources, "targets": targets}
 
 
-def _rows(folder: Path, task: str, target: Target, sources: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(
+    rows: Sequence[Mapping[str, Any]], task: str, target: Target, sources: Sequence[str]
+) -> list[dict[str, Any]]:
     """Rows of a target's comparison, with the names of source and target in their columns, and the subject."""
     return [
         _with_subject(row, target)
         | {"task": task, "target": target.name, "source": row["init"] if row["init"] in sources else ""}
-        for row in read_cases(folder / "cases.csv")
+        for row in rows
     ]
 
 

@@ -1,4 +1,4 @@
-"""The label-efficiency curve and loss curves, as plotly figures (plain dicts) and as a PNG.
+"""Label-efficiency curves, loss curves and transfer matrices, as plotly figures (plain dicts) and as PNG.
 
 The PNG is drawn by matplotlib: plotly writes PNG only through a headless browser, and axes, ticks and text
 drawn by hand on a pillow canvas would be a small plotting library of our own.
@@ -9,7 +9,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from medseg_ssl.analysis.transfer import is_found
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BASELINE_COLOURS = ("#8a8f98", "#3f444d", "#b9bdc4")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b4bb7")  # Okabe and Ito
@@ -20,6 +25,8 @@ GRID, INK, FONT = (
     "#22262d",
     "-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
 )
+GAIN_SCALE = [[0.0, "#b35806"], [0.25, "#fdb863"], [0.5, "#f7f7f7"], [0.75, "#92c5de"], [1.0, "#2166ac"]]
+"""Losses orange, gains blue: told apart with any kind of colour vision."""
 DODGE = 0.05
 """Shift between neighbouring inits in octaves, so that their intervals do not hide each other."""
 
@@ -132,87 +139,90 @@ def loss_figure(losses: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, 
     return {"data": traces, "layout": _layout(x_axis, {"title": {"text": "loss"}, "gridcolor": GRID})}
 
 
-def heat_map(rows: Sequence[Row], *, metric: str = "dice", budget: int | None = None) -> dict[str, Any]:
-    """Gain over scratch of every source (across a row) on every target, from rows of ``matrix.csv``.
-
-    Colour is the gain, blue above 0; cells whose interval includes 0 stand in brackets. Hovering shows score and gain
-    with their intervals.
+def heat_map(
+    cells: Mapping[tuple[str, str], Row], *, columns: Sequence[str], targets: Sequence[str], gain: bool
+) -> dict[str, Any]:
+    """Numbers of a transfer matrix with the targets below each other; hovering shows their intervals.
 
     Args:
-        rows: with ``task``, ``source``, ``target``, ``budget``, ``metric``, ``mean``, ``gain`` and their intervals.
-        metric: which rows.
-        budget: which rows; None takes the smallest there is.
-
-    Raises:
-        ValueError: no row of this metric and budget.
+        cells: (target, column) to ``mean``, ``low`` and ``high``; of a gain also what ``transfer_summary`` says of it.
+        columns: sources, or all inits.
+        targets: the rows.
+        gain: whether these are gains, losses orange and gains blue, with a star where they are significant.
     """
-    of_metric = [r for r in rows if r["metric"] == metric]
-    shown = min((r["budget"] for r in of_metric), default=None) if budget is None else budget
-    chosen = [r for r in of_metric if r["budget"] == shown]
-    if not chosen:
-        raise ValueError(f"no row of {metric!r} with {shown} labels")
-    tasks = {r["target"]: set() for r in chosen}
-    for r in chosen:
-        tasks[r["target"]].add(r["task"])
-    # the task is part of a column's name only where one modality has several
-    name = {
-        (r["target"], r["task"]): r["target"]
-        if len(tasks[r["target"]]) == 1
-        else f"{r['target']} · {r['task']}"
-        for r in chosen
-    }
-    columns = list(dict.fromkeys(name[r["target"], r["task"]] for r in chosen))
-    lines = list(dict.fromkeys(r["source"] or "scratch" for r in chosen))
-    cell = {(r["source"] or "scratch", name[r["target"], r["task"]]): r for r in chosen}
-    table = [[cell.get((line, column)) for column in columns] for line in lines]
-    gains = [abs(r["gain"]) for r in chosen if not math.isnan(r["gain"])]
-    limit = max(gains, default=0.0) or 1.0
-    text = [[_gain_text(r) for r in row] for row in table]
-    trace = {
-        "type": "heatmap",
-        "x": columns,
-        "y": lines,
-        "z": [[None if r is None or math.isnan(r["gain"]) else r["gain"] for r in row] for row in table],
-        "zmin": -limit,
-        "zmax": limit,
-        "colorscale": [[0, "#d55e00"], [0.5, "#f7f7f7"], [1, "#0072b2"]],
-        "colorbar": {"title": {"text": "gain"}, "thickness": 14, "outlinewidth": 0},
-        "xgap": 3,
-        "ygap": 3,
-        "text": text,
-        "texttemplate": "%{text}",
-        "customdata": [[_gain_hover(r) for r in row] for row in table],
-        "hovertemplate": "<b>%{y} → %{x}</b><br>%{customdata}<extra></extra>",
-        "hoverongaps": False,
-    }
+    table = [[cells.get((target, column)) for column in columns] for target in targets]
+    values = [[None if _is_empty(cell) else cell["mean"] for cell in row] for row in table]  # pyright: ignore[reportOptionalSubscript]
+    title = "gain" if gain else "Dice"
+    trace: dict[str, Any] = {
+        "type": "heatmap", "x": list(columns), "y": list(targets), "z": values,
+        "text": [[_mark(cell, gain=gain) for cell in row] for row in table], "texttemplate": "%{text}",
+        "customdata": [[_cell_hover(cell, gain=gain) for cell in row] for row in table],
+        "hovertemplate": "<b>%{x} → %{y}</b><br>%{customdata}<extra></extra>", "hoverongaps": False,
+        "xgap": 3, "ygap": 3, "colorbar": {"title": {"text": title}, "thickness": 14, "outlinewidth": 0},
+        "colorscale": GAIN_SCALE if gain else "Blues",
+    }  # fmt: skip
+    if gain:
+        trace["zmid"] = 0
+    axis = {"type": "category", "showgrid": False, "automargin": True}
     layout = _layout(
-        {"title": {"text": "fine-tuned on"}, "side": "bottom", "type": "category", "automargin": True},
-        {"title": {"text": "pretrained on"}, "autorange": "reversed", "type": "category", "automargin": True},
+        axis | {"title": {"text": "source: pretrained on" if gain else "init"}},
+        axis | {"title": {"text": "target"}, "autorange": "reversed"},
     )
     return {"data": [trace], "layout": layout | {"showlegend": False}}
 
 
-def _gain_text(row: Row | None) -> str:
-    if row is None or math.isnan(row["gain"]):
+def _is_empty(cell: Row | None) -> bool:
+    return cell is None or math.isnan(cell["mean"])
+
+
+def _mark(cell: Row | None, *, gain: bool) -> str:
+    if cell is None or math.isnan(cell["mean"]):
         return ""
-    if math.isnan(row["gain_ci_low"]):
-        return f"{row['gain']:+.3f}"
-    clear = row["gain_ci_low"] > 0 or row["gain_ci_high"] < 0
-    return f"<b>{row['gain']:+.3f}</b>" if clear else f"({row['gain']:+.3f})"
+    return f"{cell['mean']:+.3f}{'*' if is_found(cell) else ''}" if gain else f"{cell['mean']:.3f}"
 
 
-def _gain_hover(row: Row | None) -> str:
-    if row is None:
-        return ""
-    parts = [f"score {row['mean']:.3f}, {_ends_of(row['ci_low'], row['ci_high'], '.3f')}"]
-    if not math.isnan(row["gain"]):
-        ends = _ends_of(row["gain_ci_low"], row["gain_ci_high"], "+.3f")
-        parts.append(f"gain {row['gain']:+.3f}, {ends}")
-    return "<br>".join(parts)
+def _cell_hover(cell: Row | None, *, gain: bool) -> str:
+    if cell is None or math.isnan(cell["mean"]):
+        return "not there"
+    form = "+.3f" if gain else ".3f"
+    ends = (
+        "no interval"
+        if math.isnan(cell["low"])
+        else f"95 % interval {cell['low']:{form}} to {cell['high']:{form}}"
+    )
+    more = f"<br>{cell['kind']}<br>against {cell['baseline']}" if gain else ""
+    return f"{cell['mean']:{form}}, {ends}{more}"
 
 
-def _ends_of(low: float, high: float, form: str) -> str:
-    return "no interval" if math.isnan(low) else f"{low:{form}} to {high:{form}}"
+def heat_map_png(
+    cells: Mapping[tuple[str, str], Row], *, columns: Sequence[str], targets: Sequence[str], title: str
+) -> bytes:
+    """The gains of ``heat_map`` as a PNG."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    table = [[cells.get((target, column)) for column in columns] for target in targets]
+    gain_TS = np.array([[0.0 if _is_empty(cell) else cell["mean"] for cell in row] for row in table])  # pyright: ignore[reportOptionalSubscript]
+    limit = max(float(np.abs(gain_TS).max(initial=0.0)), 1e-3)
+    size = (2.2 + 1.15 * len(columns), 1.6 + 0.75 * len(targets))
+    drawn = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = drawn.add_subplot()
+    scale = LinearSegmentedColormap.from_list("gain", [(place, colour) for place, colour in GAIN_SCALE])
+    shown = axes.imshow(gain_TS, cmap=scale, vmin=-limit, vmax=limit, aspect="auto")
+    for i, row in enumerate(table):
+        for j, cell in enumerate(row):
+            axes.text(j, i, _mark(cell, gain=True) or "–", ha="center", va="center", fontsize=9)
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(targets)), targets)
+    axes.set_xlabel("source: pretrained on")
+    axes.set_ylabel("target")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[:].set_visible(False)
+    drawn.colorbar(shown, ax=axes, label="gain in Dice")
+    return _png(drawn)
 
 
 def _layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +279,11 @@ def curve_png(curve: Sequence[Row], *, baselines: Sequence[str], title: str, met
     axes.spines[["top", "right"]].set_visible(False)
     if found:
         axes.legend(frameon=False)
+    return _png(figure)
+
+
+def _png(drawn: Figure) -> bytes:
     buffer = io.BytesIO()
     # no date and version in the file: equal tables give equal bytes
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    drawn.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -12,13 +12,11 @@ from medseg_ssl.analysis.cases import CaseScores, case_sections
 from medseg_ssl.analysis.comparison_html import (
     METRIC_LABELS,
     differences_table,
-    interval_cell,
-    labels_text,
     means_table,
     metrics_table,
     savings_table,
 )
-from medseg_ssl.analysis.figures import curve_figure, heat_map, loss_figure, series
+from medseg_ssl.analysis.figures import curve_figure, loss_figure, series
 from medseg_ssl.analysis.page import Picture, details, figure, gallery, inline, page, section, table, text
 from medseg_ssl.analysis.scores import Row
 from medseg_ssl.analysis.viewer import Viewer, viewer_html
@@ -101,14 +99,6 @@ class Run:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """A transfer matrix; ``matrix`` are rows of ``matrix.csv``."""
-
-    title: str
-    matrix: Sequence[Row]
-
-
 # -- pages ---------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +172,7 @@ def runs_page(
     *,
     runs: Sequence[Run] = (),
     comparisons: Sequence[Comparison] = (),
-    transfers: Sequence[Transfer] = (),
+    transfers: Sequence[tuple[str, Sequence[str]]] = (),
     tasks: str = "",
 ) -> str:
     """One page of any runs: transfer matrices first, then comparisons, the losses of all runs, and each run.
@@ -191,13 +181,12 @@ def runs_page(
         title: heading.
         runs: pretrainings and fine-tunings.
         comparisons: of any tasks.
-        transfers: matrices.
+        transfers: heading and sections of each (``transfer_page.transfer_sections``).
         tasks: HTML that sums up the comparisons of several tasks.
     """
     sections = [MAP, section("Over all tasks", tasks)]
-    for number, transfer in enumerate(transfers):
-        sections.append(f"<h1>{text(transfer.title)}</h1>")
-        sections.append(section("Transfer", transfer_html(transfer.matrix, name=f"transfer{number}")))
+    for heading, parts in transfers:
+        sections += [f"<h1>{text(heading)}</h1>", *parts]
     for number, comparison in enumerate(comparisons):
         sections.append(f"<h1>{text(comparison.title)}</h1>")
         sections += comparison_sections(comparison, prefix=f"curve{number}")
@@ -246,26 +235,3 @@ def _curves(c: Comparison, prefix: str) -> str:
         "little. Two bars that overlap say little about a difference: the paired table below does.</p>"
     )
     return figure(prefix, figures) + picture + caption
-
-
-def transfer_html(matrix: Sequence[Row], *, name: str) -> str:
-    """Heat maps of a transfer matrix, one per number of labels, and the numbers."""
-    budgets = sorted({r["budget"] for r in matrix if r["metric"] == "dice"})
-    if not budgets:
-        return ""
-    maps = {labels_text(b): heat_map(matrix, budget=b) for b in budgets}
-    caption = (
-        '<p class="caption">Difference in Dice from the better scratch baseline, by the modality of pretraining and of '
-        "fine-tuning. Bold: the 95 % interval excludes zero. In brackets: it does not, so nothing is shown.</p>"
-    )
-    rows = [
-        [
-            *(text(r["source"] or "scratch"), text(r["target"]), text(r["task"]), str(r["budget"])),
-            interval_cell(r["mean"], r["ci_low"], r["ci_high"]),
-            interval_cell(r["gain"], r["gain_ci_low"], r["gain_ci_high"], sign=True),
-        ]
-        for r in matrix
-        if r["metric"] == "dice"
-    ]
-    head = ["pretrained on", "fine-tuned on", "task", "labels", "Dice", "gain"]
-    return figure(name, maps) + caption + details("show the numbers", table(head, rows))

@@ -1,22 +1,25 @@
-"""From the scores of every target to the transfer matrix, its controls and its verdicts.
+"""From the scores of every target to the transfer matrix and its controls; ``transfer_verdicts`` puts it in words.
 
 A *source* is what an encoder was pretrained on, a *target* a labeled task. The gain of a cell (source → target) is
 the mean Dice of the pretrained init minus that of the better scratch baseline of the target, on the same cases and
-draws. Sources on one target are compared directly, paired on cases and draws; their baseline cancels.
+draws. Sources on one target are compared directly, paired on cases and draws; their baseline cancels. Where sources
+were pretrained several times, pretrainings are the third level of every interval (``statistics.crossed_interval``).
+What stands *beside* a target (a baseline that trains nothing) is no source and no measure of a gain: every init of the
+target is compared with it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from medseg_ssl.analysis.label_efficiency import Row, Table, Tables, budgets_of, common, tables
 from medseg_ssl.analysis.metrics import METRICS
+from medseg_ssl.analysis.scores import Row, Table, Tables, budgets_of, common, tables
 from medseg_ssl.analysis.statistics import Interval, crossed_interval, holm
 
 MATRIX_COLUMNS = (
@@ -35,6 +38,7 @@ CONTROLS = {
     "same modality, other data − other modality": ((SAME_MODALITY,), (SAME_ARCHIVE, OTHER)),
     "same data − other modality": ((SAME_DATA,), (SAME_ARCHIVE, OTHER)),
     "same data − same modality, other data": ((SAME_DATA,), (SAME_MODALITY,)),
+    "one of its modalities − other modality": ((SOME_MODALITIES,), (SAME_ARCHIVE, OTHER)),
 }
 """Name of a control to the kinds of sources whose means it compares."""
 
@@ -68,6 +72,7 @@ class Target:
         low_budgets: numbers of labels over which its cells are pooled.
         baselines: its scratch inits.
         subjects: scored case to its subject.
+        beside: other inits that are no source: baselines that train no network, or another network from scratch.
     """
 
     name: str
@@ -76,6 +81,7 @@ class Target:
     low_budgets: tuple[int, ...]
     baselines: tuple[str, ...]
     subjects: Mapping[str, str] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,11 @@ class Cells:
 
     @property
     def budgets(self) -> list[int]:
-        """Budgets that are pooled: the low ones that every finished init has, or all that every one has."""
-        inits = {init for init, _ in self.dice}
+        """Budgets that are pooled: the low ones that every finished init has, or all that every one has.
+
+        What stands beside decides nothing here.
+        """
+        inits = {init for init, _ in self.dice}.difference(self.target.beside)
         shared = set.intersection(*(set(budgets_of(self.dice, init)) for init in inits)) if inits else set()
         return sorted(shared & set(self.target.low_budgets)) or sorted(shared)
 
@@ -121,16 +130,22 @@ class Cells:
 
 
 def mean_table(parts: Sequence[Table]) -> Table:
-    """Cell by cell mean of several tables, on the cases and draws that all have."""
-    cases = sorted(set.intersection(*(set(t.cases) for t in parts)))
-    draws = sorted(set.intersection(*(set(t.draws) for t in parts)))
-    return Table(np.mean(common(parts), axis=0), tuple(cases), tuple(draws))
+    """Cell by cell mean of several tables, on the cases, draws and pretrainings that all have."""
+    return _on_common(np.mean(common(parts), axis=0), parts)
 
 
 def difference_table(first: Table, second: Table) -> Table:
-    """Cell by cell difference of two tables, on the cases and draws that both have."""
-    cases, draws = sorted({*first.cases} & {*second.cases}), sorted({*first.draws} & {*second.draws})
-    return Table(np.subtract(*common([first, second])), tuple(cases), tuple(draws))
+    """Cell by cell difference of two tables, on the cases, draws and pretrainings that both have."""
+    return _on_common(np.subtract(*common([first, second])), [first, second])
+
+
+def _on_common(scores_NDP: np.ndarray, parts: Sequence[Table]) -> Table:
+    """A table of scores on what ``common`` kept of these, with the names of it."""
+    cases = sorted(set.intersection(*(set(t.cases) for t in parts)))
+    draws = sorted(set.intersection(*(set(t.draws) for t in parts)))
+    numbered = [set(t.pretrainings) for t in parts if t.pretrainings]
+    layers = sorted(set.intersection(*numbered)) if numbered else ()
+    return Table(scores_NDP, tuple(cases), tuple(draws), tuple(layers))
 
 
 def independent_difference(first: Interval, second: Interval, *, level: float = 0.95) -> Interval:
@@ -140,7 +155,9 @@ def independent_difference(first: Interval, second: Interval, *, level: float = 
     error = math.hypot(first.standard_error, second.standard_error)
     mean = first.mean - second.mean
     covers = first.covers if first.covers == second.covers else "nothing"
-    counts = {"cases": min(first.cases, second.cases), "draws": min(first.draws, second.draws)}
+    counts = {
+        name: min(getattr(first, name), getattr(second, name)) for name in ("cases", "draws", "pretrainings")
+    }
     if math.isnan(error) or error == 0.0:
         return replace(first, mean=mean, low=math.nan, high=math.nan, p=math.nan, standard_error=error, freedom=0.0,
                        covers="nothing", **counts)  # fmt: skip
@@ -204,10 +221,10 @@ def matrix_rows(
 def transfer_summary(
     rows: Sequence[Row], sources: Sequence[Source], targets: Sequence[Target]
 ) -> dict[str, Any]:
-    """Cells pooled over few labels, same-modality controls, asymmetry and mixed-source gain, each with its interval.
+    """Cells pooled over few labels, controls, asymmetry, mixed-source gain and what stands beside, with intervals.
 
     Args:
-        rows: of ``cases.csv``: ``init`` is a source's name or a baseline, ``target`` a target's name.
+        rows: of ``cases.csv``: ``init`` is a source, a baseline or what stands beside, ``target`` a target's name.
         sources: columns of the matrix.
         targets: rows of the matrix; those without scores yet are left out.
     """
@@ -220,6 +237,7 @@ def transfer_summary(
         "controls": _with_holm([item for cells in known for item in _controls(cells, sources)]),
         "asymmetry": _asymmetry(known, sources),
         "mixed": _with_holm([item for cells in known for item in _mixed(cells, sources)]),
+        "beside": _with_holm([item for cells in known for item in _beside(cells, sources)]),
     }
 
 
@@ -321,6 +339,22 @@ def _mixed(cells: Cells, sources: Sequence[Source]) -> list[dict[str, Any]]:
     return out
 
 
+def _beside(cells: Cells, sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Every init of a target minus what stands beside it, pooled over few labels, with the mean of the latter."""
+    out = []
+    for name in cells.target.beside:
+        if not cells.has(name):
+            continue
+        own = crossed_interval(cells.pooled(name).scores_NDP)
+        shown = {"own_mean": own.mean, "own_low": own.low, "own_high": own.high}
+        for init in (*(s.name for s in sources), *cells.target.baselines):
+            if cells.has(init):
+                table = difference_table(cells.pooled(init), cells.pooled(name))
+                head = {"beside": name, "init": init, "target": cells.target.name, "budgets": cells.budgets}
+                out.append(head | shown | asdict(crossed_interval(table.scores_NDP)))
+    return out
+
+
 def is_found(item: Mapping[str, Any]) -> bool:
     """Whether a difference can be judged, and is significant after the correction."""
     return item["covers"] in JUDGED and item["p_holm"] < 0.05
@@ -330,78 +364,3 @@ def _with_holm(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """With p-values corrected over all that can be judged; NaN for the rest."""
     adjusted = holm([item["p"] if item["covers"] in JUDGED else math.nan for item in found])
     return [item | {"p_holm": p} for item, p in zip(found, adjusted, strict=True)]
-
-
-# -- words ---------------------------------------------------------------------------------------------------
-
-
-def transfer_verdicts(summary: Mapping[str, Any]) -> list[str]:
-    """What can be said in plain words; what is not significant is said to be so."""
-    lines = (
-        [_cells_verdict(summary["cells"])] if summary["cells"] else ["No cell of the matrix is finished yet."]
-    )
-    for item in summary["controls"]:
-        what = (
-            f"{item['target']}: {item['control']} ({_names(item['first'])} against {_names(item['second'])})"
-        )
-        lines.append(_line(what, item, "helps more", "helps less"))
-    for item in summary["asymmetry"]:
-        there, back = (" → ".join(item[way]) for way in ("there", "back"))
-        lines.append(
-            _line(f"{there} minus {back}, difference of the gains", item, "gains more", "gains less")
-        )
-    for union, target in dict.fromkeys((i["union"], i["target"]) for i in summary["mixed"]):
-        of_union = [i for i in summary["mixed"] if (i["union"], i["target"]) == (union, target)]
-        best = next(i for i in of_union if i["best"])
-        line = _line(f"{union} → {target} against {best['single']}, its best single source", best, "helps more",
-                     "helps less")  # fmt: skip
-        every = all(i["covers"] in JUDGED and i["low"] > 0 for i in of_union)
-        lines.append(line if not every else f"{line[:-1]}; it beats each of its single sources.")
-    for item in summary.get("estimates", {}).get("ranking", ()):
-        lines.append(_ranking_verdict(item))
-    return lines
-
-
-def _cells_verdict(cells: Sequence[Mapping[str, Any]]) -> str:
-    def listed(test: Callable[[Mapping[str, Any]], bool]) -> str:
-        chosen = [c for c in cells if test(c)]
-        return "none" if not chosen else ", ".join(
-            f"{c['source']} → {c['target']} ({c['mean']:+.3f}, {c['low']:+.3f} to {c['high']:+.3f})" for c in chosen
-        )  # fmt: skip
-
-    judged = [c for c in cells if c["covers"] in JUDGED]
-    if not judged:
-        return f"None of {len(cells)} cells can be judged: that takes two draws and two test cases."
-    better = listed(lambda c: c in judged and c["low"] > 0 and c["p_holm"] < 0.05)
-    worse = listed(lambda c: c in judged and c["high"] < 0 and c["p_holm"] < 0.05)
-    open_ = sum(1 for c in judged if (c["low"] > 0 or c["high"] < 0) and not c["p_holm"] < 0.05)
-    return (
-        f"Against the better scratch baseline, over few labels, {len(judged)} cells, Holm's correction over all:"
-        f" gain {better}; loss {worse}; {open_} more exclude 0 only without the correction."
-    )
-
-
-def _line(what: str, item: Mapping[str, Any], more: str, less: str) -> str:
-    numbers = f"{item['mean']:+.3f} Dice"
-    if math.isnan(item["low"]) or item["covers"] not in JUDGED:
-        return f"{what}: {numbers}; too few draws or cases to judge."
-    numbers += f" (95 % interval {item['low']:+.3f} to {item['high']:+.3f})"
-    if item["low"] > 0 or item["high"] < 0:
-        corrected = item["p_holm"] < 0.05
-        word = more if item["low"] > 0 else less
-        return f"{what}: {numbers}, significantly {word}{'' if corrected else ' (not after the correction)'}."
-    return f"{what}: {numbers}, no significant difference."
-
-
-def _ranking_verdict(item: Mapping[str, Any]) -> str:
-    head = f"{item['target']}: {item['estimate']} and gain over {item['sources']} sources"
-    if item["tau"] is None or math.isnan(item["tau"]):
-        return f"{head}: no ranking."
-    tail = ""
-    if item["lowest_p"] > 0.05:
-        tail = f"; so few can give p = {item['lowest_p']:.2f} at best, so nothing is shown"
-    return f"{head}: Kendall's τ {item['tau']:+.2f} (p {item['p']:.2f}){tail}."
-
-
-def _names(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"mean of {', '.join(names[:-1])} and {names[-1]}"

@@ -1,22 +1,19 @@
-"""The page of a transfer benchmark: heat map, controls, what frozen features foretold, similarity, missing channels."""
+"""The page of a transfer benchmark: heat map, controls, what stands beside, frozen features, missing channels."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medseg_ssl.analysis.figures import FONT, INK
+from medseg_ssl.analysis.comparison_html import interval_cell
+from medseg_ssl.analysis.figures import heat_map
 from medseg_ssl.analysis.page import details, figure, inline, page, section, table, text
-from medseg_ssl.analysis.report import interval_cell
-from medseg_ssl.analysis.transfer import is_found
+from medseg_ssl.analysis.report import MANY, MAP
 
 Row = Mapping[str, Any]
 POOLED = "gain, few labels"
-SCALE = [[0.0, "#b35806"], [0.25, "#fdb863"], [0.5, "#f7f7f7"], [0.75, "#92c5de"], [1.0, "#2166ac"]]
-"""Losses orange, gains blue: told apart with any kind of colour vision."""
 GAIN_CAPTION = (
     "Mean Dice over few labels minus that of the better scratch baseline of the target, paired on cases and draws; "
     "* where the 95 % interval excludes 0 after Holm's correction over all cells. Gains on different targets are "
@@ -30,6 +27,14 @@ MIXED_CAPTION = (
     "The best single source is chosen by these very scores, which favours it; a union that beats every single one of "
     "its sources needs no correction."
 )
+DICE_CAPTION = (
+    "Mean over classes, then cases, then draws, with 95 % intervals. What is 'beside' needs no pretraining and is no "
+    "source: no gain, no control and no asymmetry is made of it."
+)
+BESIDE_CAPTION = (
+    "Every init of a target minus what stands beside it, over few labels, paired on cases and draws. Where crops give "
+    "the place away, a score below that of a baseline which reads no voxel says nothing about images."
+)
 ESTIMATE_CAPTION = (
     "LogME (arXiv 2102.11005): log evidence of the voxels' classes under frozen features, from training labels alone; "
     "higher promises more. 'Random weights' is the same network untrained."
@@ -39,7 +44,8 @@ SIMILARITY_CAPTION = (
     "same up to rotation and scale, 0 = unrelated. Rows are levels, finest first."
 )
 MISSING_CAPTION = (
-    "Mean Dice on test cases with only these channels given, the others zero; one budget, all draws."
+    "Mean Dice on test cases with only these channels given, the others zero; one budget, all draws. What "
+    "stands beside is not in it."
 )
 
 
@@ -50,9 +56,11 @@ class Transfer:
     Attributes:
         title: heading.
         summary: what ``transfer.transfer_summary`` returned, with ``verdicts`` and, where made, ``estimates``.
-        matrix: rows of ``matrix.csv``.
+        curve: rows of ``curve.csv``.
         sources: names in the order of columns.
         targets: names in the order of rows.
+        roles: target to init to what it is there: the kind of a source, ``scratch`` or ``beside``.
+        picture: the gains as PNG, for readers without scripts.
         notes: conditions a reader must know.
         similarity: rows of ``similarity.csv``.
         missing: rows of ``missing.csv``.
@@ -65,9 +73,10 @@ class Transfer:
 
     title: str
     summary: Mapping[str, Any]
-    matrix: Sequence[Row]
+    curve: Sequence[Row]
     sources: Sequence[str]
     targets: Sequence[str]
+    roles: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     picture: bytes = b""
     notes: Sequence[str] = ()
     similarity: Sequence[Row] = ()
@@ -80,148 +89,76 @@ class Transfer:
 
 
 def transfer_page(found: Transfer) -> str:
-    """The page, most telling first."""
+    """The page of one benchmark."""
+    return page(found.title, [MAP, *transfer_sections(found)])
+
+
+def transfer_sections(found: Transfer, *, name: str = "matrix") -> list[str]:
+    """Sections of a benchmark, most telling first; ``name`` keeps several on one page apart."""
     partial = ""
     if found.finished < found.planned:
         count = f"{found.finished} of {found.planned} fits are done"
         partial = f'<p class="warning">Unfinished: {count}. Every number below may move.</p>'
-    lines = "".join(f"<li>{text(line)}</li>" for line in found.summary.get("verdicts", ()))
+    verdicts = found.summary.get("verdicts", ())
+    lines = "".join(f"<li>{text(line)}</li>" for line in verdicts)
+    many = " many" if len(verdicts) > MANY else ""
     links = "".join(f'<li><a href="{text(href)}">{text(name)}</a></li>' for name, href in found.links.items())
     notes = "".join(f"<li>{text(note)}</li>" for note in found.notes)
     configs = "".join(details(name, f"<pre>{text(yaml)}</pre>") for name, yaml in found.configs.items())
-    return page(
-        found.title,
-        [
-            partial + f'<ul class="verdicts">{lines}</ul>',
-            section("Transfer matrix", _heat_maps(found)),
-            section("Gains over the better scratch baseline", _cells_table(found)),
-            section("Same-modality controls", _differences(found.summary["controls"], _control_head)),
-            section("Asymmetry", _differences(found.summary["asymmetry"], _asymmetry_head)),
-            section("Mixed sources", _mixed(found.summary["mixed"])),
-            section("What frozen features foretold", _estimates(found)),
-            section("Similarity of features", _similarity(found.similarity)),
-            section("Missing modalities", _missing(found.missing)),
-            section("Curves, examples and losses of each target", f"<ul>{links}</ul>" if links else ""),
-            section("Conditions", f"<ul>{notes}</ul>" if notes else ""),
-            section("Configs", configs),
-            section("How to make this again", f"<pre>{text(found.command)}</pre>" if found.command else ""),
-        ],
-    )
+    return [
+        partial + f'<ul class="verdicts{many}">{lines}</ul>',
+        section("Transfer matrix", _heat_maps(found, name)),
+        section("Gains over the better scratch baseline", _cells_table(found)),
+        section("Dice on each target", _dice_tables(found)),
+        section("Against what stands beside", _beside(found.summary["beside"])),
+        section("Controls", _differences(found.summary["controls"], _control_head)),
+        section("Asymmetry", _differences(found.summary["asymmetry"], _asymmetry_head)),
+        section("Mixed sources", _mixed(found.summary["mixed"])),
+        section("What frozen features foretold", _estimates(found)),
+        section("Similarity of features", _similarity(found.similarity)),
+        section("Missing modalities", _missing(found.missing)),
+        section("Curves, examples and losses of each target", f"<ul>{links}</ul>" if links else ""),
+        section("Conditions", f"<ul>{notes}</ul>" if notes else ""),
+        section("Configs", configs),
+        section("How to make this again", f"<pre>{text(found.command)}</pre>" if found.command else ""),
+    ]
 
 
 # -- heat map ------------------------------------------------------------------------------------------------
 
 
-def _heat_maps(found: Transfer) -> str:
-    cells = {(c["target"], c["source"]): c for c in found.summary["cells"]}
-    if not cells:
+def _heat_maps(found: Transfer, name: str) -> str:
+    """The gains over few labels, and Dice of every init at every number of labels."""
+    if not found.summary["cells"]:
         return ""
-    figures = {POOLED: _heat_map(found, cells, "mean", title="gain")}
-    for budget in sorted({row["budget"] for row in found.matrix}):
-        at = {
-            (r["target"], r["source"]): {"mean": r["mean"], "low": r["ci_low"], "high": r["ci_high"]}
-            for r in found.matrix
-            if r["budget"] == budget and r["metric"] == "dice"
+    shown = {"targets": found.targets}
+    figures = {POOLED: heat_map(gain_cells(found.summary), columns=found.sources, gain=True, **shown)}
+    dice = [row for row in found.curve if row["metric"] == "dice"]
+    inits = [*found.sources, *dict.fromkeys(init for roles in found.roles.values() for init in roles)]
+    for budget in sorted({row["budget"] for row in dice}):
+        cells = {
+            (r["target"], r["init"]): {"mean": r["mean"], "low": r["ci_low"], "high": r["ci_high"]}
+            for r in dice
+            if r["budget"] == budget
         }
-        labels = "1 label" if budget == 1 else f"{budget} labels"
-        figures[f"Dice, {labels}"] = _heat_map(found, at, "mean", title="Dice")
+        figures[f"Dice, {_labels(budget)}"] = heat_map(
+            cells, columns=list(dict.fromkeys(inits)), gain=False, **shown
+        )
     fallback = (
         f'<noscript><img alt="transfer matrix" src="{inline(found.picture)}"></noscript>'
         if found.picture
         else ""
     )
-    return figure("matrix", figures) + fallback + f'<p class="caption">{text(GAIN_CAPTION)}</p>'
+    return figure(name, figures) + fallback + f'<p class="caption">{text(GAIN_CAPTION)}</p>'
 
 
-def _heat_map(
-    found: Transfer, cells: Mapping[tuple[str, str], Row], key: str, *, title: str
-) -> dict[str, Any]:
-    gain = title == "gain"
-    values = [[_number(cells.get((t, s)), key) for s in found.sources] for t in found.targets]
-    marks = [[_mark(cells.get((t, s)), gain=gain) for s in found.sources] for t in found.targets]
-    hover = [[_interval(cells.get((t, s)), gain=gain) for s in found.sources] for t in found.targets]
-    trace: dict[str, Any] = {
-        "type": "heatmap", "x": list(found.sources), "y": list(found.targets), "z": values, "text": marks,
-        "texttemplate": "%{text}", "customdata": hover, "xgap": 3, "ygap": 3, "colorbar": {"title": {"text": title}},
-        "hovertemplate": "<b>%{x} → %{y}</b><br>%{customdata}<extra></extra>",
-        "colorscale": SCALE if gain else "Blues",
-    }  # fmt: skip
-    if gain:
-        trace["zmid"] = 0
-    axis = {"type": "category", "showgrid": False, "automargin": True}
-    layout = {
-        "xaxis": axis | {"title": {"text": "source: pretrained on"}},
-        "yaxis": axis | {"title": {"text": "target"}, "autorange": "reversed"},
-        "margin": {"l": 90, "r": 20, "t": 24, "b": 70},
-        "font": {"family": FONT, "size": 14, "color": INK},
-        "paper_bgcolor": "white",
-        "plot_bgcolor": "white",
-    }
-    return {"data": [trace], "layout": layout}
+def gain_cells(summary: Mapping[str, Any]) -> dict[tuple[str, str], Row]:
+    """(target, source) to its gain over few labels."""
+    return {(cell["target"], cell["source"]): cell for cell in summary["cells"]}
 
 
-def _number(cell: Row | None, key: str) -> float | None:
-    return None if cell is None or math.isnan(cell[key]) else cell[key]
-
-
-def _mark(cell: Row | None, *, gain: bool) -> str:
-    if cell is None or math.isnan(cell["mean"]):
-        return ""
-    return f"{cell['mean']:+.3f}{'*' if is_found(cell) else ''}" if gain else f"{cell['mean']:.3f}"
-
-
-def _interval(cell: Row | None, *, gain: bool) -> str:
-    if cell is None or math.isnan(cell["mean"]):
-        return "not finished"
-    form = "+.3f" if gain else ".3f"
-    ends = (
-        "no interval"
-        if math.isnan(cell["low"])
-        else f"95 % interval {cell['low']:{form}} to {cell['high']:{form}}"
-    )
-    more = f"<br>{cell['kind']}<br>against {cell['baseline']}" if gain else ""
-    return f"{cell['mean']:{form}}, {ends}{more}"
-
-
-def heat_map_png(
-    cells: Sequence[Row], *, sources: Sequence[str], targets: Sequence[str], title: str
-) -> bytes:
-    """The gains as a PNG, sources across and targets down."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-
-    known = {(c["target"], c["source"]): c for c in cells}
-    gain_TS = np.array([[_number(known.get((t, s)), "mean") or 0.0 for s in sources] for t in targets])
-    limit = max(float(np.abs(gain_TS).max(initial=0.0)), 1e-3)
-    figure_ = Figure(
-        figsize=(2.2 + 1.15 * len(sources), 1.6 + 0.75 * len(targets)), dpi=150, layout="constrained"
-    )
-    FigureCanvasAgg(figure_)
-    axes = figure_.add_subplot()
-    scale = LinearSegmentedColormap.from_list("gain", [(place, colour) for place, colour in SCALE])
-    shown = axes.imshow(gain_TS, cmap=scale, vmin=-limit, vmax=limit, aspect="auto")
-    for i, target in enumerate(targets):
-        for j, source in enumerate(sources):
-            axes.text(
-                j,
-                i,
-                _mark(known.get((target, source)), gain=True) or "–",
-                ha="center",
-                va="center",
-                fontsize=9,
-            )
-    axes.set_xticks(range(len(sources)), sources, rotation=30, ha="right")
-    axes.set_yticks(range(len(targets)), targets)
-    axes.set_xlabel("source: pretrained on")
-    axes.set_ylabel("target")
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[:].set_visible(False)
-    figure_.colorbar(shown, ax=axes, label="gain in Dice")
-    buffer = io.BytesIO()
-    figure_.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+def _labels(budget: int) -> str:
+    return "1 label" if budget == 1 else f"{budget} labels"
 
 
 # -- tables --------------------------------------------------------------------------------------------------
@@ -238,13 +175,41 @@ def _cells_table(found: Transfer) -> str:
             interval_cell(c["mean"], c["low"], c["high"], sign=True),
             _p(c["p"]),
             _p(c["p_holm"]),
-            f"{c['cases']} × {c['draws']}",
+            _counts(c),
         ]
         for c in found.summary["cells"]
     ]
     head = ["target", "source", "kind", "against", "labels", "gain in Dice (95 % interval)", "p", "p, Holm",
-            "cases × draws"]  # fmt: skip
+            _counted(found.summary["cells"])]  # fmt: skip
     return table(head, rows) + f'<p class="caption">{text(KIND_CAPTION)}</p>' if rows else ""
+
+
+def _dice_tables(found: Transfer) -> str:
+    """Dice of every init of a target by labels: sources, scratch, and what stands beside."""
+    out = ""
+    for target, roles in found.roles.items():
+        at = {
+            (r["init"], r["budget"]): r for r in found.curve if (r["target"], r["metric"]) == (target, "dice")
+        }
+        budgets = sorted({budget for _, budget in at})
+        rows = []
+        for init, role in roles.items():
+            cells = [at.get((init, budget)) for budget in budgets]
+            shown = [interval_cell(r["mean"], r["ci_low"], r["ci_high"]) if r else "" for r in cells]
+            rows.append([text(init), text(role), *shown])
+        if budgets:
+            head = ["init", "", *(_labels(budget) for budget in budgets)]
+            out += f"<h3>{text(target)}</h3>" + table(head, rows)
+    return out + f'<p class="caption">{text(DICE_CAPTION)}</p>' if out else ""
+
+
+def _beside_head(item: Row) -> list[str]:
+    return [item["target"], f"{item['beside']} ({item['own_mean']:.3f})", item["init"]]
+
+
+def _beside(items: Sequence[Row]) -> str:
+    shown = _differences(items, _beside_head)
+    return shown + f'<p class="caption">{text(BESIDE_CAPTION)}</p>' if shown else ""
 
 
 def _control_head(item: Row) -> list[str]:
@@ -268,6 +233,7 @@ HEADS = {
     _control_head: ["target", "control", "sources"],
     _asymmetry_head: ["there", "back", "gains"],
     _mixed_head: ["target", "union", "single source"],
+    _beside_head: ["target", "beside (its Dice)", "init"],
 }
 
 
@@ -277,11 +243,12 @@ def _differences(items: Sequence[Row], head: Any) -> str:
             *(text(cell) for cell in head(item)),
             interval_cell(item["mean"], item["low"], item["high"], sign=True),
             _p(item["p"]),
-            f"{item['cases']} × {item['draws']}",
+            _p(item["p_holm"]),
+            _counts(item),
         ]
         for item in items
     ]
-    columns = [*HEADS[head], "difference in Dice (95 % interval)", "p", "cases × draws"]
+    columns = [*HEADS[head], "difference in Dice (95 % interval)", "p", "p, Holm", _counted(items)]
     return table(columns, rows) if rows else ""
 
 
@@ -343,6 +310,15 @@ def _missing(rows: Sequence[Row]) -> str:
             )
         out += f"<h3>{text(target)}</h3>" + table(["given", *inits], lines)
     return out + f'<p class="caption">{text(MISSING_CAPTION)}</p>' if out else ""
+
+
+def _counted(items: Sequence[Row]) -> str:
+    return "cases × draws" + (" × pretrainings" if any(i["pretrainings"] > 1 for i in items) else "")
+
+
+def _counts(item: Row) -> str:
+    several = f" × {item['pretrainings']}" if item["pretrainings"] > 1 else ""
+    return f"{item['cases']} × {item['draws']}{several}"
 
 
 def _signed(value: float | None) -> str:

@@ -29,6 +29,7 @@ import numpy as np
 
 from medseg_ssl.config import UserError
 from medseg_ssl.data.budgets import check_split, read_split
+from medseg_ssl.data.channels import cases_of
 from medseg_ssl.data.intensity import Linear, Policy, linear
 from medseg_ssl.data.manifest import CaseRow, PairRow, ScanRow, Split, read_rows
 from medseg_ssl.data.partial import Access, limit_label, limited_cases
@@ -111,10 +112,10 @@ class Archive:
         return {**self.__dict__, "_files": OrderedDict(), "_process": -1}
 
     def limited(self, access: Access) -> Archive:
-        """A copy that reads with other splits, or labels of which only a part is known; no file is touched.
+        """A copy that reads with other splits, cases of other channels, or labels of which only a part is known.
 
         Raises:
-            UserError: a part of a label that the archive does not have.
+            UserError: a part of a label that the archive does not have, or no labeled case of these channels.
         """
         if access == Access():
             return self
@@ -123,7 +124,15 @@ class Archive:
             raise UserError(f"{self.path} has no labeled case {unknown[0]!r}")
         other = copy.copy(self)
         other._access = access
-        other.cases = dict(limited_cases(self.cases, self.classes, access))
+        if access.channels:
+            other.cases = cases_of(self.cases, self.scans, self.pairs, access.channels)
+            if not any(row.labeled for row in other.cases.values()):
+                wanted = "+".join(access.channels)
+                raise UserError(
+                    f"archive {self.path} has no labeled case of {wanted}, and no labeled {access.channels[0]} scan to"
+                    " join with one scan each of the others in the same coordinates"
+                )
+        other.cases = dict(limited_cases(other.cases, self.classes, access))
         return other
 
     # -- facts -----------------------------------------------------------------------------------------------

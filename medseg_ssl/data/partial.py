@@ -1,4 +1,4 @@
-"""What a run may know of an archive: other splits than its own, and labels of which only a part is annotated.
+"""What a run may know of an archive: other splits or cases than its own, labels of which only a part is annotated.
 
 Nothing is written: ``Archive.limited`` hands out a copy that reads this way. A class that counts as unstated in a case
 becomes background in its label and False in its ``known_classes``, so that the losses merge it into the background; a
@@ -38,15 +38,19 @@ class Access(Row):
     Attributes:
         splits: in place of those of the same name in the archive.
         labels: case to the part of its label that is known.
+        channels: modalities of a case in channel order, for cases of several (see ``channels.cases_of``); empty leaves
+            the cases as they are.
     """
 
     splits: tuple[Split, ...] = ()
     labels: dict[str, PartialLabel] = Field(default_factory=dict)
+    channels: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, str]:
         """Short hashes of what there is, for the inputs of a run folder; empty where there is nothing."""
         parts = {"splits": [split.model_dump_json() for split in self.splits]}
         parts["labels"] = [f"{case}:{part.model_dump_json()}" for case, part in sorted(self.labels.items())]
+        parts["channels"] = list(self.channels)
         return {
             key: hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
             for key, lines in parts.items()

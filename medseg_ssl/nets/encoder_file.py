@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -263,11 +264,14 @@ def load_into(
     decoder: Decoder | None = None,
     minimum_coverage: float = 0.9,
     allow_decoder: bool = True,
+    modalities: Sequence[str] = (),
 ) -> Audit:
     """Copy a file's weights into modules that exist, or change nothing at all.
 
     The stem is adapted between channel numbers so that the answer to equal channels stays the same: its
-    weight is summed over the file's channels, repeated over the target's and divided by their number.
+    weight is summed over the file's channels, repeated over the target's and divided by their number. So an encoder
+    that was pretrained on one scan at a time enters a target of several channels. Of a segmenter, whose channels have
+    modalities, every channel takes the weights of its own one.
 
     Args:
         path: the encoder file.
@@ -276,6 +280,7 @@ def load_into(
             as initialised and the audit's note says why.
         minimum_coverage: smallest share of the parameters of each loaded module that must be found.
         allow_decoder: False leaves the decoder alone.
+        modalities: of the encoder's input channels; without them channels go by their number.
 
     Raises:
         UserError: broken file, another kind of encoder, other strides, or too low a coverage; the message
@@ -292,6 +297,7 @@ def load_into(
         decoder=decoder if takes_decoder else None,
         minimum_coverage=minimum_coverage,
         crop_size=card.crop_size,
+        own=_own_channels(card, modalities),
     )
     parts = ("head.",) if takes_decoder else ("decoder.", "head.")
     audit = changed(
@@ -312,6 +318,15 @@ def load_into(
         notes.append(f"decoder not loaded: {'not asked for' if card.decoder else 'the file holds none'}")
     fresh = tuple(f"encoder.{name}" for name in card.untrained) + audit.missing + tuple(audit.mismatched)
     return changed(audit, note="; ".join(notes), fresh=fresh)
+
+
+def _own_channels(card: Card, modalities: Sequence[str]) -> tuple[int | None, ...]:
+    """For each of these channels the file's one of the same modality; empty where both say the same, or one nothing."""
+    there = card.modalities
+    stated = card.kind == "segmenter" and len(there) == card.channels_in and len(set(there)) == len(there)
+    if not stated or not set(there) & set(modalities) or tuple(modalities) == there or len(there) == 1:
+        return ()
+    return tuple(there.index(name) if name in there else None for name in modalities)
 
 
 def _check_topology(card: Card, encoder: Encoder, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ def fill(
     decoder: nn.Module | None = None,
     minimum_coverage: float,
     crop_size: Triple | None,
+    own: Sequence[int | None] = (),
 ) -> Audit:
     """Copy a file's tensors into modules, or change nothing at all.
 
@@ -128,11 +129,12 @@ def fill(
         decoder: takes the latter; None leaves them.
         minimum_coverage: smallest share of the parameters of each module that must be found.
         crop_size: voxels (D, H, W) at which multiply-adds are counted, see ``compute_share``.
+        own: see ``adapt_stem``.
 
     Raises:
         UserError: too low a coverage.
     """
-    audit, taken = plan(path, "encoder", encoder, tensors)
+    audit, taken = plan(path, "encoder", encoder, tensors, own=own)
     check_coverage(audit, "encoder", audit.coverage, minimum_coverage)
     compute, counted_at = compute_share(encoder, {name.removeprefix("encoder.") for name in taken}, crop_size)
     audit = changed(audit, compute=compute, crop_size=counted_at)
@@ -149,7 +151,12 @@ def fill(
 
 
 def plan(
-    path: Path, part: str, module: nn.Module, tensors: dict[str, Tensor]
+    path: Path,
+    part: str,
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    *,
+    own: Sequence[int | None] = (),
 ) -> tuple[Audit, dict[str, Tensor]]:
     """Match a module's parameters with a file's tensors by name and shape, without changing either.
 
@@ -158,6 +165,7 @@ def plan(
         part: prefix of the module's tensors in the file.
         module: the target; an encoder's stems are adapted to its channels.
         tensors: all tensors of the file.
+        own: see ``adapt_stem``; given, every stem is adapted.
 
     Returns:
         The audit of this part, and the tensors to copy by name.
@@ -171,11 +179,14 @@ def plan(
         there = tensors.get(name)
         if there is None:
             continue
-        if there.shape == here.shape:
+        if there.shape == here.shape and not (own and name in stems):
             taken[name] = there
         elif name in stems and there.shape[:1] + there.shape[2:] == here.shape[:1] + here.shape[2:]:
-            taken[name] = adapt_stem(there, here.shape[1])
+            taken[name] = adapt_stem(there, here.shape[1], own)
             adapted[name] = f"from {there.shape[1]} to {here.shape[1]} channels"
+            if own:
+                kept = sum(place is not None for place in own)
+                adapted[name] += f", {kept} with the weights of their own modality"
         else:
             mismatched[name] = f"{tuple(there.shape)} in the file, {tuple(here.shape)} here"
     counts = {name: value.numel() for name, value in wanted.items()}
@@ -192,12 +203,21 @@ def plan(
     return audit, taken
 
 
-def adapt_stem(weight: Tensor, channels_in: int) -> Tensor:
-    """Give a stem's weight (O, C, …) another number of input channels.
+def adapt_stem(weight: Tensor, channels_in: int, own: Sequence[int | None] = ()) -> Tensor:
+    """Give a stem's weight (O, C, …) another number, or another order, of input channels.
 
     1 → N repeats the kernel and divides by N; N → 1 sums; N → M does both. An input whose channels are all
     equal gets the same answer before and after.
+
+    Args:
+        weight: of the file.
+        channels_in: channels here.
+        own: for each channel here, the file's channel of the same modality, whose kernel it takes as it is; None takes
+            the mean kernel. Empty where modalities decide nothing.
     """
+    if own:
+        mean = weight.mean(dim=1)
+        return torch.stack([mean if place is None else weight[:, place] for place in own], dim=1)
     total = weight.sum(dim=1, keepdim=True)
     return total.repeat(1, channels_in, *(1 for _ in weight.shape[2:])) / channels_in
 

@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from finetune.report import write_comparison
+from finetune.comparison_tables import write_comparison
 from finetune.volumes import case_volume
 from medseg_ssl.analysis.page import page
 from medseg_ssl.analysis.viewer import ViewedCase, fill, viewer_html

@@ -192,34 +192,30 @@ def test_axis_of_a_share_stays_a_share():
     assert _limits({"scratch": [row]}, "hd95_mm") is None
 
 
-def matrix_row(source, target, gain, *, budget=2, clear=True, **changes):
-    ends = {"gain_ci_low": gain - 0.01 if clear else -0.5, "gain_ci_high": gain + 0.01 if clear else 0.5}
-    row = {"task": "t", "source": source, "target": target, "budget": budget, "metric": "dice", "mean": 0.7}
-    return row | {"ci_low": 0.6, "ci_high": 0.8, "gain": gain} | ends | changes
-
-
-def test_heat_map_has_sources_down_and_targets_across():
-    rows = [
-        matrix_row("CT", "CT", 0.05),
-        matrix_row("CT", "MR", -0.02, clear=False),
-        matrix_row(EVIL, "MR", 0.03, task="other"),
-        matrix_row("CT", "CT", 0.5, budget=8),
-        matrix_row("", "CT", math.nan),
-    ]
-    (trace,) = figures.heat_map(rows)["data"]
-    assert trace["x"] == ["CT", "MR · t", "MR · other"]
-    assert trace["y"] == ["CT", EVIL, "scratch"]
-    assert trace["z"] == [[0.05, -0.02, None], [None, None, 0.03], [None, None, None]]
-    assert trace["text"] == [["<b>+0.050</b>", "(-0.020)", ""], ["", "", "<b>+0.030</b>"], ["", "", ""]]
-    assert (trace["zmin"], trace["zmax"]) == (-0.05, 0.05)
-    assert figures.heat_map(rows, budget=8)["data"][0]["z"] == [[0.5]]
-    with pytest.raises(ValueError, match="no row of 'dice' with 3 labels"):
-        figures.heat_map(rows, budget=3)
-    made = report.Transfer(f"Transfer {EVIL}", rows)
-    html = without_plotly(report.runs_page("Runs", transfers=[made]))
+def test_heat_map_has_targets_down_and_stars_what_is_found():
+    clear = {"mean": 0.05, "low": 0.04, "high": 0.06, "covers": "cases and draws", "p_holm": 0.01}
+    shared = {"kind": "same data", "baseline": "scratch"}
+    cells = {
+        ("organs", "CT"): clear | shared,
+        ("organs", EVIL): clear | shared | {"mean": -0.02, "low": -0.5, "high": 0.4, "p_holm": 0.8},
+        ("lesions", "CT"): clear | shared | {"mean": 0.07, "covers": "cases", "low": math.nan},
+    }
+    shown = figures.heat_map(cells, columns=["CT", EVIL], targets=["organs", "lesions"], gain=True)
+    (trace,) = shown["data"]
+    assert (trace["x"], trace["y"]) == (["CT", EVIL], ["organs", "lesions"])
+    assert trace["z"] == [[0.05, -0.02], [0.07, None]]
+    assert trace["text"] == [["+0.050*", "-0.020"], ["+0.070", ""]]
+    assert (
+        trace["customdata"][0][0] == "+0.050, 95 % interval +0.040 to +0.060<br>same data<br>against scratch"
+    )
+    assert trace["customdata"][1] == ["+0.070, no interval<br>same data<br>against scratch", "not there"]
+    plain = {key: {"mean": 0.5, "low": 0.4, "high": 0.6} for key in cells}
+    (dice,) = figures.heat_map(plain, columns=["CT"], targets=["organs"], gain=False)["data"]
+    assert dice["text"] == [["0.500"]]
+    parts = [page.section("Transfer matrix", page.figure("transfer0", {"gain": shown}))]
+    html = without_plotly(report.runs_page("Runs", transfers=[(f"Transfer {EVIL}", parts)]))
     assert EVIL not in html
-    (shown,) = re.findall(r'<script type="application/json">(.*?)</script>', html)
-    assert list(json.loads(shown)) == ["2 labels", "8 labels"]
+    assert html.count("<h2>Transfer matrix</h2>") == 1
 
 
 def test_smallest_detectable_difference_stands_in_its_cell():

@@ -1,11 +1,15 @@
 """The matrix against numbers by hand; controls, asymmetry and mixtures on scores whose answer is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from medseg_ssl.analysis.figures import heat_map_png
+from medseg_ssl.analysis.label_efficiency import curve_rows
+from medseg_ssl.analysis.scores import Table
 from medseg_ssl.analysis.statistics import crossed_interval, paired_interval
 from medseg_ssl.analysis.transfer import (
     OTHER,
@@ -16,13 +20,14 @@ from medseg_ssl.analysis.transfer import (
     UNKNOWN,
     Source,
     Target,
+    difference_table,
     independent_difference,
     kind_of,
     matrix_rows,
     transfer_summary,
-    transfer_verdicts,
 )
-from medseg_ssl.analysis.transfer_page import Transfer, heat_map_png, transfer_page
+from medseg_ssl.analysis.transfer_page import Transfer, gain_cells, transfer_page
+from medseg_ssl.analysis.transfer_verdicts import ONE_PRETRAINING, transfer_verdicts
 
 SOURCES = [
     Source("CT", {"a": ("CT",)}, ("CT",)),
@@ -215,6 +220,78 @@ def test_verdicts_claim_what_is_shown_and_no_more():
     assert "p = 0.33 at best, so nothing is shown" in line
 
 
+def several(found, count):
+    """The rows with ``count`` pretrainings of every source, each moved by a number of its own."""
+    out = []
+    for row in found:
+        times = 1 if row["init"].startswith("scratch") else count
+        out += [{**row, "dice": row["dice"] + 0.03 * n * n, "pretraining": n} for n in range(times)]
+    return out
+
+
+def test_pretrainings_are_the_third_level_of_every_interval():
+    found = several(rows(), 3)
+    summary = transfer_summary(found, SOURCES, targets())
+    cell = next(c for c in summary["cells"] if (c["source"], c["target"]) == ("CT", "lesions"))
+    own = dice_of(rows(), "lesions", "CT", [1, 2])
+    layers = np.stack([own, own + 0.03, own + 0.12], axis=-1)
+    by_hand = paired_interval(layers, dice_of(rows(), "lesions", "scratch_long", [1, 2])[..., None])
+    assert (cell["pretrainings"], cell["covers"]) == (3, "cases, draws and pretrainings")
+    assert (cell["mean"], cell["low"], cell["high"]) == pytest.approx(
+        (by_hand.mean, by_hand.low, by_hand.high)
+    )
+    assert {c["pretrainings"] for c in summary["asymmetry"]} == {3}
+    assert ONE_PRETRAINING not in transfer_verdicts(summary)
+    assert transfer_verdicts(transfer_summary(rows(), SOURCES, targets()))[-1] == ONE_PRETRAINING
+    mixed = [row for row in found if row["init"] != "far" or not row["pretraining"]]
+    assert transfer_verdicts(transfer_summary(mixed, SOURCES, targets()))[-1].startswith(
+        "One pretraining of far:"
+    )
+
+
+def test_sources_share_the_pretrainings_that_both_have():
+    first, second = np.arange(12.0).reshape(2, 2, 3), np.ones((2, 2, 2))
+    found = difference_table(
+        Table(first, ("a", "b"), (0, 1), (0, 1, 2)), Table(second, ("a", "b"), (0, 1), (2, 3))
+    )
+    assert found.pretrainings == (2,)
+    np.testing.assert_array_equal(found.scores_NDP[..., 0], first[..., 2] - 1)
+
+
+def test_what_stands_beside_is_compared_with_every_init_and_is_no_source():
+    generator = np.random.default_rng(3)
+    found, scratch = rows(), [r for r in rows() if (r["init"], r["target"]) == ("scratch", "organs")]
+    found += [{**r, "init": "size_only", "dice": r["dice"] + 0.04 + 0.002 * generator.standard_normal()}
+              for r in scratch if r["budget"] < 4]  # fmt: skip
+    asked = [replace(targets()[0], beside=("size_only",)), targets()[1]]
+    summary, without = transfer_summary(found, SOURCES, asked), transfer_summary(rows(), SOURCES, targets())
+    assert {key: summary[key] for key in without if key != "beside"} == {
+        key: without[key] for key in without if key != "beside"
+    }
+    assert without["beside"] == []
+    items = {item["init"]: item for item in summary["beside"]}
+    assert list(items) == [*(s.name for s in SOURCES), "scratch", "scratch_long"]
+    assert items["scratch"]["mean"] == pytest.approx(-0.04, abs=0.003)
+    by_hand = paired_interval(
+        dice_of(found, "organs", "CT+MR", [1, 2]), dice_of(found, "organs", "size_only", [1, 2])
+    )
+    assert (items["CT+MR"]["mean"], items["CT+MR"]["low"]) == pytest.approx((by_hand.mean, by_hand.low))
+    (line,) = [line for line in transfer_verdicts(summary) if "size_only" in line]
+    assert line.startswith("organs: size_only alone reaches 0.6")
+    above, below = line.split("significantly above it")[1].split("below it")
+    assert "CT+MR (+0.02" in above
+    assert "scratch (-0.04" in below
+
+
+def test_a_target_of_several_channels_has_a_control_of_its_own():
+    both = [replace(targets()[0], modalities=("PT", "CT"))]
+    found = [row for row in rows() if row["target"] == "organs"]
+    (control,) = transfer_summary(found, SOURCES, both)["controls"]
+    assert control["control"] == "one of its modalities − other modality"
+    assert (control["first"], control["second"]) == (["CT", "far"], ["MR"])
+    assert control["mean"] == pytest.approx(0.03, abs=0.005)
+
+
 def test_unfinished_targets_and_sources_are_left_out():
     partial = [r for r in rows() if r["target"] == "organs" and r["init"] in ("scratch", "CT")]
     summary = transfer_summary(partial, SOURCES, targets())
@@ -244,13 +321,14 @@ def test_page_holds_every_part_and_escapes():
     found = Transfer(
         title="Transfer <b>",
         summary=summary,
-        matrix=matrix_rows("t", rows(), SOURCES, targets()),
+        curve=curve_rows(rows()),
         sources=[s.name for s in SOURCES],
         targets=["organs", "lesions", "waiting"],
         similarity=[alike | {"second_state": "fine-tuned", "first_level": 0, "cka": 0.87}],
         missing=[given | {"ci_high": 0.3}],
         links={"organs": "targets/organs/report.html"},
-        picture=heat_map_png(summary["cells"], sources=["CT", "MR"], targets=["organs"], title="t"),
+        roles={"organs": {"CT": "source: same data", "scratch": "scratch"}},
+        picture=heat_map_png(gain_cells(summary), columns=["CT", "MR"], targets=["organs"], title="t"),
         finished=3,
         planned=4,
     )

@@ -67,7 +67,7 @@ def archive(*, train: int = 6, test: int = 5, hashes: dict[str, str] | None = No
     split = Split(
         name="default", seed=0, train=tuple(subjects[:train]), development=(), test=tuple(subjects[train:])
     )
-    return SimpleNamespace(
+    made = SimpleNamespace(
         fingerprint="f" * 16,
         recipe=SimpleNamespace(near_duplicate=0.95),
         classes=CLASSES,
@@ -76,6 +76,8 @@ def archive(*, train: int = 6, test: int = 5, hashes: dict[str, str] | None = No
         split=lambda name="default": split,
         original_label=lambda case: (np.zeros((2, 3, 4), np.uint8), np.eye(4)),
     )
+    made.limited = lambda access: made  # a case has one channel
+    return made
 
 
 def card(path: Path) -> dict:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.comparison_tables import PLAN
 from finetune.fits import DONE, SLICES
-from finetune.report import PLAN
 from finetune.volumes import PREDICTIONS, VOLUMES
 from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
 from medseg_ssl.analysis.metrics import case_metrics

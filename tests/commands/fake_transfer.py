@@ -76,6 +76,7 @@ def card(path: Path) -> SimpleNamespace:
         modalities=modalities,
         archive_fingerprint="",
         encoder=NETWORK,
+        channels_in=1,
     )
 
 

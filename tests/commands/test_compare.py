@@ -462,8 +462,33 @@ def test_encoder_files_go_with_their_inits(tmp_path):
     run(tmp_path / "out", config=config, encoders={"given": file})
     with pytest.raises(ConfigError, match="--encoder given=FILE"):
         run(tmp_path / "out2", config=config)
-    with pytest.raises(ConfigError, match="names no init of kind 'encoder'; known: given"):
+    with pytest.raises(ConfigError, match="--encoder gevin=… is not in the config; known: given"):
         run(tmp_path / "out2", config=config, encoders={"given": file, "gevin": file})
+    for name in ("given@p2", "given@p0", "given@f1", "other@p1"):
+        with pytest.raises(
+            ConfigError, match=f"--encoder {name}=… is no further pretraining .* known: given"
+        ):
+            run(tmp_path / "out2", config=config, encoders={"given": file, name: file})
+
+
+def test_further_files_of_an_init_are_its_pretrainings(tmp_path):
+    config = fakes.config(inits={"scratch": "scratch", "given": "encoder"}, budgets=[1], draws=2)
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    files = {"given": tmp_path / "a", "given@p1": tmp_path / "b"}
+    started = []
+    run(
+        tmp_path / "out",
+        config=config,
+        encoders=files,
+        fit=lambda task: started.append(task) or fakes.fake_fit(task),
+    )
+    found = {(t.init, t.draw, t.pretraining, t.encoder and t.encoder.name) for t in started}
+    given = {("given", draw, number, name) for draw in (0, 1) for number, name in enumerate("ab")}
+    assert found == given | {("scratch", draw, 0, None) for draw in (0, 1)}
+    told = json.loads((tmp_path / "out" / "summary.json").read_text())["conditions"]
+    assert "given: pretrained 2 times; every draw is fine-tuned from each." in told
+    assert set(json.loads((tmp_path / "out" / "inputs.json").read_text())["encoders"]) == set(files)
 
 
 def test_encoders_of_different_networks_are_not_compared(tmp_path, monkeypatch):

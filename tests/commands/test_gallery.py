@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from finetune import report
+from finetune.comparison_tables import write_comparison
 from finetune.gallery import Gallery
 from finetune.volumes import PREDICTIONS, VOLUMES, Keeper, case_volume
 from medseg_ssl.analysis.cases import case_scores
@@ -33,7 +34,7 @@ def gallery(folder):
 
 
 def test_the_page_has_every_part_and_no_path(folder):
-    report.write_comparison(folder)
+    write_comparison(folder)
     page = (folder / "report.html").read_text()
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     for part in ("Two inits, case by case", "Worst cases first", "Slices", "Example slices", "Failures"):
@@ -73,25 +74,22 @@ def test_the_viewer_holds_worst_median_and_best_and_explained_cases(gallery):
 
 def test_older_folders_without_volumes_have_a_page(tmp_path):
     out = write_folder(tmp_path / "out", draws=1, cases=3, budgets=(1,), volumes=False)
-    report.write_comparison(out)
+    write_comparison(out)
     headings = re.findall(r"<h2>(.*?)</h2>", (out / "report.html").read_text())
     assert "Slices" not in headings
     assert "Failures" in headings
 
 
-def test_transfer_folders_join_the_report(tmp_path, folder):
+def test_a_broken_transfer_folder_is_refused(tmp_path, folder):
     transfer = tmp_path / "transfer"
     (transfer / "targets").mkdir(parents=True)
     (transfer / "targets" / "CT").symlink_to(folder)
+    (transfer / "matrix.csv").write_text("task\n")
     (transfer / "plan.json").write_text("{}")
-    columns = "task,source,target,budget,metric,mean,ci_low,ci_high,gain,gain_ci_low,gain_ci_high"
-    (transfer / "matrix.csv").write_text(f"{columns}\nballs,MR,CT,1,dice,0.5,0.4,0.6,0.1,,\n")
-    page = report.main([str(transfer), "--out", str(tmp_path / "all.html")]).read_text()
-    assert page.count("<h2>Transfer</h2>") == 1
-    assert "Label efficiency: balls" in page
-    (transfer / "matrix.csv").write_text("task\nballs\n")
-    with pytest.raises(report.UserError, match=r"cannot read .*matrix\.csv"):
-        report.main([str(transfer), "--out", str(tmp_path / "more.html")])
+    with pytest.raises(
+        report.UserError, match=r"holds no transfer benchmark \(plan\.json is missing or broken"
+    ):
+        report.main([str(transfer), "--out", str(tmp_path / "all.html")])
 
 
 # -- volumes of an archive -------------------------------------------------------------------------------------------

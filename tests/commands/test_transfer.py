@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from finetune import looks, transfer_tables
+from finetune import looks, report, transfer_tables
 from finetune import matrix as plans
+from finetune import matrix_planning as planning
 from finetune import transfer as command
 from finetune.matrix import MatrixConfig
 from medseg_ssl.analysis.statistics import paired_interval
@@ -110,7 +111,7 @@ def test_summary_has_controls_asymmetry_and_mixed_gain(finished):
 
 
 def test_every_source_is_pretrained_once_and_kept_from_test_subjects(tmp_path):
-    tasks = {t.init: t for t in plans.pretrain_tasks(fakes.config(), tmp_path, fakes.ARCHIVES)}
+    tasks = {t.init: t for t in planning.pretrain_tasks(fakes.config(), tmp_path, fakes.ARCHIVES)}
     assert list(tasks) == ["CT", "MR", "CT+MR"]
     assert (tasks["CT"].archive, tasks["CT"].protect) == (Path("ct"), (Path("mr"),))
     both = tasks["CT+MR"]
@@ -118,6 +119,84 @@ def test_every_source_is_pretrained_once_and_kept_from_test_subjects(tmp_path):
     assert both.config["data"]["modalities"] == [["CT"], ["MR"]]
     without = [{k: v for k, v in t.config.items() if k != "data"} for t in tasks.values()]
     assert all(tree == without[0] for tree in without)
+    again = planning.pretrain_tasks(fakes.config(pretrainings=2), tmp_path, fakes.ARCHIVES)[3:]
+    assert [(t.folder.name, t.pretraining, t.config["seed"]) for t in again] == [
+        (f"{name}@p1", 1, 1) for name in tasks
+    ]
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_pretrainings_are_the_third_level_and_what_stands_beside_is_no_source(tmp_path):
+    targets = {
+        **fakes.TREE["targets"],
+        "lesions": {"archive": "lesions", "baselines": [{"baseline": "size_only"}]},
+    }
+    out = tmp_path / "out"
+    run(out, config=fakes.config(pretrainings=2, budgets=[1], targets=targets, unions="none"))
+    cases = rows_of(out / "cases.csv")
+    found = {(r["target"], r["init"], r["source"], r["pretraining"]) for r in cases}
+    scratch = {(t, i, "", "0") for t in ("organs", "lesions") for i in ("scratch", "scratch_long")}
+    sources = {(t, i, i, p) for t in ("organs", "lesions") for i in ("CT", "MR") for p in "01"}
+    assert found == scratch | sources | {("lesions", "size_only", "", "0")}
+    assert {row["source"] for row in rows_of(out / "matrix.csv")} == {"CT", "MR"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["planned"] == summary["finished"] == (4 + 2) * 2 + (4 + 2 + 1) * 2
+    assert {(c["pretrainings"], c["covers"]) for c in summary["cells"]} == {
+        (2, "cases, draws and pretrainings")
+    }
+    assert [(b["beside"], b["init"], b["target"]) for b in summary["beside"]] == [
+        ("size_only", init, "lesions") for init in ("CT", "MR", "scratch", "scratch_long")
+    ]
+
+    def dice(init, number):
+        table = np.full((5, 2), np.nan)
+        for row in cases:
+            if (row["init"], row["target"], row["pretraining"]) == (init, "lesions", number):
+                table[int(row["case"][1:]) - 6, int(row["draw"])] = float(row["dice"])
+        return table
+
+    by_hand = paired_interval(
+        np.stack([dice("MR", n) for n in "01"], axis=-1), dice("size_only", "0")[..., None]
+    )
+    assert (summary["beside"][1]["mean"], summary["beside"][1]["low"]) == pytest.approx(
+        (by_hand.mean, by_hand.low)
+    )
+    verdicts = " ".join(summary["verdicts"])
+    assert "lesions: size_only alone reaches" in verdicts
+    assert "One pretraining" not in verdicts
+    assert "CT, MR: pretrained 2 times, with seeds that follow one another" in " ".join(summary["conditions"])
+    page = (out / "report.html").read_text()
+    assert "<td>size_only</td><td>beside</td>" in page
+    assert "cases × draws × pretrainings" in page
+
+
+def test_one_pretraining_per_source_is_said_in_words(finished):
+    told = "One pretraining per source: differences between pretrainings are not in the intervals."
+    assert json.loads((finished / "summary.json").read_text())["verdicts"][-1] == told
+    assert told in (finished / "report.html").read_text()
+
+
+def test_report_draws_the_page_of_the_benchmark(tmp_path, finished):
+    """The same sections, without links to pages that lie elsewhere, and every target's comparison below."""
+    both = report.main([str(finished), "--out", str(tmp_path / "all.html")]).read_text()
+    own = (finished / "report.html").read_text()
+
+    def sections(page):
+        return {part.partition("</h2>")[0]: part for part in page.split("<section><h2>")[1:]}
+
+    links = "Curves, examples and losses of each target"
+    shown = [
+        name
+        for name in sections(own)
+        if name not in (links, "Configs", "Conditions", "How to make this again")
+    ]
+    assert shown[:3] == ["Transfer matrix", "Gains over the better scratch baseline", "Dice on each target"]
+    for name in shown:
+        mine, theirs = sections(own)[name], sections(both)[name]
+        assert mine.replace('id="matrix"', 'id="transfer0"') == theirs, name
+    assert links not in both
+    assert both.count("<h2>Label-efficiency curve</h2>") == 2
+    assert both.count("<h2>Transfer matrix</h2>") == 1
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -291,6 +370,13 @@ def test_what_the_archives_do_not_hold_is_named(tmp_path, changes, message):
         ({"archives": ["organs", "lesions", "spare"]}, "no source and no target uses archive 'spare'"),
         ({"sources": {"a/b": "encoder"}}, "plain name"),
         ({"sources": {"scratch": "encoder"}}, "name of a baseline"),
+        ({"baselines": ["scratch", "scratch"]}, "a baseline stands twice in scratch, scratch; give them names"),
+        ({"baselines": [{"baseline": "size_only"}]}, "needs scratch or scratch_long, which gains are measured against"),
+        ({"baselines": ["scratch", "encoder"]}, "baselines.encoder is pretrained; name it under sources"),
+        ({"baselines": {"scratch": "scratch", "a/b": {"baseline": "atlas"}}}, "baselines.a/b must be a plain name"),
+        ({"baselines": ["scratch", {"baseline": "size_onli"}]}, "no baseline named 'size_onli'"),
+        ({"targets": {"t": {"archive": "organs", "baselines": ["scratch"]}}}, "baselines.scratch has the name of a"),
+        ({"sources": {"a": "encoder"}, "unions": "none", "pretrainings": 2}, "repeats the sources that are pretrained"),
         ({"sources": {"X": {"archives": {"organs": []}, "pretrain": {"train": {"steps": 9}}}}}, "would make"),
         ({"pretrain": {}}, "pretrain is missing"),
         ({"pretrain": {**fakes.TREE["pretrain"], "data": {"batch_size": 2, "modalities": ["CT"]}}}, "set by the bench"),
@@ -415,27 +501,54 @@ def test_the_whole_benchmark_with_real_networks(tmp_path):
     assert {name: (out / name).read_bytes() for name in TABLES} == written, "a fit done again is the same fit"
     assert sum(p.stat().st_mtime_ns != when for p, when in before.items()) == 1
 
-    # cases of two channels: an adapted stem, and every subset of the channels
-    tree |= {
-        "targets": {"both": {"archive": "balls"}},
+
+@pytest.mark.slow
+def test_cases_of_two_channels_are_the_same_prepared_or_joined(tmp_path):
+    """An adapted stem, every subset of the channels, several pretrainings, and a baseline beside."""
+    steps = {"steps": "2 steps", "accelerator": "cpu", "preview_every": None}
+    shared = {"encoder": {"name": "resenc", "size": "tiny", "features": [4, 8, 8, 8]}, "train": steps}
+    tree = {
+        "task": "balls",
+        "archives": ["balls"],
+        "sources": {"CT": {"archives": {"balls": ["CT"]}}, "MR": {"archives": {"balls": ["MR"]}}},
+        "pretrainings": 2,
+        "pretrain": {"base": "mae", **shared, "objective": {"size": [16, 16, 16]}, "data": {"batch_size": 2}},
+        "finetune": {
+            "base": "segmentation",
+            **shared,
+            "objective": {"size": [16, 16, 16], "mirror_axes": [2]},
+        },
+        "targets": {"both": {"archive": "balls", "modalities": ["CT", "MR"]}},
+        "baselines": ["scratch", {"baseline": "size_only"}],
         "budgets": [1],
-        "unions": "none",
+        "draws": 2,
         "missing_modalities": True,
+        "similarity": True,
+        "wandb": {"mode": "disabled"},
         "metrics": {"flips": True},
-        "finetune": {**tree["finetune"], "objective": {"size": [16, 16, 16], "mirror_axes": [2]}},
     }
+    write_archive(tmp_path / "single")
+    write_archive(tmp_path / "both", channels=("CT", "MR"))
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(tree))
-    words[:4] = [
-        str(tmp_path / "both.yaml"),
-        str(tmp_path / "two"),
-        "--archive",
-        f"balls={tmp_path / 'both'}",
-    ]
-    command.main(words)
+    for name, out in (("both", "two"), ("single", "joined")):
+        words = [str(tmp_path / "both.yaml"), str(tmp_path / out), "--archive", f"balls={tmp_path / name}"]
+        command.main([*words, "--workers", "1", "--quiet"])
+    for name in ("cases.csv", "curve.csv", "missing.csv", "similarity.csv"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "joined" / name).read_bytes(), name
+    fits = tmp_path / "joined" / "targets" / "both" / "fits"
+    assert {p.parent.name for p in fits.glob("CT/b1/*/cases.csv")} == {"d0", "d0p1", "d1", "d1p1"}
+    assert (
+        "stem_block.conv.weight from 1 to 2 channels"
+        in (fits / "MR" / "b1" / "d1p1" / "audit.txt").read_text()
+    )
     missing = rows_of(tmp_path / "two" / "missing.csv")
     assert {row["given"] for row in missing} == {"CT", "MR", "CT+MR"}
+    assert {row["init"] for row in missing} == {"scratch", "CT", "MR"}
     whole = {r["init"]: r["mean"] for r in missing if (r["given"], r["metric"]) == ("CT+MR", "dice")}
     curve = {r["init"]: r["mean"] for r in rows_of(tmp_path / "two" / "curve.csv") if r["metric"] == "dice"}
-    assert whole == curve, "with every channel the table repeats the comparison"
+    assert set(curve) - set(whole) == {"size_only"}
+    assert whole == {init: curve[init] for init in whole}, (
+        "with every channel the table repeats the comparison"
+    )
     cells = json.loads((tmp_path / "two" / "summary.json").read_text())["cells"]
     assert {cell["kind"] for cell in cells} == {"some of the modalities"}

@@ -124,6 +124,28 @@ def test_stem_answers_equal_channels_as_before(tmp_path, there, here):
     assert f"from {there} to {here} channels" in str(audit)
 
 
+@pytest.mark.parametrize("here", [("PT", "CT"), ("PT",), ("PT", "MR")])
+def test_channels_of_a_segmenter_go_by_their_modality(tmp_path, here):
+    encoder, decoder = nets(channels_in=2, seed=1)
+    card = CARD.model_copy(update={"kind": "segmenter", "modalities": ("CT", "PT"), "classes": ("a", "b")})
+    head = Segmenter(encoder, decoder, 2, supervised_levels=1).heads
+    path = save(tmp_path / "s.safetensors", encoder=encoder, decoder=decoder, head=head, card=card)
+    target, _ = nets(channels_in=len(here), seed=2)
+    audit = load_into(path, encoder=target, modalities=here)
+    kept = len({*here} & {"CT", "PT"})
+    told = f"from 2 to {len(here)} channels, {kept} with the weights of their own modality"
+    assert audit.adapted == {"encoder.stem_block.conv.weight": told}
+    image = {"CT": torch.randn(2, 1, 12, 12, 12), "PT": torch.randn(2, 1, 12, 12, 12)}
+    nothing = torch.zeros(2, 1, 12, 12, 12)
+    before = encoder(torch.cat([image["CT"] if "CT" in here else nothing, image["PT"]], dim=1))
+    after = target(torch.cat([image.get(name, nothing) for name in here], dim=1))
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    same_order, _ = nets(channels_in=2, seed=2)
+    assert not load_into(path, encoder=same_order, modalities=("CT", "PT")).adapted
+    assert same(same_order, encoder)
+
+
 def test_partial_match_counts_parameters_and_respects_the_minimum(tmp_path):
     encoder, _ = nets(seed=1)
     path = save(tmp_path / "e.safetensors", encoder=encoder, card=CARD)

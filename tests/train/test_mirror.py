@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
+from finetune.comparison_tables import read_comparison
 from finetune.mirror import group_in, send_comparison, send_once
 from finetune.mirror import sent as sent_already
-from finetune.report import read_comparison
 from medseg_ssl.train.settings import WandbConfig
 from tests.commands.fake_folder import write_folder
 

@@ -1,0 +1,167 @@
+"""What a transfer benchmark does: its pretrainings, the facts of sources and targets, and what a reader must know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medseg_ssl.analysis.transfer import Source, Target
+from medseg_ssl.config import ConfigError, UserError
+
+from .fits import PretrainTask
+from .labeling import scored_cases, training_subsets
+from .matrix import MatrixConfig, SourceConfig, comparison_of, pretrain_tree
+from .planning import EncoderKey, pretrain_folder
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.nets.encoder_file import Card
+
+
+def pretrain_tasks(config: MatrixConfig, out: Path, archives: Mapping[str, Path]) -> list[PretrainTask]:
+    """Every pretraining of every source; none sees a test or development subject of a target."""
+    tasks = []
+    for number in range(config.pretrainings):
+        for name, source in config.own_sources().items():
+            first, *more = source.archives
+            others = dict.fromkeys(
+                t.archive for t in config.targets.values() if t.archive not in source.archives
+            )
+            tree = pretrain_tree(config, name)
+            tasks.append(
+                PretrainTask(
+                    pretrain_folder(out, EncoderKey(name, 0, number)),
+                    {**tree, "seed": tree.get("seed", 0) + number} if number else tree,
+                    archives[first],
+                    init=name,
+                    protect=tuple(archives[other] for other in others),
+                    more=tuple(archives[other] for other in more),
+                    pretraining=number,
+                )
+            )
+    return tasks
+
+
+def check_sources(config: MatrixConfig, archives: Mapping[str, Archive]) -> None:
+    """Every source has training scans of every modality it names.
+
+    Raises:
+        ConfigError: names source, archive, modality and what there is.
+    """
+    for name, source in config.own_sources().items():
+        for archive, modalities in source.archives.items():
+            opened = archives[archive]
+            train = set(opened.split(config.split).train)
+            held = sorted({row.modality for row in opened.scans.values() if row.subject in train})
+            missing = [m for m in modalities if m not in held]
+            if missing or not held:
+                wanted = missing[0] if missing else "any modality"
+                raise ConfigError(
+                    f"sources.{name}: archive {archive!r} has no training scan of {wanted}; it has"
+                    f" {', '.join(held) or 'none'}"
+                )
+
+
+def source_facts(
+    config: MatrixConfig, cards: Mapping[str, Card], archives: Mapping[str, Archive]
+) -> list[Source]:
+    """What the matrix must know of every source."""
+    known = {opened.fingerprint: name for name, opened in archives.items()}
+    out = []
+    for name, source in config.sources.items():
+        if isinstance(source, SourceConfig):
+            parts = {
+                a: modalities or archives[a].facts().modalities for a, modalities in source.archives.items()
+            }
+        else:  # a file that was made of an archive that is here
+            where = known.get(cards[name].archive_fingerprint)
+            parts = {} if where is None else {where: cards[name].modalities}
+        out.append(Source(name, parts, cards[name].modalities))
+    return out
+
+
+def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) -> Target:
+    """A target's facts, once budgets, scored cases and modalities are known to be there.
+
+    Raises:
+        ConfigError: a modality that no labeled case has, or cases of several modalities and none named.
+    """
+    plan, archive = comparison_of(config, name), archives[config.targets[name].archive]
+    try:
+        archive = archive.limited(plan.access())
+    except UserError as error:
+        raise ConfigError(f"targets.{name}: {error}") from error
+    labeled = [row for row in archive.cases.values() if row.labeled]
+    held = sorted({"+".join(archive.scans[key].modality for key in row.scans) for row in labeled})
+    wanted = "+".join(plan.modalities)
+    if (wanted and wanted not in held) or (not wanted and len(held) != 1):
+        asked = f"asks for {wanted}" if wanted else "must name one of these"
+        raise ConfigError(
+            f"targets.{name}: archive {config.targets[name].archive!r} has labeled cases of"
+            f" {', '.join(held) or 'nothing'}; modalities {asked}"
+        )
+    cases = scored_cases(plan, archive, archive)
+    training_subsets(plan, archive)
+    return Target(
+        name,
+        config.targets[name].archive,
+        tuple(archive.scans[key].modality for key in archive.cases[cases[0]].scans),
+        tuple(map(int, plan.low_budgets)),
+        tuple(plan.baselines()),
+        {case: archive.cases[case].subject for case in cases},
+        tuple(init for init in config.baselines_of(name) if init not in plan.baselines()),
+    )
+
+
+def notes_of(
+    config: MatrixConfig,
+    archives: Mapping[str, Archive],
+    cards: Mapping[str, Card],
+    targets: Sequence[Target],
+) -> list[str]:
+    """Conditions a reader of the matrix must know."""
+    notes = [
+        "Every source is pretrained with the same network, steps and batch; every init of a target is fine-tuned on the"
+        " same subsets with the same steps and seeds.",
+        f"Scored on subset '{config.subset}' of split '{config.split}'; no source that is pretrained here sees a test"
+        " subject of a target, nor a copy of one of their scans.",
+    ]
+    if config.pretrainings > 1:
+        notes.append(f"{', '.join(config.own_sources())}: pretrained {config.pretrainings} times, with seeds that"
+                     " follow one another; every draw is fine-tuned from each.")  # fmt: skip
+    for name, card in cards.items():
+        where = "an encoder file given by hand"
+        if source := config.own_sources().get(name):
+            named = [
+                f"{a} ({', '.join(m or archives[a].facts().modalities)})" for a, m in source.archives.items()
+            ]
+            where = " and ".join(named)
+        spacing = "each scan's own spacing" if card.spacing_mm is None else f"{_triple(card.spacing_mm)} mm"
+        notes.append(
+            f"{name}: {card.objective or 'unknown objective'}, {card.steps} steps at {spacing} on {where}."
+        )
+        if name in config.own_sources() and config.own_sources()[name].pretrain:
+            notes.append(
+                f"{name} is pretrained with settings of its own: {config.own_sources()[name].pretrain}."
+            )
+    for target in targets:
+        plan, archive = comparison_of(config, target.name), archives[target.archive]
+        spacing = archive.recipe.spacing_mm
+        at = "each scan's own spacing" if spacing is None else f"{_triple(spacing)} mm"
+        cases = f"{len(target.subjects)} scored cases of {'+'.join(target.modalities)}"
+        notes.append(f"Target {target.name}: {cases} in archive {target.archive} at {at}, pooled over the budgets"
+                     f" {', '.join(map(str, plan.low_budgets))} where they were fitted.")  # fmt: skip
+        entering = [n for n, card in cards.items() if card.channels_in != len(target.modalities)]
+        if entering:
+            notes.append(f"Target {target.name}: {', '.join(entering)} come from another number of channels; the first"
+                         f" layer's weights are spread over its {len(target.modalities)}, so that equal channels are"
+                         " answered as before (audit.txt of every fit).")  # fmt: skip
+        if target.beside:
+            notes.append(f"Target {target.name}: {', '.join(target.beside)} stand beside and are no measure of a gain:"
+                         " they know nothing of any pretraining.")  # fmt: skip
+    return notes
+
+
+def _triple(values: Sequence[float]) -> str:
+    return "×".join(f"{v:g}" for v in values)

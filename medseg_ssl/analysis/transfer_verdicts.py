@@ -1,0 +1,132 @@
+"""What a transfer benchmark says in plain words; what is not significant is said to be so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from medseg_ssl.analysis.transfer import JUDGED, is_found
+
+ONE_PRETRAINING = "One pretraining per source: differences between pretrainings are not in the intervals."
+
+
+def transfer_verdicts(summary: Mapping[str, Any]) -> list[str]:
+    """What can be said in plain words; what is not significant is said to be so."""
+    lines = (
+        [_cells_verdict(summary["cells"])] if summary["cells"] else ["No cell of the matrix is finished yet."]
+    )
+    for item in summary["controls"]:
+        what = (
+            f"{item['target']}: {item['control']} ({_names(item['first'])} against {_names(item['second'])})"
+        )
+        lines.append(_line(what, item, "helps more", "helps less"))
+    for item in summary["asymmetry"]:
+        there, back = (" → ".join(item[way]) for way in ("there", "back"))
+        lines.append(
+            _line(f"{there} minus {back}, difference of the gains", item, "gains more", "gains less")
+        )
+    for union, target in dict.fromkeys((i["union"], i["target"]) for i in summary["mixed"]):
+        of_union = [i for i in summary["mixed"] if (i["union"], i["target"]) == (union, target)]
+        best = next(i for i in of_union if i["best"])
+        line = _line(f"{union} → {target} against {best['single']}, its best single source", best, "helps more",
+                     "helps less")  # fmt: skip
+        every = all(i["covers"] in JUDGED and i["low"] > 0 for i in of_union)
+        lines.append(line if not every else f"{line[:-1]}; it beats each of its single sources.")
+    for name, target in dict.fromkeys((i["beside"], i["target"]) for i in summary["beside"]):
+        lines.append(
+            _beside_verdict([i for i in summary["beside"] if (i["beside"], i["target"]) == (name, target)])
+        )
+    for item in summary.get("estimates", {}).get("ranking", ()):
+        lines.append(_ranking_verdict(item))
+    return lines + _pretraining_verdict(summary["cells"])
+
+
+def _pretraining_verdict(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whose differences between pretrainings nobody can see."""
+    times: dict[str, int] = {}
+    for cell in cells:
+        times[cell["source"]] = max(times.get(cell["source"], 1), cell["pretrainings"])
+    single = [name for name, number in times.items() if number == 1]
+    if not single:
+        return []
+    if len(single) == len(times):
+        return [ONE_PRETRAINING]
+    return [
+        f"One pretraining of {_listed(single)}: differences between its pretrainings are not in the intervals."
+    ]
+
+
+def _beside_verdict(items: Sequence[Mapping[str, Any]]) -> str:
+    """How the inits of a target do against something that no pretraining and no scratch network made."""
+    first = items[0]
+    ends = (
+        "" if math.isnan(first["own_low"])
+        else f" (95 % interval {first['own_low']:.3f} to {first['own_high']:.3f})"
+    )  # fmt: skip
+    head = f"{first['target']}: {first['beside']} alone reaches {first['own_mean']:.3f} Dice{ends} over few labels"
+    judged = [item for item in items if item["covers"] in JUDGED]
+    if not judged:
+        return f"{head}; too few draws or cases to judge others against it."
+    above = [i for i in judged if is_found(i) and i["low"] > 0]
+    below = [i for i in judged if is_found(i) and i["high"] < 0]
+    told = [
+        f"{word} {', '.join(_difference(i) for i in found) or 'none'}"
+        for word, found in (("significantly above it", above), ("below it", below))
+    ]
+    rest = [i["init"] for i in judged if i not in above and i not in below]
+    more = f"; no significant difference: {_listed(rest)}" if rest else ""
+    return f"{head}; {'; '.join(told)}{more} (Holm's correction over all inits)."
+
+
+def _difference(item: Mapping[str, Any]) -> str:
+    return f"{item['init']} ({item['mean']:+.3f}, {item['low']:+.3f} to {item['high']:+.3f})"
+
+
+def _cells_verdict(cells: Sequence[Mapping[str, Any]]) -> str:
+    def listed(test: Callable[[Mapping[str, Any]], bool]) -> str:
+        chosen = [c for c in cells if test(c)]
+        return "none" if not chosen else ", ".join(
+            f"{c['source']} → {c['target']} ({c['mean']:+.3f}, {c['low']:+.3f} to {c['high']:+.3f})" for c in chosen
+        )  # fmt: skip
+
+    judged = [c for c in cells if c["covers"] in JUDGED]
+    if not judged:
+        return f"None of {len(cells)} cells can be judged: that takes two draws and two test cases."
+    better = listed(lambda c: c in judged and c["low"] > 0 and c["p_holm"] < 0.05)
+    worse = listed(lambda c: c in judged and c["high"] < 0 and c["p_holm"] < 0.05)
+    open_ = sum(1 for c in judged if (c["low"] > 0 or c["high"] < 0) and not c["p_holm"] < 0.05)
+    return (
+        f"Against the better scratch baseline, over few labels, {len(judged)} cells, Holm's correction over all:"
+        f" gain {better}; loss {worse}; {open_} more exclude 0 only without the correction."
+    )
+
+
+def _line(what: str, item: Mapping[str, Any], more: str, less: str) -> str:
+    numbers = f"{item['mean']:+.3f} Dice"
+    if math.isnan(item["low"]) or item["covers"] not in JUDGED:
+        return f"{what}: {numbers}; too few draws or cases to judge."
+    numbers += f" (95 % interval {item['low']:+.3f} to {item['high']:+.3f})"
+    if item["low"] > 0 or item["high"] < 0:
+        corrected = item["p_holm"] < 0.05
+        word = more if item["low"] > 0 else less
+        return f"{what}: {numbers}, significantly {word}{'' if corrected else ' (not after the correction)'}."
+    return f"{what}: {numbers}, no significant difference."
+
+
+def _ranking_verdict(item: Mapping[str, Any]) -> str:
+    head = f"{item['target']}: {item['estimate']} and gain over {item['sources']} sources"
+    if item["tau"] is None or math.isnan(item["tau"]):
+        return f"{head}: no ranking."
+    tail = ""
+    if item["lowest_p"] > 0.05:
+        tail = f"; so few can give p = {item['lowest_p']:.2f} at best, so nothing is shown"
+    return f"{head}: Kendall's τ {item['tau']:+.2f} (p {item['p']:.2f}){tail}."
+
+
+def _names(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"mean of {_listed(names)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
