@@ -158,8 +158,8 @@ def notes_of(
                          f" layer's weights are spread over its {len(target.modalities)}, so that equal channels are"
                          " answered as before (audit.txt of every fit).")  # fmt: skip
         if target.beside:
-            notes.append(f"Target {target.name}: {', '.join(target.beside)} stand beside and are no measure of a gain:"
-                         " they know nothing of any pretraining.")  # fmt: skip
+            notes.append(f"Target {target.name}, beside its sources: {', '.join(target.beside)}, which no pretraining"
+                         " has made; no gain, control or asymmetry is made of it.")  # fmt: skip
     return notes
 
 

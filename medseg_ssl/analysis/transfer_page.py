@@ -21,7 +21,8 @@ GAIN_CAPTION = (
 )
 KIND_CAPTION = (
     "Kinds: same data = training scans of the target's own archive and modality; same modality, other data = its "
-    "modality from other archives alone; other modality, same archive = the target's subjects in another modality."
+    "modality from other archives alone; other modality, same archive = the target's subjects in another modality; some of the "
+    "modalities = of a target of several channels, some and not all."
 )
 MIXED_CAPTION = (
     "The best single source is chosen by these very scores, which favours it; a union that beats every single one of "
@@ -198,7 +199,7 @@ def _dice_tables(found: Transfer) -> str:
             shown = [interval_cell(r["mean"], r["ci_low"], r["ci_high"]) if r else "" for r in cells]
             rows.append([text(init), text(role), *shown])
         if budgets:
-            head = ["init", "", *(_labels(budget) for budget in budgets)]
+            head = ["init", "what it is", *(_labels(budget) for budget in budgets)]
             out += f"<h3>{text(target)}</h3>" + table(head, rows)
     return out + f'<p class="caption">{text(DICE_CAPTION)}</p>' if out else ""
 

@@ -138,15 +138,15 @@ def fill(
     check_coverage(audit, "encoder", audit.coverage, minimum_coverage)
     compute, counted_at = compute_share(encoder, {name.removeprefix("encoder.") for name in taken}, crop_size)
     audit = changed(audit, compute=compute, crop_size=counted_at)
-    own = {f"encoder.{n}": p for n, p in encoder.state_dict(keep_vars=True).items()}
+    here = {f"encoder.{n}": p for n, p in encoder.state_dict(keep_vars=True).items()}
     if decoder is not None:
         other, more = plan(path, "decoder", decoder, tensors)
         check_coverage(other, "decoder", other.coverage, minimum_coverage)
         audit, taken = joined(audit, other), taken | more
-        own |= {f"decoder.{n}": p for n, p in decoder.state_dict(keep_vars=True).items()}
+        here |= {f"decoder.{n}": p for n, p in decoder.state_dict(keep_vars=True).items()}
     with torch.no_grad():
         for name, value in taken.items():
-            own[name].copy_(value)
+            here[name].copy_(value)
     return audit
 
 
