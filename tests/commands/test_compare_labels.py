@@ -76,7 +76,7 @@ def tasks_of(config, archive=None):
         Path("out"),
         archives=(Path("a"), Path("a")),
         folds=folds,
-        encoders={planning.EncoderKey("mae"): Path("e")},
+        encoders={planning.EncoderKey("mae"): Path("e")} if "mae" in config.inits else {},
         sources={"mae": "MR"},
         target="MR",
         pretraining_steps=100,

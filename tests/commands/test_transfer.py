@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,7 +282,7 @@ def test_missing_channels_are_scored_as_the_fit_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Predictor, "load", load)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(Archive, "open", lambda path: None)
+    monkeypatch.setattr(Archive, "open", lambda path: SimpleNamespace(limited=lambda access: None))
     scored = []
     monkeypatch.setattr(missing_modalities, "evaluate_cases", lambda p, *_, **__: scored.append(p) or [])
     train = {"accelerator": "auto", "precision": "bf16"}
@@ -301,7 +302,8 @@ def test_missing_channels_are_scored_as_the_fit_was(tmp_path, monkeypatch):
 def test_missing_channels_are_counted_by_subject(tmp_path):
     """Two scans of each of three subjects: the interval is that of three."""
     dice = {"c0": 0.5, "c1": 0.5, "c2": 0.7, "c3": 0.7, "c4": 0.6, "c5": 0.6}
-    head = {"target": "t", "init": "scratch", "budget": 1, "draw": 0, "given": "CT", "class": "organ"}
+    head = {"target": "t", "init": "scratch", "budget": 1, "draw": 0, "pretraining": 0}
+    head |= {"given": "CT", "class": "organ"}
     rows = [{**head, "case": case, "dice": value} for case, value in dice.items()]
     subjects = {case: f"s{int(case[1:]) // 2}" for case in dice}
     found = {}
