@@ -116,9 +116,10 @@ def serve(folder: Path) -> None:
 def write_archive(folder: Path):
     """The volumes as ``prepare`` stores them."""
     from medseg_ssl.config import Block
-    from medseg_ssl.data.archive import Archive, Recipe
+    from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.intensity import foreground, foreground_box, statistics
     from medseg_ssl.data.manifest import CaseRow, ScanRow
+    from medseg_ssl.data.recipe import Recipe
     from medseg_ssl.data.store import write_label, write_volume
 
     path, recipe = folder / "archive", Recipe(source=Block(name="folder"))

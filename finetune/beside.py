@@ -62,7 +62,11 @@ def write_robustness(
             found = evaluation.rows(predictor, archive, cases, setting, on_case=on_case)
             write_csv(part, found, columns=robustness.CASE_COLUMNS)
         rows += read_rows(part)
-    write_csv(out / ROBUSTNESS, robustness.robustness_table(rows), columns=robustness.COLUMNS)
+    write_csv(
+        out / ROBUSTNESS,
+        robustness.robustness_table(rows, subjects=_subjects(archive, cases)),
+        columns=robustness.COLUMNS,
+    )
 
 
 def write_calibration(
@@ -84,7 +88,11 @@ def write_calibration(
     rows = calibration.case_rows(bins)
     write_csv(out / "calibration_cases.csv", rows, columns=calibration.CASE_COLUMNS)
     write_csv(out / "reliability.csv", calibration.reliability_table(bins), columns=calibration.BIN_COLUMNS)
-    write_csv(out / CALIBRATION, calibration.calibration_table(rows), columns=calibration.COLUMNS)
+    write_csv(
+        out / CALIBRATION,
+        calibration.calibration_table(rows, subjects=_subjects(archive, cases)),
+        columns=calibration.COLUMNS,
+    )
 
 
 def write_missing(
@@ -128,21 +136,34 @@ def write_forgetting(
     from medseg_ssl.evaluations.segmentation import evaluate_cases
 
     path = out / FORGETTING
+    check_forgetting(out, identity)
     if path.is_file():
-        if {str(row["earlier"]) for row in read_rows(path)} != {identity}:
-            raise ConfigError(f"{path} compares with another segmenter; choose another folder")
         return
     on_case = progress("earlier", len(cases))
     rows = evaluate_cases(before, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
-    now = read_rows(out / "cases.csv")
+    now, subjects = read_rows(out / "cases.csv"), _subjects(archive, cases)
     found = []
     for metric in ("dice", "nsd"):
         names = (change.OVER_CLASSES, *archive.classes[1:])
-        block = [change.paired_change(rows, now, name=name, metric=metric) for name in names]
+        block = [
+            change.paired_change(rows, now, name=name, metric=metric, subjects=subjects) for name in names
+        ]
         block = [row for row in block if row is not None]
         adjusted = holm([float(str(row["p"])) for row in block])
         found += [{"earlier": identity, **row, "p_holm": p} for row, p in zip(block, adjusted, strict=True)]
     write_csv(path, found, columns=("earlier", *change.COLUMNS, "p_holm"))
+
+
+def check_forgetting(out: Path, identity: str) -> None:
+    """See that ``forgetting.csv``, where there is one, compares with this earlier segmenter.
+
+    Raises:
+        ConfigError: it compares with another one.
+        UserError: it cannot be read.
+    """
+    path = out / FORGETTING
+    if path.is_file() and {str(row["earlier"]) for row in read_rows(path)} != {identity}:
+        raise ConfigError(f"{path} compares with another segmenter; choose another folder")
 
 
 def write_subgroups(out: Path, archive: Archive, cases: Sequence[str], *, by: Sequence[str]) -> None:
@@ -152,11 +173,15 @@ def write_subgroups(out: Path, archive: Archive, cases: Sequence[str], *, by: Se
     if not missing:
         return
     scores = read_rows(out / "cases.csv")
-    subjects = {case: archive.cases[case].subject for case in cases}
+    subjects = _subjects(archive, cases)
     for column in missing:
         groups = subgroups.groups_of(column_of(archive, cases, column))
         done += subgroups.subgroup_rows(scores, by=column, groups=groups, subjects=subjects)
     write_csv(out / SUBGROUPS, done, columns=subgroups.COLUMNS)
+
+
+def _subjects(archive: Archive, cases: Sequence[str]) -> dict[str, str]:
+    return {case: archive.cases[case].subject for case in cases}
 
 
 def column_of(archive: Archive, cases: Sequence[str], column: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ continues an interrupted comparison; finished fits are not repeated.
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from medseg_ssl.analysis.tables import write_json
 from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import ConfigError, UserError, override, parse, read_yaml
+from medseg_ssl.data.protected import Protected
 from medseg_ssl.train.run_folder import RunFolder, hash_file, hash_names
 
 from . import labeling, planning
@@ -24,12 +26,15 @@ from .crew import Crew, failure_of, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
 from .flags import add_flags, check_workers, read_named, show
 from .inits import SCRATCH_LONG
-from .mirror import send_comparison
+from .mirror import send_left, send_once
 from .notes import notes_of
 from .planning import EncoderKey
+from .seen import check_seen, scored_sides
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
+
+logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
 BUDGETS = "budgets.json"
@@ -76,7 +81,7 @@ def compare(
         UserError: fits failed; what finished is in the tables all the same.
     """
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.budget_file import read_budgets, write_budgets
+    from medseg_ssl.data.budget_file import difference, read_budgets, write_budgets
 
     given = planning.given_encoders(config, encoders or {})
     hashes = {key.label: hash_file(path) for key, path in given.items() if key.fold == 0}
@@ -84,12 +89,13 @@ def compare(
         raise ConfigError("folds score the cases of the archive itself; leave out --test-archive or folds")
     opened = Archive.open(archive).limited(config.access())
     test = opened if test_archive is None else Archive.open(test_archive).limited(config.access())
-    _check_seen(config, {key.label: _card(path) for key, path in given.items()}, opened)
+    _check_seen(config, {key.label: _card(path) for key, path in given.items()}, test)
     reused = None if budgets is None else read_budgets(budgets)
     splits = labeling.splits_of(config, opened, given=reused)
     counted, shares = labeling.numbered(config, opened, splits)
     folds = labeling.folds_of(counted, opened, test, given=reused)
     cases = [case for fold in folds for case in fold.scored]
+    apart = "" if reused is None else difference(reused, opened)
     inputs = {
         "archive": opened.fingerprint,
         "test_archive": test.fingerprint,
@@ -97,12 +103,16 @@ def compare(
         "test_cases": hash_names(cases),
         **labeling.folds_hash(folds),
     }
+    if reused is not None and apart:
+        inputs["budgets_drawn_from"] = reused.archive
+        if not quiet:
+            logger.warning("%s", apart)
     gpus = visible_gpus(config)
     crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
     device = f"{len(gpus)} GPUs" if gpus else "cpu"
     with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device, today=_today):
         write_budgets(out / BUDGETS, labeling.budget_file(counted, opened, folds, given=reused))
-        protect = () if test_archive is None or not _held_out(test) else (test_archive,)
+        protect = () if test_archive is None else (_protected(config, test_archive, test),)
         pretrains = planning.pretrain_tasks(config, out, archive=archive, protect=protect, folds=folds)
         files = crew.pretrain(pretrain, pretrains) | given
         cards = {name: _card(files[EncoderKey(name)]) for name in config.pretrained()}
@@ -129,12 +139,14 @@ def compare(
         notes = [*notes_of(counted, tasks, folds=folds, cards=cards, archive=opened, test=test), *shares]
         if reused is not None:
             notes.append("The labeled cases are those of a file of budgets; none was drawn here.")
+        if apart:
+            notes.append(f"{apart[0].upper()}{apart[1:]}.")
         _write_plan(out, counted, tasks, notes=notes, command=command, folds=folds, test=test)
         pending = [task for task in tasks if not task.finished]
         failures = crew.fit(fit, pending, done=len(tasks) - len(pending))
         # names of artifacts hold no "@"
         artifacts = {key.label.replace("@", "-"): path for key, path in given.items() if key.fold == 0}
-        report = _conclude(out, config, failures, mirror=bool(pending), encoders=artifacts)
+        report = _conclude(out, config, failures, encoders=artifacts)
     return report
 
 
@@ -148,7 +160,6 @@ def _conclude(
     config: CompareConfig,
     failures: Sequence[tuple[FitTask, BaseException]],
     *,
-    mirror: bool,
     encoders: Mapping[str, Path],
 ) -> Path:
     try:
@@ -157,11 +168,10 @@ def _conclude(
         if failures:
             raise failure_of(failures) from None
         raise
-    if mirror and not failures:
-        tree = config.model_dump(mode="json")
-        send_comparison(out, found, wandb=config.wandb, config=tree, encoders=encoders)
     if failures:
         raise failure_of(failures)
+    tree = config.model_dump(mode="json")
+    send_once(out, found, wandb=config.wandb, config=tree, encoders=encoders)
     return out / REPORT
 
 
@@ -179,10 +189,10 @@ def _check_networks(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]
         )
 
 
-def _check_seen(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], archive: Archive) -> None:
+def _check_seen(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], scored: Archive) -> None:
     """An encoder from outside must not have seen who is scored, as far as its card tells."""
     for name, card in cards.items():
-        if archive.fingerprint not in {card["archive_fingerprint"], *(card.get("archives") or ())}:
+        if scored.fingerprint not in {card["archive_fingerprint"], *(card.get("archives") or ())}:
             continue
         if config.folds is not None:
             raise ConfigError(
@@ -194,12 +204,14 @@ def _check_seen(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], a
                 f"the encoder of {name!r} was chosen by {chosen['score']} on {chosen['subset']} subjects of this "
                 "archive, who are scored; score another subset"
             )
-        kept = [e["split"] for e in card.get("checked_against", ()) if e["archive"] == archive.fingerprint]
-        if kept and config.split not in kept:
-            raise ConfigError(
-                f"the encoder of {name!r} was pretrained with the split '{kept[0]}' of this archive, so it may have "
-                f"seen subjects whom split '{config.split}' keeps for scoring"
-            )
+        check_seen(f"the encoder of {name!r}", card, scored, split=config.split, subset=config.subset)
+
+
+def _protected(config: CompareConfig, path: Path, scored: Archive) -> Protected:
+    """Subjects of a test archive whom no pretraining may see: who is scored, and who may be another day."""
+    sides = scored_sides(scored, split=config.split, subset=config.subset)
+    kept = sides if len(sides) > 1 else ("test", "development")
+    return parse(Protected, {"archive": path, "split": config.split, "sides": kept})
 
 
 def target_of(archive: Archive, cases: Sequence[str]) -> str:
@@ -212,12 +224,6 @@ def shared_subjects(archive: Archive, cases: Sequence[str]) -> dict[str, str]:
     """Case to subject where a subject has several of the cases; nothing where each has one."""
     subjects = {case: archive.cases[case].subject for case in cases}
     return subjects if len(set(subjects.values())) < len(subjects) else {}
-
-
-def _held_out(archive: Archive) -> bool:
-    """Whether the archive keeps subjects back; one that does not is scored as a whole, and checked as such."""
-    split = archive.split()
-    return bool(split.test or split.development)
 
 
 def _card(path: Path) -> dict[str, Any]:
@@ -304,7 +310,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     given = parser().parse_intermixed_args(argv)
     if given.report_only:
-        write_comparison(given.out)
+        found = write_comparison(given.out)
+        send_left(given.out, found, encoders=read_named("encoder", given.encoder, what="FILE"))
         report = given.out / REPORT
     else:
         report = _run(given)

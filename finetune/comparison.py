@@ -16,7 +16,7 @@ from medseg_ssl.commandline import find_config
 from medseg_ssl.config import Block, ConfigError, Record, overlay, parse, read_yaml, resolved
 from medseg_ssl.data.partial import Access
 from medseg_ssl.train.run_folder import differences
-from medseg_ssl.train.session import with_defaults
+from medseg_ssl.train.session import build_evaluations, with_defaults
 from medseg_ssl.train.settings import WandbConfig
 
 from .inits import (
@@ -297,6 +297,10 @@ def resolve(config: CompareConfig) -> CompareConfig:
         raise ConfigError(
             "finetune.keep_best has no place in a comparison, where every fit takes the same steps"
         )
+    if finetune.replay is not None:
+        raise ConfigError(
+            "finetune.replay has no place in a comparison, where no fit goes on from a segmenter"
+        )
     inits = dict(config.inits)
     for name in pretrains:
         pretraining = found["pretrain", name]
@@ -378,6 +382,7 @@ def finetune_config(
     from . import run
 
     config = with_defaults(parse(run.FinetuneConfig, overlay(tree, above or {}), prefix=prefix), run.SHELVES)
+    build_evaluations(config.evaluations, of="segmenter", prefix=f"{prefix}.evaluations")
     # the decoder has its place at the top level; as a default inside the objective it could not be read back
     objective = {k: v for k, v in config.objective.model_dump(mode="json").items() if k != "decoder"}
     return config.model_copy(update={"objective": Block.model_validate(objective)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medseg_ssl.config import Block, ConfigError, UserError
+from medseg_ssl.config import Block, ConfigError, UserError, resolved
 from medseg_ssl.data.relabeling import Relabeling
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.nets.encoder_file import Card, Loaded
     from medseg_ssl.objectives.base import Objective
+    from medseg_ssl.types import TripleMm
 
     from .settings import FinetuneConfig
 
@@ -49,18 +50,21 @@ class Previous(NamedTuple):
         }
         return config.model_copy(update=blocks)
 
-    def silent(self, unstated: Collection[str]) -> tuple[str, ...]:
+    def silent(self, stated: Collection[str]) -> tuple[str, ...]:
         """Classes that nobody has ever stated: neither the segmenter's training cases nor those of now.
 
         Args:
-            unstated: classes of the archive that none of the cases to train on states.
+            stated: classes that some of the cases to train on state.
         """
-        known = {self.card.classes[i] for i in self.kept}
-        stated = {self.relabeling.classes[i] for i in self.relabeling.place} - set(unstated)
-        return tuple(name for name in self.relabeling.classes if name not in known | stated)
+        known = {*stated, *(self.card.classes[i] for i in self.kept)}
+        return tuple(name for name in self.relabeling.classes if name not in known)
 
-    def load_into(self, objective: Objective, unstated: Collection[str]) -> Any:
+    def load_into(self, objective: Objective, stated: Collection[str]) -> Any:
         """Fill the objective's networks and heads, and return the audit.
+
+        Args:
+            objective: around the segmenter's networks.
+            stated: see ``silent``.
 
         Raises:
             UserError: networks that differ.
@@ -75,7 +79,7 @@ class Previous(NamedTuple):
         assert isinstance(parts.decoder, nn.Module)
         assert isinstance(self.loaded.head, nn.ModuleList)
         audit = load_into(self.path, encoder=objective.encoder, decoder=parts.decoder, minimum_coverage=1.0)
-        silent = {self.relabeling.classes.index(name) for name in self.silent(unstated)}
+        silent = {self.relabeling.classes.index(name) for name in self.silent(stated)}
         fresh = set(range(len(self.relabeling.classes))) - set(self.kept) - silent
         inherit_heads(parts.head, self.loaded.head, fresh=sorted(fresh))
         silence(parts.head, sorted(silent))
@@ -86,25 +90,62 @@ def previous(path: Path, archive: Archive) -> Previous:
     """Read the segmenter and see that it goes with the archive.
 
     Raises:
-        ConfigError: another number of channels, other intensities, or another name of the background.
+        ConfigError: see ``check_card``; or another name of the background.
         UserError: the file holds no segmenter.
     """
     from medseg_ssl.nets import encoder_file
 
     loaded = encoder_file.build(path)
-    card = loaded.card
-    if card.kind != "segmenter":
+    if loaded.card.kind != "segmenter":
         raise UserError(f"{path.name} holds an encoder, no segmenter to continue from; give it by --encoder")
-    facts = archive.facts()
-    if card.channels_in != facts.channels:
-        raise ConfigError(
-            f"the segmenter takes {card.channels_in} channel(s), a case of the archive has {facts.channels}"
+    joined = resolved(
+        lambda: Relabeling.joined(loaded.card.classes, archive.classes),
+        lambda: check_card(loaded.card, archive),
+    )
+    return Previous(path, loaded, joined[0])
+
+
+def check_card(card: Card, archive: Archive, *, where: str = "the archive") -> None:
+    """See that the scans of an archive look to a network as those that it was trained on.
+
+    Orientation needs no look: voxels of every archive run superior, anterior, right.
+
+    Raises:
+        ConfigError: names all of: another number of channels or their order, another spacing, other intensities.
+    """
+    wrong = []
+    channels = archive.facts().channels
+    if card.channels_in != channels:
+        wrong.append(f"the segmenter takes {card.channels_in} channel(s), a case of {where} has {channels}")
+    orders = {tuple(archive.scans[s].modality for s in c.scans) for c in archive.cases.values() if c.labeled}
+    for order in sorted(orders - {card.modalities}):
+        if sorted(order) == sorted(card.modalities):
+            wrong.append(
+                f"a case of {where} has the channels {'+'.join(order)}, the segmenter's order is "
+                f"{'+'.join(card.modalities)}; prepare the archive in that order"
+            )
+    here = archive.recipe.spacing_mm
+    if not _same_spacing(here, card.spacing_mm):
+        wrong.append(
+            f"spacing_mm of {where} is {_told(here)}, the segmenter's is {_told(card.spacing_mm)} (D, H, W); prepare "
+            f"{where} with spacing_mm: {'null' if card.spacing_mm is None else list(card.spacing_mm)}"
         )
     for modality, policy in archive.intensity.items():
-        here = policy.model_dump(mode="json")
-        if card.intensity.get(modality, here) != here:
-            raise ConfigError(
-                f"the archive normalises {modality} by {here}, the segmenter knows {card.intensity[modality]};"
-                " prepare the archive with the segmenter's policy"
+        stated = policy.model_dump(mode="json")
+        if card.intensity.get(modality, stated) != stated:
+            wrong.append(
+                f"{where} normalises {modality} by {stated}, the segmenter knows {card.intensity[modality]};"
+                f" prepare {where} with the segmenter's intensity"
             )
-    return Previous(path, loaded, Relabeling.joined(card.classes, archive.classes))
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
+def _same_spacing(a: TripleMm | None, b: TripleMm | None) -> bool:
+    from medseg_ssl.inference.inputs import close_spacing
+
+    return a == b if a is None or b is None else close_spacing(a, b)
+
+
+def _told(spacing_mm: TripleMm | None) -> str:
+    return "each scan's own" if spacing_mm is None else f"{[round(side, 4) for side in spacing_mm]} mm"

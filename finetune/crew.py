@@ -17,7 +17,7 @@ from medseg_ssl.train.interrupt import Interrupted
 from medseg_ssl.train.progress import Progress
 
 from .comparison import CompareConfig
-from .fits import FitTask, PretrainTask
+from .fits import FitTask, PretrainTask, check_pretraining
 from .planning import EncoderKey
 
 OVERHEAD_STEPS = 30
@@ -48,12 +48,18 @@ class Crew:
     def pretrain(
         self, function: Callable[[PretrainTask], Path], tasks: Sequence[PretrainTask]
     ) -> dict[EncoderKey, Path]:
-        """Pretrain what is not pretrained yet; the encoder file of every task."""
+        """Pretrain what is not pretrained yet; the encoder file of every task.
+
+        Raises:
+            ConfigError: an evaluation of one of them lacks labels; nothing has begun then.
+        """
         with Progress("pretraining", quiet=self.quiet) as progress:
             files = {
                 EncoderKey(t.init, t.fold, t.pretraining): t.folder / "encoder.safetensors" for t in tasks
             }
             pending = [task for task, file in zip(tasks, files.values(), strict=True) if not file.is_file()]
+            for task in pending:
+                check_pretraining(task)
             count = len(tasks) - len(pending)
 
             def tell(index: int, _: Any) -> None:

@@ -9,6 +9,7 @@ over the classes of a case, then over cases. Beside them, where asked for, also 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,10 @@ from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
 from medseg_ssl.analysis.metrics import summarize
 from medseg_ssl.analysis.tables import claim, write_csv, write_json
 from medseg_ssl.commandline import Parser
-from medseg_ssl.config import ConfigError
+from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.train.run_folder import hash_file
+
+from .seen import check_seen
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -83,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     Raises:
         UserError: a file that is no segmenter or archive, classes that differ, or no labeled case to score.
-        ConfigError: wrong usage, or OUT holds the results of something else.
+        ConfigError: wrong usage, a segmenter that saw who is scored, a table that cannot be made, or OUT holds the
+            results of something else.
     """
     from rich.console import Console
 
@@ -95,15 +100,25 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.evaluations.segmentation import labeled_cases
     from medseg_ssl.inference.predictor import Predictor
-    from medseg_ssl.train.run_folder import hash_file
 
     from . import beside
 
     archive = Archive.open(args.archive)
-    predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision, flips=args.flips)
+    load = partial(Predictor.load, device=args.device, precision=args.precision, flips=args.flips)
+    predictor = load(args.segmenter)
     cases = labeled_cases(archive, split=args.split, subset=args.subset)
-    for column in args.by:
-        beside.column_of(archive, cases, column)  # a wrong name is told before the work
+    if args.subset != "train":
+        check_seen(
+            "the segmenter, or the encoder it began with,",
+            predictor.card.model_dump(mode="json"),
+            archive,
+            split=args.split,
+            subset=args.subset,
+        )
+    earlier, before = None, ""
+    if args.before is not None:
+        earlier, before = load(args.before), hash_file(args.before)
+    _check(args, archive, cases, predictor, earlier, before=before)
     identity = {
         "segmenter": hash_file(args.segmenter),
         "archive": archive.fingerprint,
@@ -143,21 +158,68 @@ def main(argv: Sequence[str] | None = None) -> Path:
             beside.write_calibration(*shared, progress=began)
         if args.missing_modalities:
             beside.write_missing(*shared, nsd_tolerance_mm=args.nsd_tolerance_mm, progress=began)
-        if args.before is not None:
-            how = {"device": args.device, "precision": args.precision, "flips": args.flips}
-            earlier = Predictor.load(args.before, **how)
+        if earlier is not None:
             beside.write_forgetting(
                 args.out,
                 earlier,
                 archive,
                 cases,
-                identity=hash_file(args.before),
+                identity=before,
                 nsd_tolerance_mm=args.nsd_tolerance_mm,
                 progress=began,
             )
     if args.by:
         beside.write_subgroups(args.out, archive, cases, by=args.by)
     return args.out
+
+
+def _check(
+    args: Any,
+    archive: Archive,
+    cases: Sequence[str],
+    predictor: Predictor,
+    earlier: Predictor | None,
+    *,
+    before: str,
+) -> None:
+    """Refuse every table that cannot be made, before the work and all at once.
+
+    Args:
+        args: of the command.
+        archive: with the cases.
+        cases: to score.
+        predictor: the segmenter.
+        earlier: the one it continued from, None without.
+        before: hash of that one's file.
+
+    Raises:
+        UserError: a segmenter that does not go with the archive.
+        ConfigError: a table that cannot be made of it; see ``beside``.
+    """
+    from medseg_ssl.evaluations.calibration import check_classes
+    from medseg_ssl.evaluations.missing_modalities import channel_subsets
+    from medseg_ssl.evaluations.segmentation import check_predictor
+
+    from . import beside
+
+    checks: list[Callable[[], object]] = [lambda: check_predictor(predictor, archive, cases)]
+    if earlier is not None:
+        checks.append(lambda: check_predictor(earlier, archive, cases))
+        checks.append(lambda: beside.check_forgetting(args.out, before))
+    if args.calibration:
+        checks.append(lambda: check_classes(predictor.classes, archive.classes))
+    if args.missing_modalities:
+        checks.append(lambda: channel_subsets(predictor.card.modalities))
+    checks += [partial(beside.column_of, archive, cases, column) for column in args.by]
+    wrong = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            wrong.append(error)
+    if wrong:
+        kind = ConfigError if any(error.code == ConfigError.code for error in wrong) else UserError
+        raise kind("; ".join(dict.fromkeys(map(str, wrong))))
 
 
 def _score(

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.cli import locate
-from medseg_ssl.config import Block, UserError, parse
+from medseg_ssl.config import Block, ConfigError, UserError, parse
 from medseg_ssl.data.partial import Access
+from medseg_ssl.data.protected import Protected
 
 from .mirror import group_in
 
@@ -107,7 +108,8 @@ class PretrainTask:
     """One pretraining of a comparison, picklable.
 
     Attributes:
-        protect: archives whose test subjects it must not see.
+        protect: archives whose test and development subjects it must not see (of the split that it is trained with),
+            or other lists of them.
         more: archives that are drawn from beside ``archive``.
     """
 
@@ -115,7 +117,7 @@ class PretrainTask:
     config: Mapping[str, Any]
     archive: Path
     init: str
-    protect: tuple[Path, ...] = ()
+    protect: tuple[Path | Protected, ...] = ()
     fold: int = 0
     pretraining: int = 0
     access: Access = field(default_factory=Access)
@@ -135,8 +137,8 @@ def pretrain_init(task: PretrainTask) -> Path:
     """Pretrain, or go on with what an interrupted comparison left."""
     command = importlib.import_module(locate("pretrain.run"))
     config = parse(command.PretrainConfig, task.config, prefix=f"inits.{task.init}.pretrain")
-    data = config.data.model_copy(update={"protect": task.protect})
-    config = config.model_copy(update={"data": data})
+    data = {**config.data.model_dump(), "protect": task.protect}
+    config = config.model_copy(update={"data": type(config.data).model_validate(data)})
     group = group_in(task.folder.parents[1])
     return command.run_pretrain(
         config,
@@ -147,6 +149,23 @@ def pretrain_init(task: PretrainTask) -> Path:
         quiet=True,
         group=group,
     )
+
+
+def check_pretraining(task: PretrainTask) -> None:
+    """See that the labels which evaluations of a pretraining read are there, before any pretraining begins.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not task.config.get("evaluations"):
+        return
+    command, probing = (importlib.import_module(locate(f"pretrain.{name}")) for name in ("run", "probing"))
+    config = parse(command.PretrainConfig, task.config, prefix=f"inits.{task.init}.pretrain")
+    opened = command.open_archives(config.data, [task.archive, *task.more], access=task.access)
+    try:
+        probing.check_labels(config, opened)
+    except ConfigError as error:
+        raise ConfigError(f"{task.name}: {error}") from error
 
 
 def fit_and_score(task: FitTask) -> Path:
@@ -169,7 +188,7 @@ def fit_and_score(task: FitTask) -> Path:
         if task.baseline is not None:
             rows = _score(task, _learn(task))
         else:
-            predictor = _load(task, _fit(task))
+            predictor = load_segmenter(_fit(task), train=task.config["train"], flips=task.flips)
             rows = _score(task, predictor, explained=predictor)
     except UserError:
         raise
@@ -221,17 +240,23 @@ def _learn(task: FitTask) -> Baseline:
     return learned
 
 
-def _load(task: FitTask, segmenter: Path) -> Predictor:
-    """The segmenter of a fit, as test cases are predicted with it."""
+def load_segmenter(segmenter: Path, *, train: Mapping[str, Any], flips: bool) -> Predictor:
+    """The segmenter of a fit, as all of its scores are made: on the device, in the precision, with the flips.
+
+    Args:
+        segmenter: its file.
+        train: ``train`` block of its fine-tuning.
+        flips: average over the mirrorings of training.
+    """
     import torch
 
     from medseg_ssl.inference.predictor import Predictor
 
-    wants_gpu = task.config["train"].get("accelerator", "auto") != "cpu"
+    wants_gpu = train.get("accelerator", "auto") != "cpu"
     device = "cuda" if wants_gpu and torch.cuda.is_available() else "cpu"
     # the precision of prediction is the same for every init, and fp32 on a CPU, where it costs little
-    precision = task.config["train"].get("precision", "fp32") if device == "cuda" else "fp32"
-    return Predictor.load(segmenter, device=device, precision=precision, flips=task.flips)
+    precision = train.get("precision", "fp32") if device == "cuda" else "fp32"
+    return Predictor.load(segmenter, device=device, precision=precision, flips=flips)
 
 
 def _score(

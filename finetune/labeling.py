@@ -18,6 +18,7 @@ from medseg_ssl.data.budget_file import (
     resolve_budgets,
 )
 from medseg_ssl.data.partial import Access, PartialLabel, draw_classes, draw_slices, limited_cases
+from medseg_ssl.data.strata import CLASSES, subject_strata
 
 from .comparison import Budget, CompareConfig
 
@@ -52,8 +53,22 @@ class Fold:
 
 def splits_of(config: CompareConfig, archive: Archive, *, given: BudgetFile | None = None) -> list[Split]:
     """The archive's split, or one for each fold; those of a file of budgets are cut as its own were."""
-    seed = config.seed if given is None else given.seed
-    return fold_splits(archive, split=config.split, subset=config.subset, folds=config.folds, seed=seed)
+    seed, by, modalities = config.seed, _balanced_by(config), config.modalities
+    if given is not None:
+        seed, by, modalities = given.seed, given.folds_by, given.modalities
+    return fold_splits(
+        archive,
+        split=config.split,
+        subset=config.subset,
+        folds=config.folds,
+        seed=seed,
+        by=by,
+        modalities=modalities,
+    )
+
+
+def _balanced_by(config: CompareConfig) -> str | None:
+    return None if config.stratify is None else config.stratify.by
 
 
 def is_wanted(config: CompareConfig, archive: Archive, case: CaseRow) -> bool:
@@ -122,35 +137,17 @@ def training_subsets(
     from medseg_ssl.data.budgets import nested_budgets
 
     by_subject = labeled_cases(config, archive, archive.split(config.split) if split is None else split)
-    by = None if config.stratify is None else config.stratify.by
+    by = _balanced_by(config)
     balance: dict[str, Any] = {}
-    if by == "classes":
-        balance["cover"] = {
-            subject: {name for case in cases for name in classes_shown(archive, case)}
-            for subject, cases in by_subject.items()
-        }
-    elif by is not None:
-        balance["stratify"] = {
-            subject: "+".join(
-                sorted({getattr(archive.scans[s], by) for c in cases for s in archive.cases[c].scans})
-            )
-            for subject, cases in by_subject.items()
-        }
+    if by is not None:
+        strata = subject_strata(archive, by_subject, by)
+        single = {subject: "+".join(names) for subject, names in strata.items()}
+        balance = {"cover": strata} if by == CLASSES else {"stratify": single}
     most = max(config.draws_of(init, b) for init in config.inits for b in config.budgets)
     return {
         d: nested_budgets(by_subject, config.budgets, seed=config.seed, draw=d, **balance)  # pyright: ignore[reportArgumentType]
         for d in range(most)
     }
-
-
-def classes_shown(archive: Archive, case: str) -> tuple[str, ...]:
-    """Foreground classes that a label shows and its annotator stated."""
-    import numpy as np
-
-    label_DHW, _ = archive.original_label(case)
-    known = archive.cases[case].known_classes or (True,) * len(archive.classes)
-    there = np.bincount(label_DHW.reshape(-1), minlength=256) > 0
-    return tuple(name for k, name in enumerate(archive.classes) if k and there[k] and known[k])
 
 
 def partial_labels(
@@ -315,6 +312,8 @@ def _from_file(config: CompareConfig, archive: Archive, given: BudgetFile) -> li
     stated = {"split": (given.split, config.split), "folds": (given.folds, config.folds)}
     if config.folds is not None:
         stated["subset"] = (given.subset, config.subset)
+    if given.balanced_folds:
+        stated["modalities"] = (list(given.modalities), list(config.modalities))
     if config.stratify is not None:
         stated["stratify"] = (given.stratify, config.stratify.by)
     if config.labels is not None:
@@ -349,12 +348,16 @@ def budget_file(config: CompareConfig, archive: Archive, folds: Sequence[Fold], 
         "split": config.split,
         "subset": config.subset,
         "seed": config.seed,
-        "stratify": None if config.stratify is None else config.stratify.by,
+        "stratify": _balanced_by(config),
+        "balanced_folds": config.folds is not None and config.stratify is not None,
+        "modalities": config.modalities,
         "labels": None if config.labels is None else config.labels.model_dump(mode="json"),
         "folds": config.folds,
     }
     if given is not None:
-        settings |= {key: getattr(given, key) for key in ("seed", "stratify", "labels")}
+        settings |= {
+            key: getattr(given, key) for key in ("seed", "stratify", "labels", "balanced_folds", "modalities")
+        }
     return describe(archive, [fold.budgets for fold in folds], settings=settings)
 
 

@@ -19,7 +19,7 @@ from medseg_ssl.config import Block
 from medseg_ssl.data.partial import Access
 
 from .comparison import CompareConfig, finetune_config
-from .fits import FitTask, fit_and_score, remove_bulky
+from .fits import FitTask, fit_and_score, load_segmenter, remove_bulky
 from .labeling import is_wanted
 from .planning import fit_folder
 
@@ -134,7 +134,19 @@ def compare_features(task: FeatureTask) -> Path:
 
 @dataclass(frozen=True)
 class MissingTask:
-    """A kept segmenter, to be scored with every subset of its channels."""
+    """A kept segmenter, to be scored with every subset of its channels as its fit scored it with all of them.
+
+    Attributes:
+        file: what is written.
+        target: its name.
+        archive: of the target.
+        segmenter: the kept file.
+        cases: to score.
+        init: with budget and draw, which fit it is of.
+        nsd_tolerance_mm: of the metric.
+        train: ``train`` block of its fine-tuning, which names device and precision.
+        flips: average over the mirrorings of training.
+    """
 
     file: Path
     target: str
@@ -145,6 +157,8 @@ class MissingTask:
     budget: int
     draw: int
     nsd_tolerance_mm: float
+    train: Mapping[str, Any]
+    flips: bool
     pretraining: int = 0
 
     @property
@@ -158,11 +172,10 @@ def score_missing(task: MissingTask) -> Path:
     """Write the scores of a segmenter for every non-empty subset of its channels."""
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.evaluations.missing_modalities import missing_rows
-    from medseg_ssl.inference.predictor import Predictor
 
     if task.file.is_file():
         return task.file
-    predictor = Predictor.load(task.segmenter)
+    predictor = load_segmenter(task.segmenter, train=task.train, flips=task.flips)
     archive = Archive.open(task.archive).limited(Access(channels=predictor.card.modalities))
     rows = missing_rows(predictor, archive, task.cases, nsd_tolerance_mm=task.nsd_tolerance_mm)
     head = {key: getattr(task, key) for key in ("target", "init", "budget", "draw", "pretraining")}

@@ -6,6 +6,10 @@ Scores, means and weights go there; pictures of scans stay in the local report.
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +18,18 @@ import yaml
 
 from medseg_ssl.analysis.figures import curve_figure
 from medseg_ssl.analysis.label_efficiency import CURVE_COLUMNS
+from medseg_ssl.analysis.tables import write_json
+from medseg_ssl.config import ConfigError, UserError
 
 if TYPE_CHECKING:
     from medseg_ssl.analysis.report import Comparison
     from medseg_ssl.train.settings import WandbConfig
 
+logger = logging.getLogger(__name__)
+
 ENCODER, BUDGETS = "encoder.safetensors", "budgets.json"
+MARK = "mirror.json"
+"""Says under which id a comparison goes to the mirror, and whether it is there."""
 DIFFERENCES = ("init", "baseline", "scope", "mean", "low", "high", "p", "p_holm", "cases", "draws")
 
 
@@ -34,6 +44,98 @@ def group_in(out: Path) -> str | None:
     return f"{task or 'runs'}-{hashlib.sha256(inputs + config).hexdigest()[:8]}"
 
 
+def sent(out: Path) -> bool:
+    """Whether a comparison is in the mirror; one without a mark was sent if an earlier version left a run of it.
+
+    Raises:
+        UserError: the mark cannot be read.
+    """
+    mark = _mark(out)
+    return bool(mark["sent"]) if mark else any(out.glob("wandb/*run-*-*"))
+
+
+def send_once(
+    out: Path,
+    found: Comparison,
+    *,
+    wandb: WandbConfig,
+    config: Mapping[str, Any],
+    encoders: Mapping[str, Path],
+) -> None:
+    """``send_comparison`` where it was not sent yet; one that was cut off is sent again, as the same run.
+
+    Where the mirror is disabled nothing is marked: the tables are written each time, and a later call sends them.
+
+    Raises:
+        UserError: the mark cannot be read or written.
+    """
+    from medseg_ssl.train.recorder import mirror_mode
+
+    what = {"wandb": wandb, "config": config, "encoders": encoders}
+    if mirror_mode(wandb) == "disabled":
+        send_comparison(out, found, **what)
+    elif not sent(out):
+        known = (_mark(out) or {"id": secrets.token_hex(4)})["id"]
+        write_json(out / MARK, {"id": known, "sent": False})
+        for half in out.glob(f"wandb/offline-run-*-{known}"):
+            shutil.rmtree(half)
+        send_comparison(out, found, **what, known_id=known)
+        write_json(out / MARK, {"id": known, "sent": True})
+
+
+def send_left(out: Path, found: Comparison, *, encoders: Mapping[str, Path]) -> None:
+    """Send a finished comparison was killed after its tables were written and before the mirror got them.
+
+    Args:
+        out: its folder.
+        found: what its fits say.
+        encoders: files that came from elsewhere, by init.
+
+    Raises:
+        ConfigError: an encoder file that is none of its inits', or another one than it was made with.
+        UserError: the folder is damaged.
+    """
+    from medseg_ssl.train.recorder import mirror_mode
+    from medseg_ssl.train.run_folder import hash_file, locked
+    from medseg_ssl.train.settings import WandbConfig
+
+    if found.finished < found.planned or sent(out):
+        return
+    try:
+        tree = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")) or {}
+        used = json.loads((out / "inputs.json").read_text(encoding="utf-8")).get("encoders") or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"the folder {out} is damaged: {error}") from error
+    wandb = WandbConfig.model_validate(tree.get("wandb") or {})
+    if mirror_mode(wandb) == "disabled":
+        return
+    missing = [name for name in used if name not in encoders]
+    if missing:
+        logger.warning(
+            "not in W&B yet: the encoder of %s goes with the curve; add --encoder %s=FILE, or run compare again",
+            missing[0],
+            missing[0],
+        )
+        return
+    for name, path in encoders.items():
+        if hash_file(path) != used.get(name):
+            raise ConfigError(f"--encoder {name}={path.name} is no file that {out} was made with")
+    with locked(out) as free:  # else a comparison is at work here, and sends it itself
+        if free:
+            send_once(out, found, wandb=wandb, config=tree, encoders=encoders)
+
+
+def _mark(out: Path) -> dict[str, Any]:
+    try:
+        return json.loads((out / MARK).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {out / MARK}: {error}; delete it to send the comparison again"
+        ) from error
+
+
 def send_comparison(
     out: Path,
     found: Comparison,
@@ -41,6 +143,7 @@ def send_comparison(
     wandb: WandbConfig,
     config: Mapping[str, Any],
     encoders: Mapping[str, Path],
+    known_id: str | None = None,
 ) -> None:
     """Write a finished comparison into the mirror; offline it waits in ``OUT/wandb`` for ``wandb sync``.
 
@@ -50,12 +153,14 @@ def send_comparison(
         wandb: how to mirror.
         config: resolved, shown beside the curve; its ``task`` names what is sent.
         encoders: files that came from elsewhere, by init; those of its own pretrainings are found in the folder.
+        known_id: of the run in the mirror; None draws one.
     """
     from medseg_ssl.train.recorder import Recorder
 
     task, curve = config["task"], found.curve
     baselines = found.summary.get("baselines", ())
     with Recorder(out, wandb=wandb, config=config, tags=("compare", task), group=group_in(out)) as recorder:
+        recorder.load_state_dict({"wandb_id": known_id})
         recorder.table("curve", CURVE_COLUMNS, [[row[c] for c in CURVE_COLUMNS] for row in curve])
         dice = [row for row in curve if row["metric"] == "dice"]
         inits = list(dict.fromkeys(row["init"] for row in dice))

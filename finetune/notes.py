@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.data.budgets import unstated_classes
 from medseg_ssl.data.partial import limited_cases
+from medseg_ssl.data.strata import CLASSES
 
 from .comparison import CompareConfig
 from .fits import FitTask
 from .inits import SCRATCH_LONG, blocks
 from .labeling import Fold
+from .seen import unchecked
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -46,7 +48,10 @@ def notes_of(
         "Steps per fit: " + ", ".join(f"{init} {n}" for init, n in steps.items()) + ".",
     ]
     if config.stratify is not None:
-        notes.append(f"The subsets are balanced by {config.stratify.by}.")
+        what = "subsets and folds" if config.folds is not None else "subsets"
+        how = " (of a scored label, which classes it shows decides its fold, and nothing else)"
+        shown = how if config.folds is not None and config.stratify.by == CLASSES else ""
+        notes.append(f"The {what} are balanced by {config.stratify.by}{shown}.")
     times = {task.init: task.pretraining + 1 for task in sorted(tasks, key=lambda task: task.pretraining)}
     for number in sorted(set(times.values()) - {1}):
         repeated = ", ".join(init for init in config.inits if times.get(init) == number)
@@ -129,13 +134,16 @@ def _card_notes(
             f"{init}: these weights were chosen among {chosen['candidates']} by {chosen['score']} on "
             f"{chosen['subset']} subjects; labels that this evaluation reads are not counted in the budgets."
         )
-    # a check against this archive looked at its test and development subjects; folds score training subjects too
-    protected = (
-        {entry["archive"] for entry in card.get("checked_against", ())} if config.folds is None else set()
-    )
-    if not own and test.fingerprint not in protected:
-        notes.append(f"{init}: whether its pretraining saw scored subjects cannot be checked here.")
+    if why := _unchecked(card, config=config, test=test):
+        notes.append(f"{init}: {why}.")
     return notes
+
+
+def _unchecked(card: Mapping[str, Any], *, config: CompareConfig, test: Archive) -> str:
+    if config.folds is None:
+        return unchecked(card, test, split=config.split, subset=config.subset)
+    # a check looked at subjects that were kept back; folds score training subjects too
+    return unchecked({**card, "checked_against": ()}, test, split=config.split, subset=config.subset)
 
 
 def _cost_notes(folds: Sequence[Fold]) -> list[str]:

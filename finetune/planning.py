@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from medseg_ssl import draws
 from medseg_ssl.config import ConfigError, overlay, parse
 from medseg_ssl.data.partial import Access
+from medseg_ssl.data.protected import Protected
 
 from .comparison import CompareConfig, finetune_config, steps_of
 from .fits import FitTask, PretrainTask
@@ -47,12 +48,12 @@ def pretrain_tasks(
     out: Path,
     *,
     archive: Path,
-    protect: tuple[Path, ...] = (),
+    protect: tuple[Protected, ...] = (),
     folds: Sequence[Fold] = (),
 ) -> list[PretrainTask]:
     """The pretrainings that are part of the run: each init's, of every fold, as often as the config says.
 
-    ``protect`` are archives whose test subjects they must not see.
+    ``protect`` are the subjects of a test archive whom they must not see.
     """
     return [
         PretrainTask(

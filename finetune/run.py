@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg_ssl import __version__
 from medseg_ssl.commandline import Parser, find_config
-from medseg_ssl.config import Block, ConfigError
+from medseg_ssl.config import Block, ConfigError, resolved
 from medseg_ssl.data.partial import Access
 from medseg_ssl.train.session import (
     Session,
+    build_evaluations,
     check_bf16_depth,
     check_crop_sizes,
+    look_first,
     read_config,
     resolve_block,
     scoring,
     with_spacing,
 )
 
+from .seen import inherited, warning
+from .segmenters import heads, make_card, predictor
 from .settings import SHELVES, FinetuneConfig, TransferConfig, complete_config
 from .training_data import loader, steps_per_epoch, subset, training_cases
 from .tuning import keeper, ship_plain, tune
 
 if TYPE_CHECKING:
-    from medseg_ssl.data.archive import Archive
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
     from medseg_ssl.types import Batch, Facts
@@ -46,7 +49,9 @@ def run_finetune(
     encoder: Path | None = None,
     cases: Sequence[str] | None = None,
     continue_from: Path | None = None,
+    replay_archive: Path | None = None,
     access: Access | None = None,
+    drawn_from: str | None = None,
     quiet: bool = False,
 ) -> Path:
     """Train a segmenter, or go on where an earlier call with the same config and inputs stopped.
@@ -59,25 +64,32 @@ def run_finetune(
         cases: labeled cases to use; None takes all of the split's train list.
         continue_from: a segmenter to go on from, in place of ``encoder``: its networks, its classes, and those of the
             archive that it lacks behind them.
+        replay_archive: holds the old cases that ``replay`` keeps; None takes them from ``archive``.
         access: splits and known parts of labels that differ from what the archive says.
+        drawn_from: fingerprint of the archive that ``cases`` were drawn from where it is another one, for the record.
         quiet: show no progress and no audit.
 
     Returns:
         ``RUN/segmenter.safetensors``.
 
     Raises:
-        ConfigError: config, encoder file and archive do not go together, or the folder holds another run.
+        ConfigError: config, encoder file and archive do not go together, an evaluation looks at something else or has
+            no such score, a training scan repeats one of a test subject, or the folder holds another run.
         UserError: a broken file, a case that may not be trained on, a loss that is not finite, a full disk.
     """
+    from medseg_ssl.analysis.tables import write_json
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.augment import prepare_batch
     from medseg_ssl.data.budgets import unstated_classes
+    from medseg_ssl.data.joining import joined
+    from medseg_ssl.data.leakage import guard, with_lists
     from medseg_ssl.nets import encoder_file
     from medseg_ssl.nets.segmenter import silence
     from medseg_ssl.train import runtime
     from medseg_ssl.train.run_folder import hash_file, hash_names, open_run
 
     from .continuing import previous
+    from .replay import RECORD, plan_replay
 
     access = access or Access()
     opened = Archive.open(archive).limited(access)
@@ -91,8 +103,15 @@ def run_finetune(
         config = grown.networks(config)
     config = with_spacing(complete_config(config, encoder), SHELVES, opened.recipe.spacing_mm)
     used = training_cases(opened, config.data.split, cases)
-    unstated = unstated_classes((opened.cases[case] for case in used), opened.classes)
     machine = runtime.start(config.train)
+    _, best, replay = resolved(
+        lambda: build_evaluations(config.evaluations, of="segmenter"),
+        lambda: (
+            None if config.keep_best is None else keeper(config.keep_best, opened, config.data.split, used)
+        ),
+        lambda: plan_replay(config, opened, used, previous=grown, old=replay_archive, world=machine.world),
+    )
+    unstated = unstated_classes((opened.cases[case] for case in used), opened.classes)
     classes = opened.classes if grown is None else grown.relabeling.classes
     objective, options = build(config, replace(opened.facts(), classes=classes))
     if objective.needs_previous and grown is None:
@@ -111,11 +130,11 @@ def run_finetune(
         # a class that is unknown in every case would be free to take over the background
         silence(heads(objective.export().head), [opened.classes.index(name) for name in unstated])
     else:
-        audit = grown.load_into(objective, unstated)
-        unstated = grown.silent(unstated)
+        stated = set(opened.classes) - set(unstated) | (set() if replay is None else replay.stated())
+        audit = grown.load_into(objective, stated)
+        unstated = grown.silent(stated)
     fresh = () if audit is None else audit.fresh
     tuned = tune(objective, config.tune, seed=config.seed, fresh=fresh)
-    best = None if config.keep_best is None else keeper(config.keep_best, opened, config.data.split, used)
     objective.begin(() if grown is None else grown.kept)
     per_epoch = steps_per_epoch(config, opened, used)
     steps = config.train.steps.steps(steps_per_epoch=per_epoch)
@@ -126,15 +145,33 @@ def run_finetune(
         world=machine.world,
         pin_memory=machine.device.type == "cuda",
     )
+
+    def stream(*, steps: int, first: int = 0, workers: int = 0) -> Iterator[Batch]:
+        new = load(steps=steps, start_step=first, workers=workers)
+        if grown is None or replay is None:
+            return iter(new)
+        rank = {"rank": machine.rank, "world": machine.world}
+        old = replay.batches(config, views, steps=steps, first=first, workers=workers, **rank)
+        return joined(map(grown.relabeling.batch, new), old)
+
     load(
         steps=1
     )  # says now, before the run folder is touched, what in the config does not go with the archive
+
+    learned_from = {opened.cases[case].subject for case in used}
+    if any(not view.labeled for view in views.values()):
+        learned_from |= set(opened.split(config.data.split).train)
+    checked = with_lists(guard(opened, learned_from, split=config.data.split), access)
+    cards = {} if encoder is None else {"the given encoder": encoder_file.load_card(encoder)}
+    cards |= {} if grown is None else {"the given segmenter": grown.loaded.card}
+    before = {name: known.model_dump(mode="json") for name, known in cards.items()}
 
     def card(steps: int = steps) -> Card:
         made = make_card(config, opened, views, used, silent=unstated, steps=steps)
         # scans of the segmenter's first archive stay readable
         known = {} if grown is None else grown.loaded.card.intensity
-        return made.model_copy(update={"classes": classes, "intensity": {**known, **made.intensity}})
+        seen = {"checked_against": (*inherited(before.values()), *checked)}
+        return made.model_copy(update={"classes": classes, "intensity": {**known, **made.intensity}, **seen})
 
     inputs = {
         "archive": opened.fingerprint[:16],
@@ -142,16 +179,41 @@ def run_finetune(
         "cases": hash_names(sorted(used)),
         **access.identity(),
     }
+    if drawn_from is not None:
+        inputs["budgets_drawn_from"] = drawn_from
     if continue_from is not None:
         inputs["continue_from"] = hash_file(continue_from)
+    if replay is not None:
+        inputs["replay"] = replay.identity()
 
     def finished(batch: Batch) -> Batch:
-        batch = batch if grown is None else grown.relabeling.batch(batch)
+        # with replay every part of a batch was told in its classes before the two were joined
+        batch = batch if grown is None or replay is not None else grown.relabeling.batch(batch)
         return prepare_batch(batch, plan=views)
+
+    look = scoring(config.evaluations, partial(predictor, card=card, machine=machine), opened)
+
+    def look_once() -> float:
+        asked = time.perf_counter()
+        begun = any((Path(run) / name).exists() for name in ("last.ckpt", SHIPS))
+        if look is not None and machine.is_main and not begun:
+            look_first(look, objective, best)
+        return time.perf_counter() - asked
+
+    anew = not Path(run).exists() or (Path(run).is_dir() and not any(Path(run).iterdir()))
+    # before a folder is made; one of something else is refused before the work
+    looked_s = look_once() if anew else 0.0
 
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
             return Path(run) / SHIPS
+        for name, known in before.items() if machine.is_main and not quiet else ():
+            if told := warning(name, known, opened, split=config.data.split):
+                logger.warning("%s", told)
+        looked_s = looked_s if anew else look_once()
+        if replay is not None and machine.is_main:
+            record = replay.record(new_cases=len(used), batch_size=config.data.batch_size)
+            write_json(Path(run) / RECORD, record)
         if audit is not None and machine.is_main:
             tell(audit, Path(run), quiet=quiet)
         if unstated and machine.is_main and not quiet:
@@ -181,13 +243,14 @@ def run_finetune(
             undecayed=tuned.undecayed,
             training=tuned.training,
             best=best,
+            looked_s=looked_s,
             prepare_batch=finished,
-            preview_batch=lambda: next(iter(load(steps=1))),
-            evaluate=scoring(config.evaluations, partial(predictor, card=card, machine=machine), opened),
+            preview_batch=lambda: next(stream(steps=1)),
+            evaluate=look,
         )
         session.fit(
             objective,
-            batches=lambda first: iter(load(steps=steps, start_step=first, workers=config.data.workers)),
+            batches=lambda first: stream(steps=steps, first=first, workers=config.data.workers),
             runtime=machine,
         )
         if machine.is_main:
@@ -265,60 +328,6 @@ def tell(audit: Any, run: Path, *, quiet: bool) -> None:
         Console(stderr=True).print(str(audit), markup=False, highlight=False)
 
 
-def heads(head: Any) -> Any:
-    """A segmenter file's list of heads, from the one that segments."""
-    from torch import nn
-
-    return head if isinstance(head, nn.ModuleList) else nn.ModuleList([head])
-
-
-def make_card(
-    config: FinetuneConfig,
-    archive: Archive,
-    views: Mapping[str, Any],
-    cases: Sequence[str],
-    *,
-    silent: tuple[str, ...],
-    steps: int,
-) -> Card:
-    """The card of the segmenter that this run ships."""
-    from medseg_ssl.nets.encoder_file import Card
-
-    assert config.encoder is not None
-    first = next(iter(views.values()))
-    scans = [archive.scans[key] for key in archive.cases[cases[0]].scans]
-    return Card(
-        kind="segmenter",
-        encoder=config.encoder.model_dump(mode="json"),
-        decoder=config.decoder.model_dump(mode="json"),
-        channels_in=len(scans),
-        classes=archive.classes,
-        silent_classes=silent,
-        spacing_mm=first.spacing_mm or archive.recipe.spacing_mm,
-        crop_size=first.size,
-        mirror_axes=first.mirror_axes,
-        intensity={name: policy.model_dump(mode="json") for name, policy in archive.intensity.items()},
-        modalities=tuple(row.modality for row in scans),
-        archive_fingerprint=archive.fingerprint,
-        code_version=__version__,
-        objective=config.objective.name,
-        steps=steps,
-    )
-
-
-def predictor(objective: Objective, *, card: Any, machine: Any) -> Any:
-    """The objective's networks as an evaluation wants them."""
-    from medseg_ssl.inference.predictor import Predictor, largest_stride
-    from medseg_ssl.nets.segmenter import Segmenter
-
-    parts, described = objective.export(), card()
-    assert parts.decoder is not None
-    segmenter = Segmenter(parts.encoder, parts.decoder, len(described.classes), supervised_levels=1)
-    segmenter.heads = heads(parts.head)
-    stride = largest_stride(parts.encoder.strides)
-    return Predictor(segmenter, described, device=str(machine.device), stride=stride)
-
-
 def main(argv: Sequence[str] | None = None) -> Path:
     """Read the arguments and fine-tune.
 
@@ -339,6 +348,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         metavar="SEGMENTER",
         help="segmenter to go on from: its networks whatever the config names, its classes and new ones behind them",
     )
+    parser.add_argument(
+        "--replay-archive",
+        type=Path,
+        metavar="ARCHIVE",
+        help="with --continue-from: holds the old cases that the config's replay keeps (default: --archive)",
+    )
     parser.add_argument("--cases", type=Path, help="budgets.json of a comparison: train on a subset it drew")
     parser.add_argument("--budget", type=int, help="with --cases: number of labeled cases")
     parser.add_argument("--draw", type=int, default=0, help="with --cases (default: %(default)s)")
@@ -346,21 +361,25 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     given = parser.parse_intermixed_args(argv)
     path = find_config(given.config, kind="finetune")
-    config = read_config(FinetuneConfig, path, given.assignments, shelves=SHELVES)
-    cases, access = None, None
+    config = read_config(FinetuneConfig, path, given.assignments, shelves=SHELVES, evaluates="segmenter")
+    cases, access, drawn_from = None, None, None
     if given.cases is None and given.budget is not None:
         raise ConfigError("--budget needs --cases, the budgets.json that holds it")
     if given.cases is not None:
         which = {"budget": given.budget, "draw": given.draw, "fold": given.fold}
-        cases, access = subset(config, given.cases, given.archive, **which)
+        cases, access, drawn_from, apart = subset(config, given.cases, given.archive, **which)
+        if apart and not given.quiet:
+            logger.warning("%s", apart)
     shipped = run_finetune(
         config,
         given.run,
         archive=given.archive,
         encoder=given.encoder,
         continue_from=given.continue_from,
+        replay_archive=given.replay_archive,
         cases=cases,
         access=access,
+        drawn_from=drawn_from,
         quiet=given.quiet,
     )
     if not given.quiet:

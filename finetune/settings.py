@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medseg_ssl.config import Block, ConfigError, Record
 from medseg_ssl.train.session import with_defaults
@@ -48,6 +48,36 @@ class TransferConfig(Record):
     minimum_coverage: float = Field(default=0.9, ge=0, le=1)
 
 
+class ReplayConfig(Record):
+    """Old labeled cases that stay in training where a segmenter goes on with others (``--continue-from``).
+
+    Attributes:
+        cases: how many: a number, or a share of those there are where it is a fraction below 1. Whole subjects are
+            drawn, from the train list alone.
+        share: share of the samples of a step that is cut from them, rounded to whole samples, one at least; the rest,
+            and what counts as an epoch, are the new cases'.
+        among: keys of the cases to draw from, such as those that the segmenter was trained on; empty draws from all
+            labeled ones that are not trained on as new.
+        split: of the archive that holds them, ``--replay-archive`` or the archive itself.
+    """
+
+    cases: int | float = Field(gt=0)
+    share: float = Field(default=0.25, gt=0, lt=1)
+    among: tuple[str, ...] = ()
+    split: str = "default"
+
+    @field_validator("cases")
+    @classmethod
+    def _number_or_share(cls, value: int | float) -> int | float:
+        if isinstance(value, bool) or (isinstance(value, float) and value >= 1):
+            raise ValueError("must be a number of cases, or a share of them above 0 and below 1")
+        return value
+
+    def samples(self, batch_size: int) -> int:
+        """Samples of a step that are cut from old cases."""
+        return max(1, round(self.share * batch_size))
+
+
 class FinetuneConfig(Record):
     """A supervised run.
 
@@ -57,6 +87,7 @@ class FinetuneConfig(Record):
         decoder: block on the shelf of decoders.
         objective: block on the shelf of objectives, one that takes a ``decoder`` (``segmentation``).
         tune: which of the encoder's parameters are trained.
+        replay: old cases that stay in training where a segmenter goes on; null keeps none.
         evaluations: name on the shelf of evaluations to its options; run on development subjects.
         keep_best: ship the weights of the best evaluation on development subjects; null ships the last.
     """
@@ -66,6 +97,7 @@ class FinetuneConfig(Record):
     decoder: Block = Block(name="unet")
     objective: Block = Block(name="segmentation")
     tune: TuneConfig = TuneConfig()
+    replay: ReplayConfig | None = None
     data: FinetuneData
     optim: OptimConfig = OptimConfig()
     train: TrainConfig

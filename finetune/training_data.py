@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from medseg_ssl.config import ConfigError, UserError
 
@@ -19,9 +19,18 @@ if TYPE_CHECKING:
 
 
 def steps_per_epoch(config: FinetuneConfig, archive: Archive, cases: Sequence[str] | None = None) -> int:
-    """Optimizer steps in which each case is drawn once on average; None counts all that may be trained on."""
+    """Optimizer steps in which each case is drawn once on average; None counts all that may be trained on.
+
+    Old cases that are kept (``replay``) do not count: a step has as many samples of the others as they leave.
+    """
     used = training_cases(archive, config.data.split, cases)
-    return max(1, round(len(used) / config.data.batch_size))
+    return max(1, round(len(used) / new_samples(config)))
+
+
+def new_samples(config: FinetuneConfig) -> int:
+    """Samples of a step that are cut from the cases of the archive: all but those of ``replay``."""
+    batch_size = config.data.batch_size
+    return batch_size if config.replay is None else max(1, batch_size - config.replay.samples(batch_size))
 
 
 def loader(
@@ -43,7 +52,7 @@ def loader(
         Loader,
         archive,
         views,
-        batch_size=config.data.batch_size,
+        batch_size=new_samples(config),
         accumulate=config.train.accumulate,
         seed=config.seed,
         subjects=sorted(subjects),
@@ -79,22 +88,39 @@ def training_cases(archive: Archive, split: str, cases: Sequence[str] | None) ->
     return sorted(cases)
 
 
+class Drawn(NamedTuple):
+    """A subset that a file of budgets names.
+
+    Attributes:
+        cases: labeled cases.
+        access: what may be known of them.
+        drawn_from: fingerprint of the archive that they were drawn from where it is another one, else None.
+        difference: of that archive, in a sentence; empty for the same one.
+    """
+
+    cases: list[str]
+    access: Access
+    drawn_from: str | None
+    difference: str
+
+
 def subset(
     config: FinetuneConfig, file: Path, archive: Path, *, budget: int | None, draw: int, fold: int
-) -> tuple[list[str], Access]:
+) -> Drawn:
     """The cases that a file of budgets names, and what may be known of them.
 
     Raises:
         ConfigError: no budget is named, or the file does not go with config and archive.
     """
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.budget_file import chosen_cases, read_budgets
+    from medseg_ssl.data.budget_file import chosen_cases, difference, read_budgets
 
     if budget is None:
         raise ConfigError("--cases needs --budget, the number of labeled cases")
     budgets = read_budgets(file)
     if budgets.split != config.data.split:
         raise ConfigError(f"{file.name} is of split '{budgets.split}', data.split is '{config.data.split}'")
-    return chosen_cases(
-        budgets, Archive.open(archive), budget=budget, draw=draw, fold=fold, where=f"the budgets {file.name}"
-    )
+    opened, where = Archive.open(archive), f"the budgets {file.name}"
+    cases, access = chosen_cases(budgets, opened, budget=budget, draw=draw, fold=fold, where=where)
+    apart = difference(budgets, opened, where=where)
+    return Drawn(cases, access, budgets.archive if apart else None, apart)

@@ -258,7 +258,9 @@ def _look_at_segmenters(
                         budget,
                         draw,
                         plan.metrics.nsd_tolerance_mm,
-                        cell.pretraining,
+                        train=plan.finetune["train"],
+                        flips=plan.metrics.flips,
+                        pretraining=cell.pretraining,
                     )
                 )
     _look(crew, looks.compare_features, alike)

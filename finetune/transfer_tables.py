@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from medseg_ssl.analysis.figures import heat_map_png
-from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS, CURVE_COLUMNS, curve_rows, tables
+from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS, CURVE_COLUMNS, curve_rows
+from medseg_ssl.analysis.scores import tables
 from medseg_ssl.analysis.similarity import rank_correlation
 from medseg_ssl.analysis.statistics import crossed_interval
 from medseg_ssl.analysis.tables import write_bytes, write_csv, write_json, write_text

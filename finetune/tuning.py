@@ -54,25 +54,27 @@ def check_choice(
     """Refuse what could not choose, or would choose by other subjects than the development ones of the split.
 
     Raises:
-        ValueError: names the key and what to write.
+        ValueError: names every key and what to write.
     """
     name = keep.score.split("/", 1)[0]
+    wrong = []
     if name not in evaluations:
-        raise ValueError(
-            f"keep_best.score {keep.score!r} needs its evaluation, such as evaluations={{{name}: {{}}}}"
+        wrong.append(
+            f"keep_best.score {keep.score!r} needs its evaluation, such as evaluations={{{name}: {{}}}}; evaluations"
+            f" has {', '.join(evaluations) or 'none'}"
         )
     if train.evaluate_every is None:
-        raise ValueError(
-            "keep_best needs train.evaluate_every, such as '10%'; null evaluates at the end alone"
-        )
-    options = evaluations[name]
+        wrong.append("keep_best needs train.evaluate_every, such as '10%'; null evaluates at the end alone")
+    options = evaluations.get(name, {})
     subset, scored = options.get("subset", "development"), options.get("split", "default")
     if subset != "development":
-        raise ValueError(
+        wrong.append(
             f"keep_best chooses by development subjects, but evaluations.{name}.subset is {subset!r}"
         )
-    if scored != split:
-        raise ValueError(f"evaluations.{name}.split is {scored!r}, but data.split is {split!r}")
+    if name in evaluations and scored != split:
+        wrong.append(f"evaluations.{name}.split is {scored!r}, but data.split is {split!r}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def keeper(keep: KeepBest, archive: Archive, split: str, cases: Sequence[str]) -> Best:

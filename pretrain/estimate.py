@@ -8,36 +8,22 @@ and its figures are carried over by the counted operations and activations.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.cli import locate
 from medseg_ssl.commandline import Parser, find_config
-from medseg_ssl.config import Block, ConfigError, UserError, override, read_yaml
-from medseg_ssl.train.session import (
-    check_bf16_depth,
-    check_crop_sizes,
-    read_config,
-    resolve_block,
-    with_spacing,
-)
+from medseg_ssl.config import Block, ConfigError, override, read_yaml
+from medseg_ssl.train.session import read_config, resolve_block, with_spacing
+
+from .counting import GIB, plan_of, size_that_fits, with_size
+from .trying import in_a_process
 
 if TYPE_CHECKING:
-    from medseg_ssl.nets.footprint import Footprint
-    from medseg_ssl.types import Batch, Triple, ViewPlan
-
-GIB = 2**30
-LIBRARIES_BYTES = 1.2 * GIB
-"""Main memory of a training process before its first network, roughly; only to choose the size of a trial."""
-SLOWEST_TRIAL_STEP_S = 40.0
+    from medseg_ssl.types import ViewPlan
 
 
 @dataclass(frozen=True)
@@ -96,14 +82,14 @@ def estimate(config: Any, *, kind: str, archive: Path | None = None, seconds: fl
         ConfigError: parts of the config do not go together.
         UserError: the trial ran out of memory.
     """
-    plan = _plan(config, kind, archive)
+    plan = plan_of(config, kind, archive)
     trial, size = config, None
     if not plan["gpu"]:
-        size = _size_that_fits(config, kind, plan)
+        size = size_that_fits(config, kind, plan)
         if size is not None:
-            trial = _with_size(config, size)
+            trial = with_size(config, size)
     job = {"config": trial.model_dump(mode="json"), "kind": kind, "archive": archive, "seconds": seconds}
-    found = _in_a_process(job)
+    found = in_a_process(job)
     full, small = plan["footprint"], found["footprint"]
     step_s, wait_s = found["step_s"], found["wait_s"]
     memory = found["memory_bytes"]
@@ -113,7 +99,7 @@ def estimate(config: Any, *, kind: str, archive: Path | None = None, seconds: fl
         memory = memory + max(0.0, working) * (full[1] / small[1] - 1)
     return Estimate(
         parameters=found["parameters"],
-        operations_per_step=3.0 * full[0] * config.data.batch_size,
+        operations_per_step=float(full[0] * config.data.batch_size),
         steps=plan["steps"],
         step_s=step_s,
         wait_share=wait_s / step_s if archive is not None else None,
@@ -130,231 +116,6 @@ def estimate(config: Any, *, kind: str, archive: Path | None = None, seconds: fl
 def _activations_bytes(config: Any, full: Sequence[int]) -> float:
     per_value = 0.5 if config.train.precision == "bf16" else 1.0
     return full[1] * per_value * config.data.batch_size / config.train.accumulate
-
-
-# -- the trial, in a process of its own --------------------------------------------------------------------------
-
-
-def _in_a_process(job: Mapping[str, Any]) -> dict[str, Any]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(_trial, dict(job)).result()
-        except BrokenProcessPool:
-            raise UserError(
-                "the trial was ended from outside, most likely for want of memory; make the crop or data.batch_size"
-                " smaller"
-            ) from None
-        except UserError:
-            raise
-        except (MemoryError, RuntimeError) as error:  # torch's out of memory, a compiler that fails
-            raise UserError(f"the trial failed: {' '.join(str(error).split())[:300]}") from error
-
-
-def _trial(job: Mapping[str, Any]) -> dict[str, Any]:
-    from medseg_ssl.data.augment import prepare_batch
-    from medseg_ssl.train import runtime
-    from medseg_ssl.train.loop import TrainPlan
-    from medseg_ssl.train.optim import build_optimizer
-    from medseg_ssl.train.trial import measure
-
-    command = import_module(locate(f"{job['kind']}.run"))
-    cls = command.PretrainConfig if job["kind"] == "pretrain" else command.FinetuneConfig
-    config = cls.model_validate(job["config"])
-    machine = runtime.start(config.train)
-    objective, views, batches = _objective(config, job["kind"], job["archive"], prefer=machine.device.type)
-    if job["kind"] == "finetune":
-        import_module(locate("finetune.tuning")).tune(objective, config.tune, seed=config.seed)
-    optimizer = build_optimizer(objective, config.optim, total_steps=10**6, steps_per_epoch=1000)
-    accumulate = config.train.accumulate
-    before, counted = runtime.peak_memory_bytes(), tuple(_footprint(objective, views))
-    measured = measure(
-        objective,
-        batches=batches,
-        plan=TrainPlan(steps=1, accumulate=accumulate, ema=config.train.ema, seed=config.seed),
-        optimizer=optimizer,
-        runtime=machine,
-        seconds=job["seconds"],
-        prepare_batch=partial(prepare_batch, plan=views),
-    )
-    parameters = {"encoder": 0, "decoder": 0, "rest": 0}
-    for name, parameter in objective.named_parameters():
-        part = name.split(".", 1)[0]
-        parameters[part if part in parameters else "rest"] += parameter.numel()
-    return {
-        **measured._asdict(),
-        "before_bytes": before,
-        "parameters": parameters,
-        "footprint": counted,
-        "device": machine.device_name,
-    }
-
-
-def _objective(
-    config: Any, kind: str, archive: Path | None, *, prefer: str
-) -> tuple[Any, ViewPlan, Callable[[int], Iterator[Batch]]]:
-    from medseg_ssl.train.trial import made_up_batches, made_up_keys, made_up_templates
-    from medseg_ssl.types import Facts
-
-    command = import_module(locate(f"{kind}.run"))
-    cls, options = resolve_block(config.objective, "objective", command.SHELVES)
-    relations = cls.relations(options)  # pyright: ignore[reportAttributeAccessIssue]
-    opened = None
-    if archive is None:
-        facts = Facts(1, ("background", "made-up"), ("CT", "MR"), relations or ("registered",))
-    else:
-        from medseg_ssl.data.archive import Archive
-
-        opened = Archive.open(archive)
-        facts = opened.facts()
-    objective, options = command.build(config, facts)
-    views: ViewPlan = type(objective).views(options)
-    if objective.takes_templates:
-        extent = max(
-            n * s for v in views.values() for n, s in zip(v.size, v.spacing_mm or (1, 1, 1), strict=True)
-        )
-        keys = made_up_keys(facts)
-        if opened is not None:
-            keys = {m: [k for k, row in opened.scans.items() if row.modality == m] for m in facts.modalities}
-        objective.use_templates(made_up_templates(keys, extent_mm=extent), seed=config.seed)
-    samples = config.data.batch_size // config.train.accumulate
-    if opened is None:
-        relation = relations[0] if relations else ""
-        return objective, views, made_up_batches(views, samples=samples, facts=facts, relation=relation)
-
-    load = partial(
-        command.loader(config, opened, views, relations=relations),
-        steps=10**6,
-        workers=config.data.workers,
-        pin_memory=prefer == "cuda",
-    )
-    return objective, views, lambda first: iter(load(start_step=first))
-
-
-# -- what is known without running ---------------------------------------------------------------------------------
-
-
-def _plan(config: Any, kind: str, archive: Path | None) -> dict[str, Any]:
-    import torch
-
-    objective, views, _ = _objective(config, kind, None, prefer="cpu")
-    check_crop_sizes(views, objective.encoder.strides)
-    gpu = torch.cuda.is_available() and config.train.accelerator != "cpu"
-    if config.train.accelerator == "gpu" and not gpu:
-        raise ConfigError(
-            "train.accelerator is 'gpu' but torch sees none; run estimate on the machine that has one"
-        )
-    if not gpu and config.train.precision == "bf16":
-        check_bf16_depth(views, objective.encoder.strides)
-    steps = None
-    length = config.train.steps
-    if length.unit == "steps":
-        steps = length.steps()
-    elif archive is not None:
-        from medseg_ssl.data.archive import Archive
-
-        command = import_module(locate(f"{kind}.run"))
-        steps = length.steps(steps_per_epoch=command.steps_per_epoch(config, Archive.open(archive)))
-    return {
-        "gpu": gpu,
-        "steps": steps,
-        "footprint": tuple(_footprint(objective, views)),
-        "weights": sum(p.numel() * 4 for p in objective.parameters()),
-        "strides": objective.encoder.strides,
-        "size": next(iter(views.values())).size,
-    }
-
-
-def _footprint(objective: Any, views: ViewPlan) -> Footprint:
-    """Of encoder and decoder over all views of one sample."""
-    from torch import nn
-
-    from medseg_ssl.nets.footprint import Footprint, footprint
-
-    parts = objective.export()
-    networks = nn.ModuleList([parts.encoder] if parts.decoder is None else [parts.encoder, parts.decoder])
-
-    def run(blank: Any, image: Any) -> Any:
-        out = blank[0](image)
-        return out if parts.decoder is None else blank[1](out)
-
-    total = Footprint(0, 0)
-    for view in views.values():
-        one = footprint(networks, view.size, channels=parts.encoder.channels_in, run=run)
-        total = Footprint(
-            total.operations + view.count * one.operations, total.saved_bytes + view.count * one.saved_bytes
-        )
-    return total
-
-
-def _size_that_fits(config: Any, kind: str, plan: Mapping[str, Any]) -> Triple | None:
-    """A smaller crop for the trial; None where the config's own will do."""
-    samples = config.data.batch_size // config.train.accumulate
-    rate = _operations_per_second(config.train.threads)
-    state = 4 * plan["weights"] + LIBRARIES_BYTES
-    free = 0.7 * _free_bytes()
-    size: Triple | None = None
-    footprint = plan["footprint"]
-    while True:
-        step_s = 3 * footprint[0] * config.data.batch_size / rate
-        memory = state + 1.5 * footprint[1] * samples
-        if step_s <= SLOWEST_TRIAL_STEP_S and memory <= free:
-            return size
-        # a map two voxels deep has wrong gradients in bfloat16 on a CPU (``check_bf16_depth``)
-        least = 3 if config.train.precision == "bf16" else 2
-        smaller = _halved(size or plan["size"], plan["strides"][-1], least=least)
-        if smaller == (size or plan["size"]):
-            break
-        try:
-            objective, views, _ = _objective(_with_size(config, smaller), kind, None, prefer="cpu")
-        except ConfigError:  # another option of the objective does not go with so small a crop
-            break
-        size, footprint = smaller, tuple(_footprint(objective, views))
-    if memory > free:
-        raise UserError(
-            f"this machine cannot try this config: even crops of {list(size or plan['size'])} need about"
-            f" {memory / GIB:.0f} GiB, and {_free_bytes() / GIB:.0f} GiB are free"
-        )
-    return size
-
-
-def _halved(size: Triple, deepest: Triple, *, least: int) -> Triple:
-    d, h, w = (min(n, max(least * s, round(n / 2 / s) * s)) for n, s in zip(size, deepest, strict=True))
-    return d, h, w
-
-
-def _with_size(config: Any, size: Triple) -> Any:
-    block = Block.model_validate({**config.objective.model_dump(mode="json"), "size": list(size)})
-    return config.model_copy(update={"objective": block})
-
-
-def _operations_per_second(threads: int | None) -> float:
-    """What this machine's convolutions reach, roughly; only to choose the size of a trial."""
-    import time
-
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    convolution = torch.nn.Conv3d(32, 32, 3, padding=1)
-    image = torch.zeros(2, 32, 24, 24, 24)
-    times = []
-    with torch.no_grad():
-        for _ in range(4):
-            began = time.perf_counter()
-            convolution(image)
-            times.append(time.perf_counter() - began)
-    torch.set_num_threads(before)
-    return 2 * 27 * 32 * 32 * image[:, 0].numel() / min(times)
-
-
-def _free_bytes() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

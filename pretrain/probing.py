@@ -7,20 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medseg_ssl.analysis.tables import write_bytes
-from medseg_ssl.config import ConfigError, Duration
+from medseg_ssl.config import ConfigError, Duration, find, shelf
+from medseg_ssl.evaluations.base import Evaluation
 from medseg_ssl.train.session import build_evaluations
 from medseg_ssl.train.settings import TrainConfig
 
 if TYPE_CHECKING:
     import torch
 
+    from medseg_ssl.data.archive import Archive
     from medseg_ssl.inference.frozen import FrozenEncoder
     from medseg_ssl.inference.inputs import Precision
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
 
-    from .run import PretrainConfig
+    from .settings import PretrainConfig
 
+EVALUATIONS = "medseg_ssl.evaluations"
 PROBES = 10
 """Evaluations of a run that does not say how often."""
 SAMPLES_BETWEEN = 1000
@@ -33,12 +36,7 @@ def with_judge(config: PretrainConfig) -> tuple[PretrainConfig, str]:
     Raises:
         ConfigError: an evaluation looks at segmenters, or ``keep_best`` names none or one that sees test subjects.
     """
-    built = build_evaluations(config.evaluations)
-    for name, evaluation in built.items():
-        if evaluation.of != "encoder":
-            raise ConfigError(
-                f"evaluations.{name} looks at a {evaluation.of}; pretraining has an encoder only"
-            )
+    built = build_evaluations(config.evaluations, of="encoder")
     if config.keep_best is None:
         return config, ""
     judge = config.keep_best.score.split("/")[0]
@@ -60,6 +58,35 @@ def with_judge(config: PretrainConfig) -> tuple[PretrainConfig, str]:
         )
     written = {name: evaluation.config.model_dump(mode="json") for name, evaluation in built.items()}
     return config.model_copy(update={"evaluations": written}), subset
+
+
+def check_labels(config: PretrainConfig, archive: Archive) -> None:
+    """See that there are labels where an evaluation reads them, before anything runs.
+
+    Several archives, or some modalities of one, are drawn from as one archive without labels (``data/mixture.py``):
+    their classes differ, and whoever labeled cases of one has not stated those of another.
+
+    Raises:
+        ConfigError: there are none; the evaluations that need none are named.
+    """
+    if any(row.labeled for row in archive.cases.values()):
+        return
+    needing = [name for name, built in build_evaluations(config.evaluations).items() if built.reads_labels]
+    if not needing:
+        return
+    known = (find(EVALUATIONS, name, Evaluation) for name in shelf(EVALUATIONS))
+    others = [
+        kind.__module__.rsplit(".", 1)[-1] for kind in known if kind.of == "encoder" and not kind.reads_labels
+    ]
+    where = (
+        f"{archive.path} has none"
+        if archive.members == (archive,)
+        else "scans that are drawn from several archives, or as some modalities of one, come without"
+    )
+    raise ConfigError(
+        f"evaluations.{needing[0]} reads labels, and {where}; look by 'medseg-ssl probe' afterwards, or take an "
+        f"evaluation that reads none: {', '.join(others)}"
+    )
 
 
 def with_interval(config: PretrainConfig, steps: int) -> TrainConfig:

@@ -3,117 +3,44 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import Field, field_validator
+from typing import TYPE_CHECKING, Any
 
 from medseg_ssl import __version__
 from medseg_ssl.commandline import Parser, find_config
-from medseg_ssl.config import Block, ConfigError, Record, UserError
+from medseg_ssl.config import ConfigError
 from medseg_ssl.data.partial import Access
 from medseg_ssl.train.session import (
     Session,
     check_bf16_depth,
     check_crop_sizes,
+    look_first,
     read_config,
     resolve_block,
     scoring,
     with_defaults,
     with_spacing,
 )
-from medseg_ssl.train.settings import KeepBest, OptimConfig, TrainConfig, WandbConfig
 
-from .probing import frozen, keep_picture, with_interval, with_judge
+from .probing import check_labels, frozen, keep_picture, with_interval, with_judge
+from .settings import SHELVES, PretrainConfig
+from .training_data import loader, open_archives, steps_per_epoch, templates, training_subjects
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.loader import Loader
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
-    from medseg_ssl.train.runtime import Runtime
-    from medseg_ssl.types import Facts, Template, ViewPlan
+    from medseg_ssl.types import Facts
 
 logger = logging.getLogger(__name__)
 
 SHIPS = "encoder.safetensors"
 LAST = "encoder_last.safetensors"
 """The last weights, beside the best ones that ship where ``keep_best`` chose others."""
-
-
-class PretrainData(Record):
-    """What is trained on.
-
-    Attributes:
-        batch_size: samples per optimizer step, over all processes and micro-batches.
-        workers: loader processes per process; 0 loads in the training process.
-        split: name of the archive's split.
-        splits: its lists that are used; never the test subjects.
-        modality_temperature: a modality with n scans is drawn with a probability like n to this power.
-        modalities: which scans of the archive are used; none named uses all. With several archives one list serves
-            all of them, or there is one list per archive, in the order of ``--archive``.
-        max_offset_mm: pairs of one frame of reference that were measured to lie further apart are left out.
-        protect: other archives, whose test and development subjects must not be among those trained on. Given on the
-            command line (``data.protect=[ARCHIVE]``), since paths stand in no YAML; the run folder keeps fingerprints.
-    """
-
-    batch_size: int = Field(ge=1)
-    workers: int = Field(default=0, ge=0)
-    split: str = "default"
-    splits: tuple[Literal["train", "development"], ...] = Field(default=("train",), min_length=1)
-    modality_temperature: float = Field(default=0.5, ge=0, le=1)
-    modalities: tuple[tuple[Literal["CT", "MR", "PT"], ...], ...] = ()
-    max_offset_mm: float | None = Field(default=None, ge=0)
-    protect: tuple[Path, ...] = Field(default=(), exclude=True)
-
-    @field_validator("modalities", mode="before")
-    @classmethod
-    def _one_list_for_all(cls, value: Any) -> Any:
-        flat = isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value)
-        return (tuple(value),) if flat else value
-
-
-class PretrainConfig(Record):
-    """A pretraining run.
-
-    Attributes:
-        seed: of the weights, the samples and every random draw.
-        encoder: block on the shelf of encoders.
-        objective: block on the shelf of objectives.
-        evaluations: name on the shelf of evaluations to its options; run on development subjects.
-        keep_best: ship the weights of the evaluated step with the best score; never judged by test subjects.
-    """
-
-    seed: int = Field(default=0, ge=0)
-    encoder: Block
-    objective: Block
-    data: PretrainData
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig
-    wandb: WandbConfig = WandbConfig()
-    evaluations: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    keep_best: KeepBest | None = None
-
-
-def _encoder_contract() -> type:
-    from medseg_ssl.nets.encoders.base import Encoder
-
-    return Encoder
-
-
-def _objective_contract() -> type:
-    from medseg_ssl.objectives.base import Objective
-
-    return Objective
-
-
-SHELVES = {
-    "encoder": ("medseg_ssl.nets.encoders", _encoder_contract),
-    "objective": ("medseg_ssl.objectives", _objective_contract),
-}
 
 
 def run_pretrain(
@@ -142,11 +69,11 @@ def run_pretrain(
 
     Raises:
         ConfigError: config and archive do not go together, a training scan repeats a protected one, an evaluation
-            cannot judge an encoder or would choose it by test subjects, or the folder holds another run.
+            cannot judge an encoder, lacks labels or would choose by test subjects, or the folder holds another run.
         UserError: a broken archive, a loss that is not finite, a full disk.
     """
     from medseg_ssl.data.augment import prepare_batch
-    from medseg_ssl.data.leakage import guard
+    from medseg_ssl.data.leakage import guard, with_lists
     from medseg_ssl.nets import encoder_file
     from medseg_ssl.train import runtime
     from medseg_ssl.train.best import Best
@@ -156,12 +83,10 @@ def run_pretrain(
     opened = open_archives(config.data, [archive, *more], access=access)
     config = with_spacing(with_defaults(config, SHELVES), SHELVES, opened.recipe.spacing_mm)
     config, judged_on = with_judge(config)
+    check_labels(config, opened)
     subjects = training_subjects(opened, config.data)
     checked = guard(opened, subjects, split=config.data.split, protect=config.data.protect)
-    lists = access.identity().get("splits")
-    if lists is not None:
-        # an encoder of a fold has seen subjects whom the archive's own split keeps back, and its card must not hide it
-        checked = ({**checked[0], "split": f"{config.data.split}, other lists {lists}"}, *checked[1:])
+    checked = with_lists(checked, access)
     machine = runtime.start(config.train)
     objective, options = build(config, opened.facts())
     views = type(objective).views(options)
@@ -187,7 +112,7 @@ def run_pretrain(
 
     inputs: dict[str, Any] = {"archive": opened.fingerprint[:16], **access.identity()}
     if config.data.protect:
-        inputs["protect"] = [entry["archive"][:16] for entry in checked[len(opened.members) :]]
+        inputs["protect"] = [protected_name(entry) for entry in checked[len(opened.members) :]]
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
         if complete:
             return Path(run) / SHIPS
@@ -195,13 +120,13 @@ def run_pretrain(
             found = templates(opened, subjects, Path(run), machine=machine, quiet=quiet)
             objective.use_templates(found, seed=config.seed)
         best = Best(config.keep_best) if config.keep_best is not None else None
+        asked = time.perf_counter()
         look_at = partial(frozen, card=card, device=machine.device, precision=config.train.precision)
         judged = partial(scoring, config.evaluations, look_at, opened)
         if machine.is_main and not (Path(run) / "last.ckpt").exists() and (look := judged()) is not None:
-            scores = look(objective, 0)  # says before hours of training what an evaluation lacks
-            if best is not None:
-                best.check(scores)
+            look_first(look, objective, best)
         machine.barrier()
+        looked_s = time.perf_counter() - asked
         session = Session(
             run=Path(run),
             config=config.model_dump(mode="json"),
@@ -219,6 +144,7 @@ def run_pretrain(
             preview_batch=lambda: next(iter(load(steps=1))),
             evaluate=judged(pictures=partial(keep_picture, Path(run))),
             best=best,
+            looked_s=looked_s,
         )
         session.fit(
             objective,
@@ -241,116 +167,12 @@ def run_pretrain(
     return Path(run) / SHIPS
 
 
-def open_archives(data: PretrainData, paths: Sequence[Path], *, access: Access | None = None) -> Archive:
-    """What is drawn from: an archive, or the wanted modalities of one or several.
-
-    Args:
-        data: names the modalities.
-        paths: of the archives.
-        access: splits that differ from what the first archive says.
-
-    Raises:
-        ConfigError: lists of modalities that do not go with the archives; see ``mix``.
-        UserError: no archive at a path.
-    """
-    from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.mixture import mix
-
-    lists = data.modalities or ((),)
-    if len(lists) not in (1, len(paths)):
-        raise ConfigError(
-            f"data.modalities has {len(lists)} lists for {len(paths)} archive(s); give one list, or one per --archive"
-        )
-    first, *more = paths
-    opened = [Archive.open(first).limited(access or Access()), *(Archive.open(path) for path in more)]
-    return mix([(one, lists[i if len(lists) > 1 else 0]) for i, one in enumerate(opened)])
-
-
-def steps_per_epoch(config: PretrainConfig, archive: Archive) -> int:
-    """Optimizer steps in which each scan of the training subjects is drawn once on average."""
-    subjects = training_subjects(archive, config.data)
-    scans = sum(row.subject in subjects for row in archive.scans.values())
-    return max(1, round(scans / config.data.batch_size))
-
-
-def loader(
-    config: PretrainConfig, archive: Archive, views: ViewPlan, *, relations: Sequence[str]
-) -> partial[Loader]:
-    """The loader of a run, but for its steps and for who reads which share."""
-    from medseg_ssl.data.loader import Loader
-
-    return partial(
-        Loader,
-        archive,
-        views,
-        batch_size=config.data.batch_size,
-        accumulate=config.train.accumulate,
-        seed=config.seed,
-        subjects=sorted(training_subjects(archive, config.data)),
-        relations=relations,
-        modality_temperature=config.data.modality_temperature,
-        max_offset_mm=config.data.max_offset_mm,
-    )
-
-
-def training_subjects(archive: Archive, data: PretrainData) -> frozenset[str]:
-    """Subjects that may be trained on.
-
-    Raises:
-        UserError: there are none, or one of them also stands in the test list.
-    """
-    split = archive.split(data.split)
-    subjects = frozenset(s for name in data.splits for s in getattr(split, name))
-    both = sorted(subjects & set(split.test))
-    if both:
-        raise UserError(
-            f"split '{data.split}' has {len(both)} subject(s) in training and test, first {both[0]}"
-        )
-    if not subjects:
-        raise UserError(f"split '{data.split}' of {archive.path} has no subjects in {', '.join(data.splits)}")
-    return subjects
-
-
-def templates(
-    archive: Archive, subjects: Collection[str], run: Path, *, machine: Runtime, quiet: bool
-) -> dict[str, Template]:
-    """A template per modality of the training scans, kept as ``RUN/template_MODALITY.npz``; the main process makes it.
-
-    A modality with a single scan has none: there is nothing to register it to.
-
-    Raises:
-        UserError: no modality has two scans with data, or the run has begun and its template is gone.
-    """
-    from medseg_ssl.data.groupwise import load_or_build
-    from medseg_ssl.train.progress import Progress
-
-    by_modality: dict[str, list[str]] = {}
-    for row in archive.scans.values():
-        if row.subject in subjects:
-            by_modality.setdefault(row.modality, []).append(row.key)
-    alone = sorted(modality for modality, keys in by_modality.items() if len(keys) < 2)
-    if len(alone) == len(by_modality):
-        raise UserError(f"a template needs two scans of a modality; there is one of {', '.join(alone)}")
-    found: dict[str, Template] = {}
-    for turn in (True, False):  # the others read what the main process wrote
-        if machine.is_main == turn:
-            for modality, keys in sorted(by_modality.items()):
-                if modality in alone:
-                    continue
-                with Progress(f"template of {len(keys)} {modality}", quiet=quiet or not turn) as progress:
-                    found[modality] = load_or_build(
-                        run / f"template_{modality}.npz",
-                        archive,
-                        keys,
-                        device=machine.device,
-                        build_missing=turn and not (run / "last.ckpt").exists(),
-                        report=progress.advance,
-                    )
-        if turn:
-            machine.barrier()
-    if alone and machine.is_main and not quiet:
-        logger.warning("one scan only of %s: it has no template and teaches nothing", ", ".join(alone))
-    return found
+def protected_name(entry: Mapping[str, Any]) -> str:
+    """A protected archive in the inputs of a run: its fingerprint, and its lists where they are not the usual ones."""
+    name = entry["archive"][:16]
+    if entry["split"] == "default" and entry["sides"] == ["test", "development"]:
+        return name
+    return f"{name} split {entry['split']}: {', '.join(entry['sides'])}"
 
 
 def build(config: PretrainConfig, facts: Facts) -> tuple[Objective, Any]:
@@ -424,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     given = parser.parse_intermixed_args(argv)
     path = find_config(given.config, kind="pretrain")
-    config = read_config(PretrainConfig, path, given.assignments, shelves=SHELVES)
+    config = read_config(PretrainConfig, path, given.assignments, shelves=SHELVES, evaluates="encoder")
     archive, *more = given.archive
     shipped = run_pretrain(config, given.run, archive=archive, more=more, quiet=given.quiet)
     if not given.quiet:

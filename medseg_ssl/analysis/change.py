@@ -1,4 +1,4 @@
-"""Scores of the same cases before and after a change, paired by case."""
+"""Scores of the same cases before and after a change, paired by case; the subject is the unit of interval and test."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from medseg_ssl.analysis.metrics import case_means
+from medseg_ssl.analysis.metrics import case_means, subject_means
 from medseg_ssl.analysis.statistics import paired_interval
 
 OVER_CLASSES = "mean over classes"
-COLUMNS = ("class", "metric", "cases", "before", "after", "difference", "ci_low", "ci_high", "p")
+COLUMNS = ("class", "metric", "subjects", "cases", "before", "after", "difference", "ci_low", "ci_high", "p")
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def paired_change(before: Rows, after: Rows, *, name: str, metric: str) -> dict[str, object] | None:
+def paired_change(
+    before: Rows, after: Rows, *, name: str, metric: str, subjects: Mapping[str, str]
+) -> dict[str, object] | None:
     """One row of ``COLUMNS``: means, the mean difference with its 95 % interval, and p of a paired t-test.
+
+    The cases of a subject are averaged first, so that several scans of one person count as one.
 
     Args:
         before: rows with ``case``, ``class`` and the metric.
         after: likewise.
         name: a class, or ``OVER_CLASSES`` for the mean over the classes of a case.
         metric: column of both.
+        subjects: case to its subject; none is named in what is returned.
 
     Returns:
         None where no case has a score in both.
@@ -35,11 +40,13 @@ def paired_change(before: Rows, after: Rows, *, name: str, metric: str) -> dict[
     both = [case for case in was if case in now]
     if not both:
         return None
-    was_N1, now_N1 = (np.array([[scores[case]] for case in both]) for scores in (was, now))
+    means = [subject_means({case: scores[case] for case in both}, subjects) for scores in (was, now)]
+    was_N1, now_N1 = (np.array([[of_subject[s]] for s in means[0]]) for of_subject in means)
     found = paired_interval(now_N1, was_N1)
     return {
         "class": name,
         "metric": metric,
+        "subjects": len(was_N1),
         "cases": len(both),
         "before": float(was_N1.mean()),
         "after": float(now_N1.mean()),

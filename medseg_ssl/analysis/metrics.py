@@ -175,6 +175,19 @@ def case_means(rows: Iterable[Mapping[str, object]], metric: str) -> dict[str, f
     return {case: sum(v) / len(v) for case, v in values.items()}
 
 
+def subject_means(of_cases: Mapping[str, float], subjects: Mapping[str, str]) -> dict[str, float]:
+    """Mean over the cases of each subject: several scans of one person are no independent evidence.
+
+    Args:
+        of_cases: case to its score.
+        subjects: case to its subject, for all of them.
+    """
+    values: dict[str, list[float]] = {}
+    for case, value in of_cases.items():
+        values.setdefault(subjects[case], []).append(value)
+    return {subject: sum(v) / len(v) for subject, v in values.items()}
+
+
 def summarize(
     rows: Sequence[Mapping[str, object]], metrics: Sequence[str] = METRICS
 ) -> dict[str, dict[str, float]]:

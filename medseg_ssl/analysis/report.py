@@ -9,18 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medseg_ssl.analysis.cases import CaseScores, case_sections
+from medseg_ssl.analysis.comparison_html import (
+    METRIC_LABELS,
+    differences_table,
+    means_table,
+    metrics_table,
+    savings_table,
+)
 from medseg_ssl.analysis.figures import curve_figure, loss_figure, series
 from medseg_ssl.analysis.page import Picture, details, figure, gallery, inline, page, section, table, text
+from medseg_ssl.analysis.scores import Row
 from medseg_ssl.analysis.viewer import Viewer, viewer_html
-
-METRIC_LABELS = {
-    "dice": "Dice",
-    "nsd": "NSD",
-    "hd95_mm": "HD95 (mm)",
-    "iou": "IoU",
-    "precision": "precision",
-    "recall": "recall",
-}
 
 MANY = 4
 """More verdicts than this are set closely."""
@@ -34,8 +33,6 @@ FAILURES_NOTE = (
     '<p class="caption">The slice with most wrong voxels; truth white, prediction in colour. Percentages: found share '
     "of the label, and what was predicted beside it as a share of the label's volume.</p>"
 )
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -238,158 +235,3 @@ def _curves(c: Comparison, prefix: str) -> str:
         "little. Two bars that overlap say little about a difference: the paired table below does.</p>"
     )
     return figure(prefix, figures) + picture + caption
-
-
-def means_table(curve: Sequence[Row], summary: Mapping[str, Any]) -> str:
-    """Mean Dice with its interval: inits by budgets, and the area."""
-    found = series(curve, "dice")
-    budgets = sorted({r["budget"] for rows in found.values() for r in rows})
-    if not budgets:
-        return ""
-    rows = []
-    for init, own in found.items():
-        at = {r["budget"]: r for r in own}
-        cells = [
-            interval_cell(at[b]["mean"], at[b]["ci_low"], at[b]["ci_high"]) if b in at else ""
-            for b in budgets
-        ]
-        about = summary.get("inits", {}).get(init, {})
-        low, high = about.get("area_ci") or (math.nan, math.nan)
-        rows.append([text(init), *cells, interval_cell(about.get("area", math.nan), low, high)])
-    sizes = [
-        max((r for rows_ in found.values() for r in rows_ if r["budget"] == b), key=lambda r: r["draws"])
-        for b in budgets
-    ]
-    head = [
-        f"{b} label{'s' if b > 1 else ''} ({s['draws']} draws)" for b, s in zip(budgets, sizes, strict=True)
-    ]
-    cases = max(s["cases"] for s in sizes)
-    note = (
-        f'<p class="caption">{cases} test cases. Area: mean Dice over log2(labels) by trapezoids, over the '
-        "budgets that every init has.</p>"
-    )
-    return table(["init", *head, "area"], rows) + note
-
-
-def differences_table(summary: Mapping[str, Any]) -> str:
-    """Paired differences per budget, pooled over the low budgets, and of the area; the tests on a click."""
-    found = list(summary.get("comparisons", ()))
-    if not found:
-        return ""
-    scopes = {c["scope"]: _scope(c) for c in found}
-    order = [s for s in scopes if s.startswith("budget")] + [s for s in scopes if not s.startswith("budget")]
-    pairs: dict[tuple[str, str], dict[str, Row]] = {}
-    for c in found:
-        pairs.setdefault((c["init"], c["baseline"]), {})[c["scope"]] = c
-    rows = [
-        [f"{text(init)} − {text(baseline)}", *(_difference_cell(own[s]) if s in own else "" for s in order)]
-        for (init, baseline), own in pairs.items()
-    ]
-    tests = [
-        [f"{text(c['init'])} − {text(c['baseline'])}", scopes[c["scope"]], f"{c['cases']} × {c['draws']}"]
-        + [_p(c[name]) for name in ("p", "p_holm", "t_p", "wilcoxon_p")]
-        for c in found
-    ]
-    told = any(not math.isnan(c.get("detectable", math.nan)) for c in found)
-    head = ["pair", "labels", "cases × draws", "p", "p (Holm)", "p, paired t", "p, Wilcoxon"]
-    note = (
-        '<p class="caption">Same cases, same draws, same seeds; 95 % intervals for new cases and new draws. Green and '
-        "red: the interval excludes zero."
-        + (
-            " Detectable: the smallest true difference that this many cases and draws would find."
-            if told
-            else ""
-        )
-        + "</p>"
-    )
-    about = (
-        '<p class="caption">p belongs to the interval: new cases and new draws. Holm corrects it within a column of '
-        "the table above, over all pairs. t and Wilcoxon test case means over draws: new cases under these very draws, "
-        "so they are smaller where draws differ much.</p>"
-    )
-    return (
-        table(["", *(scopes[s] for s in order)], rows)
-        + note
-        + details("p-values", table(head, tests) + about)
-    )
-
-
-def _scope(comparison: Row) -> str:
-    if comparison["scope"] == "area":
-        return "area"
-    budgets = comparison["budgets"]
-    if comparison["scope"] == "low budgets":
-        return "pooled " + ", ".join(map(str, budgets))
-    return _labels(budgets[0])
-
-
-def _labels(budget: int) -> str:
-    return "1 label" if budget == 1 else f"{budget} labels"
-
-
-def _difference_cell(c: Row) -> str:
-    mark = "better" if c["low"] > 0 else "worse" if c["high"] < 0 else ""
-    detectable = c.get("detectable")
-    least = (
-        "" if detectable is None or math.isnan(detectable) else f"<small>detectable {detectable:.3f}</small>"
-    )
-    return f'<span class="{mark}">{interval_cell(c["mean"], c["low"], c["high"], sign=True)}</span>{least}'
-
-
-def savings_table(summary: Mapping[str, Any], curve: Sequence[Row]) -> str:
-    """Labels saved by init and budget."""
-    budgets = sorted({r["budget"] for r in curve})
-    rows = []
-    for init, about in summary.get("inits", {}).items():
-        if about.get("savings"):
-            at = {s["budget"]: s for s in about["savings"]}
-            rows.append([text(init), *(savings_cell(at[b], budgets) if b in at else "" for b in budgets)])
-    if not rows:
-        return ""
-    note = (
-        '<p class="caption">Labels that the better scratch baseline needs for the same Dice, divided by the '
-        "labels used: 2× means half the labels. ≥: the baseline never gets there within the budgets tried, "
-        "a lower bound. ≤: the baseline is there with its fewest labels, an upper bound.</p>"
-    )
-    return table(["init", *(f"{b} label{'s' if b > 1 else ''}" for b in budgets)], rows) + note
-
-
-def savings_cell(item: Mapping[str, Any], budgets: Sequence[int]) -> str:
-    """``1.9× (1.4 to 2.6)``, with the open ends in words."""
-    sign = "≥ " if item["censored"] else "≤ " if item["at_most"] else ""
-    low, high = item["ci_low"], item["ci_high"]
-    start = f"below {budgets[0] / item['budget']:.2f}" if low is None else f"{low:.2f}"
-    end = f"above {budgets[-1] / item['budget']:.2f}" if high is None else f"{high:.2f}"
-    return f"{sign}{item['savings']:.2f}×<small>{start} to {end}<br>vs {text(item['baseline'])}</small>"
-
-
-def metrics_table(curve: Sequence[Row]) -> str:
-    """Every row of ``curve.csv``."""
-    head = ["init", "labels", "metric", "mean (95 % interval)", "cases × draws"]
-    rows = [
-        [
-            text(r["init"]),
-            str(r["budget"]),
-            text(METRIC_LABELS.get(r["metric"], r["metric"])),
-            interval_cell(r["mean"], r["ci_low"], r["ci_high"]),
-            f"{r['cases']} × {r['draws']}",
-        ]
-        for r in curve
-        if not math.isnan(r["mean"])
-    ]
-    return table(head, rows)
-
-
-def interval_cell(mean: float, low: float, high: float, *, sign: bool = False) -> str:
-    """``0.812 0.790 to 0.834`` with the interval in small print."""
-    if mean is None or math.isnan(mean):
-        return ""
-    form = "+.3f" if sign else ".3f" if abs(mean) < 10 else ".1f"
-    ends = "" if math.isnan(low) else f"<small>{low:{form}} to {high:{form}}</small>"
-    return f"{mean:{form}}{ends}"
-
-
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"

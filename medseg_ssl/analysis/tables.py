@@ -7,12 +7,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medseg_ssl.analysis.label_efficiency import format_number
 from medseg_ssl.config import ConfigError, UserError
 
 IDENTITY = "identity.json"
@@ -47,6 +47,13 @@ def write_text(path: Path, text: str) -> Path:
 def write_json(path: Path, tree: Mapping[str, Any]) -> Path:
     """Write a summary."""
     return write_text(path, json.dumps(tree, indent=2) + "\n")
+
+
+def format_number(value: Any) -> str:
+    """A cell of a CSV file: six significant digits, empty for NaN and None."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], *, columns: Sequence[str]) -> Path:

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from medseg_ssl.analysis.label_efficiency import Row, area_table, budgets_of, common, inits_of, tables
+from medseg_ssl.analysis.label_efficiency import area_table
+from medseg_ssl.analysis.scores import Row, budgets_of, common, inits_of, tables
 from medseg_ssl.analysis.statistics import EXACT, Interval, complete, crossed_interval
 
 MIN_TASKS = 4

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from medseg_ssl.analysis.label_efficiency import Row, Table, Tables, budgets_of, common, tables
 from medseg_ssl.analysis.metrics import METRICS
+from medseg_ssl.analysis.scores import Row, Table, Tables, budgets_of, common, tables
 from medseg_ssl.analysis.statistics import Interval, crossed_interval, holm
 
 MATRIX_COLUMNS = (

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from medseg_ssl.analysis.comparison_html import interval_cell
 from medseg_ssl.analysis.figures import heat_map
 from medseg_ssl.analysis.page import details, figure, inline, page, section, table, text
-from medseg_ssl.analysis.report import MANY, MAP, interval_cell
+from medseg_ssl.analysis.report import MANY, MAP
 
 Row = Mapping[str, Any]
 POOLED = "gain, few labels"

@@ -8,14 +8,26 @@ from itertools import chain, combinations
 from typing import Generic, TypeVar
 
 import numpy as np
+from pydantic import Field, NonNegativeFloat
 
 from medseg_ssl.baselines._cases import Example, Seen
 from medseg_ssl.baselines._classical import largest_piece, opened
+from medseg_ssl.baselines.base import BaselineConfig
 
 S = TypeVar("S", bound=Hashable)
 
 PartsOf = Callable[[Seen, S], tuple[np.ndarray, int]]
 """A case's part map under a setting (uint8; 1, 2, … inside the body, 0 elsewhere), and how many parts there may be."""
+
+
+class PartsConfig(BaselineConfig):
+    """How a class is cleaned once its parts are chosen.
+
+    Attributes:
+        openings_mm: radii of a morphological opening of the result that are tried, 0 for none.
+    """
+
+    openings_mm: tuple[NonNegativeFloat, ...] = Field(default=(0.0,), min_length=1)
 
 
 @dataclass(frozen=True)

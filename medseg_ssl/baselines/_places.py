@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from pydantic import PositiveInt
 
 from medseg_ssl.baselines._cases import filled_label, known_of
+from medseg_ssl.baselines.base import BaselineConfig
 from medseg_ssl.data.resample import resample
 from medseg_ssl.types import Triple
 
@@ -16,6 +18,18 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
 
 Frame = Literal["crop", "body"]
+
+
+class PlacesConfig(BaselineConfig):
+    """Relative to what labels are averaged, and how finely.
+
+    Attributes:
+        frame: the box places are relative to, the whole crop or the body's box.
+        lattice: cells (D, H, W) on which labels are averaged.
+    """
+
+    frame: Frame
+    lattice: tuple[PositiveInt, PositiveInt, PositiveInt] = (48, 48, 48)
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,13 @@ class MeanLabel:
                     shares_KDHW[value] = resample(chosen_DHW, np.eye(4), size, lattice_44, order=1)
         return cls(frame, shares_NKDHW, np.array(known))
 
-    def mean_KDHW(self, *, without: int | None = None) -> np.ndarray:
+    def mean_KDHW(self, *, without: Collection[int] = ()) -> np.ndarray:
         """Mean share of each class over the cases that state it; the background has what is left.
 
         Args:
-            without: a case that is left out.
+            without: numbers of cases that are left out.
         """
-        kept = np.arange(len(self.known_NK)) != (-1 if without is None else without)
+        kept = ~np.isin(np.arange(len(self.known_NK)), list(without))
         counts_K = self.known_NK[kept].sum(axis=0)
         mean_KDHW = self.shares_NKDHW[kept].sum(axis=0) / np.maximum(1, counts_K)[:, None, None, None]
         mean_KDHW[0] = np.maximum(0.0, 1.0 - mean_KDHW[1:].sum(axis=0))

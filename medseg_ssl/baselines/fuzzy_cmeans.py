@@ -5,19 +5,14 @@ Bezdek et al., Computers & Geosciences 10 (1984), 10.1016/0098-3004(84)90020-7. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from medseg_ssl.baselines import _parts
-from medseg_ssl.baselines._cases import Channels, Example, Seen, check_training, example, see, to_label_grid
-from medseg_ssl.baselines._classical import check_library
-from medseg_ssl.baselines.base import Baseline, BaselineConfig
-
-if TYPE_CHECKING:
-    from medseg_ssl.data.archive import Archive
+from medseg_ssl.baselines._cases import Example, Seen
+from medseg_ssl.baselines._examples import FromExamples
 
 _POINTS = 20_000
 """Voxels whose clusters are searched, evenly taken; every voxel is then assigned."""
@@ -28,26 +23,24 @@ _ENDS = (0.005, 0.995)
 """Quantiles between which the first centres are spread."""
 
 
-class FuzzyCMeans(Baseline):
+class FuzzyCMeans(FromExamples["_Learned"]):
     """Clusters of all channels inside the body, each class some of them, chosen by training Dice.
 
     The clusters of a case start at those of all training cases together, so that a number means the same tissue.
     """
 
-    class Config(BaselineConfig):
+    class Config(_parts.PartsConfig):
         """What is tried.
 
         Attributes:
             clusters: numbers of clusters.
             fuzziness: exponent m of the memberships, above 1; towards 1 it becomes k-means.
             iterations: at most so many updates of the centres.
-            openings_mm: radii of a morphological opening of the result, 0 for none.
         """
 
         clusters: tuple[int, ...] = (2, 3, 4)
         fuzziness: float = Field(default=2.0, gt=1.0, le=10.0)
         iterations: PositiveInt = 100
-        openings_mm: tuple[NonNegativeFloat, ...] = Field(default=(0.0,), min_length=1)
 
         @field_validator("clusters")
         @classmethod
@@ -58,29 +51,17 @@ class FuzzyCMeans(Baseline):
 
     config: Config
 
-    def fit(self, archive: Archive, cases: Sequence[str], *, seed: int) -> None:
-        """Choose the number of clusters and those of each class; ``seed`` decides nothing."""
-        check_library()
-        check_training(archive, cases)
-        self._policies = archive.intensity
+    def learn(self, examples: Sequence[Example]) -> _Learned:
+        """Choose the number of clusters and those of each class."""
+        learned = _Learned(self.config, self._starts(examples))
+        learned.choices = _parts.choose(
+            examples, self.config.clusters, learned.parts, openings_mm=self.config.openings_mm
+        )
+        return learned
 
-        def learn(members: list[str]) -> _Learned:
-            examples = [example(archive, case, self._policies) for case in members]
-            learned = _Learned(self.config, self._starts(examples))
-            learned.choices = _parts.choose(
-                examples, self.config.clusters, learned.parts, openings_mm=self.config.openings_mm
-            )
-            return learned
-
-        self._learned = Channels(archive, cases, learn)
-
-    def predict_cases(self, archive: Archive, cases: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield each case with its label map; clusters are each case's own."""
-        for case in cases:
-            learned = self._learned.of(archive, case)
-            seen = see(archive, case, self._policies)
-            label_DHW = _parts.predict(seen, learned.choices, learned.parts)
-            yield case, to_label_grid(archive, case, label_DHW, seen.affine_44)
+    def label(self, model: _Learned, seen: Seen) -> np.ndarray:
+        """Label map (uint8); clusters are the case's own."""
+        return _parts.predict(seen, model.choices, model.parts)
 
     def _starts(self, examples: Sequence[Example]) -> dict[int, np.ndarray]:
         """By number of clusters, the centres (K, C) of the training cases together."""

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from medseg_ssl.baselines._cases import Channels, Example, check_training, example, see, to_label_grid
-from medseg_ssl.baselines._places import Frame, MeanLabel
-from medseg_ssl.baselines.base import Baseline, BaselineConfig
+from medseg_ssl.baselines._places import Frame, MeanLabel, PlacesConfig
+from medseg_ssl.baselines.base import Baseline
 from medseg_ssl.types import UNKNOWN_LABEL
 
 if TYPE_CHECKING:
@@ -30,12 +30,10 @@ _RARE = 1e-4
 class IntensityPrior(Baseline):
     """The class with the largest product of likelihoods of intensities and frequency at the place."""
 
-    class Config(BaselineConfig):
+    class Config(PlacesConfig):
         """How likelihoods are made.
 
         Attributes:
-            frame: the box places are relative to, the whole crop or the body's box.
-            lattice: cells (D, H, W) on which labels are averaged.
             blur: of the mean label, in shares of the box.
             bins: of the histograms.
             bin_blur: of the histograms, in bins.
@@ -43,7 +41,6 @@ class IntensityPrior(Baseline):
         """
 
         frame: Frame = "body"
-        lattice: tuple[PositiveInt, PositiveInt, PositiveInt] = (48, 48, 48)
         blur: float = Field(default=0.04, ge=0.0, le=0.5)
         bins: int = Field(default=64, ge=4, le=1024)
         bin_blur: float = Field(default=1.5, ge=0.0)

@@ -6,35 +6,32 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
 from medseg_ssl.baselines._cases import check_training, dice, label_of, to_label_grid
-from medseg_ssl.baselines._places import Frame, MeanLabel
-from medseg_ssl.baselines.base import Baseline, BaselineConfig
+from medseg_ssl.baselines._places import Frame, MeanLabel, PlacesConfig
+from medseg_ssl.baselines.base import Baseline
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
 
 
 class PositionPrior(Baseline):
-    """Labels averaged in coordinates relative to a box, cut at the share that fits held-out training cases best.
+    """Labels averaged in coordinates relative to a box, cut at the share that fits held-out training subjects best.
 
     No voxel of a scan is read. With ``frame: crop`` a crop's shape is all that enters; ``body`` takes the box of the
     body, which ``prepare`` found in the image.
     """
 
-    class Config(BaselineConfig):
+    class Config(PlacesConfig):
         """How labels are averaged.
 
         Attributes:
-            frame: the box places are relative to, the whole crop or the body's box.
-            lattice: cells (D, H, W) on which labels are averaged.
             shares: sums of the classes' mean shares from which a voxel is no background; the one with the best Dice,
-                each training case left out in turn, is taken, 0.5 where there is one case alone.
+                the cases of each training subject left out in turn, is taken, 0.5 where there is one subject alone.
         """
 
         frame: Frame = "crop"
-        lattice: tuple[PositiveInt, PositiveInt, PositiveInt] = (48, 48, 48)
         shares: tuple[float, ...] = Field(default=(0.2, 0.3, 0.4, 0.5, 0.6), min_length=1)
 
         @field_validator("shares")
@@ -51,7 +48,7 @@ class PositionPrior(Baseline):
         check_training(archive, cases)
         labels = MeanLabel.of(archive, cases, frame=self.config.frame, size=self.config.lattice)
         self._labels, self._mean_KDHW = labels, labels.mean_KDHW()
-        self._share = 0.5 if len(cases) == 1 else self._best_share(archive, cases)
+        self._share = self._best_share(archive, cases)
 
     def predict_cases(self, archive: Archive, cases: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Yield each case with its label map."""
@@ -61,22 +58,32 @@ class PositionPrior(Baseline):
             yield case, to_label_grid(archive, case, cut(shares_KDHW, self._share), affine_44)
 
     def _best_share(self, archive: Archive, cases: Sequence[str]) -> float:
-        scores = np.full((len(self.config.shares), len(cases)), np.nan)
+        of_subject: dict[str, list[int]] = {}
         for n, case in enumerate(cases):
-            shares_KDHW = self._labels.at(self._labels.mean_KDHW(without=n), archive, case)
-            label_DHW, known_K = label_of(archive, case), self._labels.known_NK[n]
-            for s, share in enumerate(self.config.shares):
-                found_DHW = cut(shares_KDHW, share)
-                of_classes = [
-                    dice(found_DHW == value, label_DHW, value)
-                    for value in np.flatnonzero(known_K).tolist()
-                    if value
-                ]
-                stated = [score for score in of_classes if not np.isnan(score)]
-                if stated:
-                    scores[s, n] = np.mean(stated)
-        stated = ~np.isnan(scores).any(axis=0)
-        return self.config.shares[int(scores[:, stated].mean(axis=1).argmax())] if stated.any() else 0.5
+            of_subject.setdefault(archive.cases[case].subject, []).append(n)
+        if len(of_subject) == 1:
+            return 0.5
+        subjects = []
+        for own in of_subject.values():
+            mean_KDHW = self._labels.mean_KDHW(without=own)
+            scores = [
+                self._scores(archive, cases[n], self._labels.at(mean_KDHW, archive, cases[n]), n) for n in own
+            ]
+            stated = [found for found in scores if not np.isnan(found).any()]
+            if stated:
+                subjects.append(np.mean(stated, axis=0))
+        return self.config.shares[int(np.mean(subjects, axis=0).argmax())] if subjects else 0.5
+
+    def _scores(self, archive: Archive, case: str, shares_KDHW: np.ndarray, number: int) -> np.ndarray:
+        """Mean Dice of the stated classes of a case at every share to cut at; NaN where none has any."""
+        label_DHW, known_K = label_of(archive, case), self._labels.known_NK[number]
+        found = []
+        for share in self.config.shares:
+            cut_DHW = cut(shares_KDHW, share)
+            of_classes = [dice(cut_DHW == v, label_DHW, v) for v in np.flatnonzero(known_K).tolist() if v]
+            stated = [score for score in of_classes if not np.isnan(score)]
+            found.append(np.mean(stated) if stated else np.nan)
+        return np.array(found)
 
 
 def cut(shares_KDHW: np.ndarray, share: float) -> np.ndarray:

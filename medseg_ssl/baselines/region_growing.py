@@ -6,30 +6,19 @@ the mean place of the class in the labeled cases, where the intensity is most li
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator
 from scipy.ndimage import gaussian_filter
 
-from medseg_ssl.baselines._cases import (
-    Channels,
-    Example,
-    Seen,
-    check_training,
-    dice,
-    example,
-    see,
-    to_label_grid,
-)
-from medseg_ssl.baselines._classical import check_library, flood
+from medseg_ssl.baselines._cases import Example, Seen, dice
+from medseg_ssl.baselines._classical import flood
+from medseg_ssl.baselines._examples import FromExamples
 from medseg_ssl.baselines._places import Box
-from medseg_ssl.baselines.base import Baseline, BaselineConfig
+from medseg_ssl.baselines.base import BaselineConfig
 from medseg_ssl.data.intensity import foreground_box
-
-if TYPE_CHECKING:
-    from medseg_ssl.data.archive import Archive
 
 
 class _Place(NamedTuple):
@@ -59,7 +48,10 @@ class _Rule(NamedTuple):
     dice: float
 
 
-class RegionGrowing(Baseline):
+_Rules = dict[int, tuple[_Place, _Rule]]
+
+
+class RegionGrowing(FromExamples[_Rules]):
     """A region per class; channel, interval and reach are those with the best training Dice."""
 
     class Config(BaselineConfig):
@@ -86,34 +78,23 @@ class RegionGrowing(Baseline):
 
     config: Config
 
-    def fit(self, archive: Archive, cases: Sequence[str], *, seed: int) -> None:
-        """Learn places and choose the rule of each class; ``seed`` decides nothing."""
-        check_library()
-        check_training(archive, cases)
-        self._policies = archive.intensity
+    def learn(self, examples: Sequence[Example]) -> _Rules:
+        """Learn places and choose the rule of each class."""
+        found = {}
+        for value in range(1, len(examples[0].known)):
+            showing = [e for e in examples if e.known[value] and (e.label_DHW == value).any()]
+            rule = self._learn(value, showing) if showing else None
+            if rule is not None:
+                found[value] = rule
+        return found
 
-        def learn(members: list[str]) -> dict[int, tuple[_Place, _Rule]]:
-            examples = [example(archive, case, self._policies) for case in members]
-            found = {}
-            for value in range(1, len(archive.classes)):
-                showing = [e for e in examples if e.known[value] and (e.label_DHW == value).any()]
-                rule = self._learn(value, showing) if showing else None
-                if rule is not None:
-                    found[value] = rule
-            return found
-
-        self._rules = Channels(archive, cases, learn)
-
-    def predict_cases(self, archive: Archive, cases: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield each case with its label map; where regions meet, the better class in training has the voxel."""
-        for case in cases:
-            rules = self._rules.of(archive, case)
-            seen = see(archive, case, self._policies)
-            smooth = {rule.channel: self._smooth(seen, rule.channel) for _, rule in rules.values()}
-            label_DHW = np.zeros(seen.body_DHW.shape, np.uint8)
-            for value, (place, rule) in sorted(rules.items(), key=lambda item: item[1][1].dice):
-                label_DHW[self._grown(seen, smooth[rule.channel], place, rule)] = value
-            yield case, to_label_grid(archive, case, label_DHW, seen.affine_44)
+    def label(self, model: _Rules, seen: Seen) -> np.ndarray:
+        """Label map (uint8); where regions meet, the better class in training has the voxel."""
+        smooth = {rule.channel: self._smooth(seen, rule.channel) for _, rule in model.values()}
+        label_DHW = np.zeros(seen.body_DHW.shape, np.uint8)
+        for value, (place, rule) in sorted(model.items(), key=lambda item: item[1][1].dice):
+            label_DHW[self._grown(seen, smooth[rule.channel], place, rule)] = value
+        return label_DHW
 
     def _learn(self, value: int, examples: Sequence[Example]) -> tuple[_Place, _Rule] | None:
         """None where no rule finds any voxel of the class."""

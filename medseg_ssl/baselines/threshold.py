@@ -5,38 +5,33 @@ Otsu, IEEE Trans. SMC 9 (1979), 10.1109/TSMC.1979.4310076; several levels: Liao 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, field_validator
+from pydantic import Field, field_validator
 
 from medseg_ssl.baselines import _parts
-from medseg_ssl.baselines._cases import Channels, Seen, check_training, example, see, to_label_grid
-from medseg_ssl.baselines._classical import check_library, otsu_thresholds
-from medseg_ssl.baselines.base import Baseline, BaselineConfig
-
-if TYPE_CHECKING:
-    from medseg_ssl.data.archive import Archive
+from medseg_ssl.baselines._cases import Example, Seen
+from medseg_ssl.baselines._classical import otsu_thresholds
+from medseg_ssl.baselines._examples import FromExamples
 
 _Setting = tuple[int, int]
 """Channel and number of levels."""
+_Choices = dict[int, _parts.Choice[_Setting]]
 
 
-class Threshold(Baseline):
+class Threshold(FromExamples[_Choices]):
     """Levels of one channel inside the body, each class some of them; everything is chosen by training Dice."""
 
-    class Config(BaselineConfig):
+    class Config(_parts.PartsConfig):
         """What is tried.
 
         Attributes:
             levels: numbers of levels a channel is parted into; 2 is Otsu's threshold.
-            openings_mm: radii of a morphological opening of the result, 0 for none.
             bins: of the histogram.
         """
 
         levels: tuple[int, ...] = (2, 3, 4)
-        openings_mm: tuple[NonNegativeFloat, ...] = Field(default=(0.0,), min_length=1)
         bins: int = Field(default=128, ge=16, le=1024)
 
         @field_validator("levels")
@@ -48,27 +43,15 @@ class Threshold(Baseline):
 
     config: Config
 
-    def fit(self, archive: Archive, cases: Sequence[str], *, seed: int) -> None:
-        """Choose channel, number of levels, levels of each class and cleaning; ``seed`` decides nothing."""
-        check_library()
-        check_training(archive, cases)
-        self._policies = archive.intensity
+    def learn(self, examples: Sequence[Example]) -> _Choices:
+        """Choose channel, number of levels, levels of each class and cleaning."""
+        channels = range(len(examples[0].seen.image_CDHW))
+        settings = [(channel, levels) for channel in channels for levels in self.config.levels]
+        return _parts.choose(examples, settings, self._levels, openings_mm=self.config.openings_mm)
 
-        def learn(members: list[str]) -> dict[int, _parts.Choice[_Setting]]:
-            examples = [example(archive, case, self._policies) for case in members]
-            channels = range(len(examples[0].seen.image_CDHW))
-            settings = [(channel, levels) for channel in channels for levels in self.config.levels]
-            return _parts.choose(examples, settings, self._levels, openings_mm=self.config.openings_mm)
-
-        self._choices = Channels(archive, cases, learn)
-
-    def predict_cases(self, archive: Archive, cases: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield each case with its label map; thresholds are each case's own."""
-        for case in cases:
-            choices = self._choices.of(archive, case)
-            seen = see(archive, case, self._policies)
-            label_DHW = _parts.predict(seen, choices, self._levels)
-            yield case, to_label_grid(archive, case, label_DHW, seen.affine_44)
+    def label(self, model: _Choices, seen: Seen) -> np.ndarray:
+        """Label map (uint8); thresholds are the case's own."""
+        return _parts.predict(seen, model, self._levels)
 
     def _levels(self, seen: Seen, setting: _Setting) -> tuple[np.ndarray, int]:
         channel, levels = setting

@@ -17,129 +17,28 @@ processes); the rows are committed at the end by one ``ArchiveWriter``.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationError, field_validator, model_validator
 
-from medseg_ssl.config import Block, Record, UserError
-from medseg_ssl.data.appearance import SIMILARITY
+from medseg_ssl.config import UserError
 from medseg_ssl.data.budgets import check_split, read_split
 from medseg_ssl.data.channels import cases_of
-from medseg_ssl.data.coregistration import Coregister
-from medseg_ssl.data.intensity import Linear, Policy, linear, policies
-from medseg_ssl.data.manifest import CaseRow, PairRow, Row, ScanRow, Split
+from medseg_ssl.data.intensity import Linear, Policy, linear
+from medseg_ssl.data.manifest import CaseRow, PairRow, ScanRow, Split, read_rows
 from medseg_ssl.data.partial import Access, limit_label, limited_cases
-from medseg_ssl.data.quality import Quality
-from medseg_ssl.data.sources.base import Source
+from medseg_ssl.data.recipe import FORMAT, Recipe
 from medseg_ssl.data.store import NO_DATA, open_array, read_box
 from medseg_ssl.types import MODALITIES, Facts, Triple, TripleMm
 
-FORMAT = 1
-ROWS_ONLY = ("split", "intensity", "drop_duplicates", "near_duplicate", "measure_pairs", "coregister")
-"""Keys of a recipe that decide rows and no volume."""
 ROWS = {"manifest.jsonl": ScanRow, "cases.jsonl": CaseRow, "pairs.jsonl": PairRow}
 _OPEN_FILES = 128
-
-R = TypeVar("R", bound=Row)
-
-
-class SplitRecipe(Record):
-    """How subjects are split: numbers of subjects, or shares where a value is a fraction below 1."""
-
-    seed: NonNegativeInt = 0
-    test: int | float = 0.2
-    development: int | float = 0.1
-
-    @field_validator("test", "development")
-    @classmethod
-    def _number_or_share(cls, value: int | float) -> int | float:
-        if value < 0 or (isinstance(value, float) and value >= 1):
-            raise ValueError("must be a number of subjects or a share from 0 to below 1")
-        return value
-
-
-class Recipe(Record):
-    """How an archive was prepared; archives of other recipes do not mix.
-
-    Attributes:
-        source: source on the shelf and its options.
-        spacing_mm: voxel size (D, H, W) every scan is resampled to; None keeps each scan's own.
-        order: of the interpolation: 0, 1 or 3 (cubic B-spline).
-        antialias: low-pass before downsampling.
-        no_data: look for empty regions (``intensity.no_data_region``).
-        non_finite: what becomes of a scan with NaN or infinite voxels: those voxels are no data, or it is
-            dropped.
-        resample_labels: bring a label that lies on another grid than its scan to the scan's grid; otherwise
-            such a case is refused.
-        drop_duplicates: leave out scans whose voxels stand in the archive already (true), or also those that look the
-            same (``near``, see ``appearance.py``); otherwise they are flagged.
-        near_duplicate: cosine of two appearances from which scans count as near copies; 1 finds equal ones only.
-        quality: thresholds of the checks of each scan, and the flags that drop one.
-        measure_pairs: measure how pairs of one frame of reference lie on one another (see ``alignment.py``).
-        coregister: which pairs are registered, and how (see ``coregistration.py``).
-        intensity: policies that differ from ``intensity.DEFAULT_POLICIES``, by modality.
-        foreground: foreground thresholds in physical units that replace the modality's rule.
-        split: the default split.
-    """
-
-    source: Block
-    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    order: Literal[0, 1, 3] = 3
-    antialias: bool = True
-    no_data: bool = True
-    non_finite: Literal["no_data", "drop"] = "no_data"
-    resample_labels: bool = False
-    drop_duplicates: bool | Literal["near"] = False
-    near_duplicate: float = Field(default=SIMILARITY, gt=0.5, le=1)
-    quality: Quality = Quality()
-    measure_pairs: bool = True
-    coregister: Coregister = Coregister()
-    intensity: dict[str, Policy] = Field(default_factory=dict)
-    foreground: dict[str, float] = Field(default_factory=dict)
-    split: SplitRecipe = SplitRecipe()
-
-    @model_validator(mode="after")
-    def _measured_first(self) -> Recipe:
-        if self.coregister.misplaced_mm is not None and not self.measure_pairs:
-            raise ValueError(
-                "coregister.misplaced_mm needs measure_pairs: true, which tells how far pairs lie apart"
-            )
-        return self
-
-    @field_validator("intensity", "foreground")
-    @classmethod
-    def _modalities(cls, value: dict[str, Any]) -> dict[str, Any]:
-        unknown = sorted(set(value) - set(MODALITIES))
-        if unknown:
-            raise ValueError(f"no modality named {unknown[0]!r}; known: {', '.join(MODALITIES)}")
-        return value
-
-    def policies(self) -> dict[str, Policy]:
-        """The intensity policy of every modality."""
-        return policies(self.intensity)
-
-    def voxel_hash(self) -> str:
-        """Hash of what decides a volume and its row; a finished one of the same hash is not redone."""
-        return _digest({"format": FORMAT, **self.model_dump(mode="json", exclude=set(ROWS_ONLY))})[:16]
-
-    def checked(self) -> Recipe:
-        """The recipe with every key of its source block validated and filled in.
-
-        Raises:
-            ConfigError: no such source, or wrong keys in its block.
-        """
-        _, options = self.source.resolve("medseg_ssl.data.sources", Source, prefix="source")
-        return self.model_copy(
-            update={"source": Block(name=self.source.name, **options.model_dump(mode="json"))}
-        )
 
 
 class Archive:
@@ -393,42 +292,6 @@ class Archive:
             ) from error
 
 
-# -- rows ----------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path, kind: type[R], *, digest: str | None = None) -> list[R]:
-    """Read a file of JSON lines.
-
-    Args:
-        path: of the file.
-        kind: of its rows.
-        digest: sha256 that ``archive.json`` states; None: not checked.
-
-    Raises:
-        UserError: unreadable, of another digest, or a line that is no such row; the message names file and line.
-    """
-    rows: list[R] = []
-    wrong, found = "", hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                found.update(line)
-                if not wrong:
-                    try:
-                        rows.append(kind.model_validate_json(line))
-                    except ValidationError as error:
-                        wrong = f"{path}, line {number}, is no {kind.__name__}: {error.errors()[0]['msg']}"
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; run prepare again") from error
-    if digest is not None and found.hexdigest() != digest:
-        raise UserError(
-            f"archive {path.parent}: {path.name} does not belong to archive.json; run prepare again"
-        )
-    if wrong:
-        raise UserError(wrong)
-    return rows
-
-
 def read_head(path: Path) -> dict[str, Any]:
     """The content of ``archive.json``.
 
@@ -449,42 +312,6 @@ def read_head(path: Path) -> dict[str, Any]:
             f"archive {path} has format {found!r}; this version reads {FORMAT}: run prepare again"
         )
     return head
-
-
-def fingerprint_of(
-    recipe: Recipe,
-    classes: tuple[str, ...],
-    *,
-    scans: Iterable[ScanRow],
-    labels: Iterable[str],
-    generation: int,
-) -> str:
-    """Sha256 over recipe, classes, content of scans and labels, and generation; free of salt and paths.
-
-    Args:
-        recipe: of the archive.
-        classes: class names.
-        scans: every row of the manifest.
-        labels: content hashes of the label maps.
-        generation: number of the manifest.
-    """
-    stated = recipe.model_dump(mode="json")
-    if recipe.coregister == Coregister():
-        stated.pop("coregister")  # archives made before the key existed keep their fingerprint
-    return _digest(
-        {
-            "recipe": stated,
-            "classes": list(classes),
-            # geometry too: a corrected header with the same voxels is another archive
-            "scans": sorted([row.content_hash, row.modality, str(row.affine_44)] for row in scans),
-            "labels": sorted(labels),
-            "generation": generation,
-        }
-    )
-
-
-def _digest(tree: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _clause(error: BaseException) -> str:

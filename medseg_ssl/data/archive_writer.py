@@ -17,9 +17,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.data.archive import FORMAT, ROWS_ONLY, Archive, Recipe, fingerprint_of, read_head
+from medseg_ssl.data.archive import Archive, read_head
 from medseg_ssl.data.budgets import check_split, read_split, write_split
 from medseg_ssl.data.manifest import CaseRow, PairRow, Row, ScanRow, Split
+from medseg_ssl.data.recipe import FORMAT, ROWS_ONLY, Recipe, fingerprint_of
 from medseg_ssl.data.store import label_hash
 
 _KEY_LENGTH = 16

@@ -1,7 +1,8 @@
 """``budgets.json``: which training cases are labeled at each draw and budget, and how much of each; made to be reused.
 
 Cases are named by their content (``case_ids``), not by the salted keys of one archive, so the file holds for every
-archive of the same data and recipe, on any machine. It holds no name, no path and no voxel.
+archive of the same data, on any machine: one of another fingerprint (another recipe, more scans) may use it where it
+has all of the named cases, of the same subjects and with the same label classes. It holds no name, no path, no voxel.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from medseg_ssl.config import ConfigError, Record, UserError, parse
 from medseg_ssl.data.budgets import make_folds
 from medseg_ssl.data.manifest import Split
 from medseg_ssl.data.partial import Access, PartialLabel
+from medseg_ssl.data.strata import subject_strata
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
 
+_SHOWN = 5
 Subsets = Mapping[int, Mapping[int, Sequence[str]]]
 """Draw to budget to cases."""
 
@@ -55,6 +58,11 @@ class BudgetFile(Record):
         labels: which part of each label is known, as the config says; None for whole labels.
         folds: number of folds, None for the split as it is.
         cases: one entry per fold.
+        balanced_folds: whether the folds are balanced by ``stratify`` too; those of files without the key are not.
+        modalities: of the cases, where only some were drawn from; empty for every labeled case.
+        classes: label classes of the archive, background first; None in files that do not state them.
+        subjects: the named cases, those of a subject together.
+        known_classes: of the named cases in which not every class was stated.
     """
 
     format: Literal[1] = 1
@@ -66,6 +74,28 @@ class BudgetFile(Record):
     labels: dict[str, Any] | None
     folds: int | None
     cases: tuple[FoldBudgets, ...]
+    balanced_folds: bool = False
+    modalities: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
+    subjects: tuple[tuple[str, ...], ...] = ()
+    known_classes: dict[str, tuple[bool, ...]] = Field(default_factory=dict)
+
+    @property
+    def named(self) -> list[str]:
+        """Every case that the file names, sorted."""
+        drawn = {
+            name
+            for fold in self.cases
+            for of in fold.draws.values()
+            for cases in of.values()
+            for name in cases
+        }
+        return sorted(drawn | {name for fold in self.cases for of in fold.labels.values() for name in of})
+
+    @property
+    def folds_by(self) -> str | None:
+        """What the folds were balanced by."""
+        return self.stratify if self.balanced_folds else None
 
 
 @dataclass(frozen=True)
@@ -93,24 +123,48 @@ class Budgets:
 def case_ids(archive: Archive) -> dict[str, str]:
     """Every labeled case's name by content: a hash over the voxels of its scans in channel order.
 
-    Two cases of the same scans (two annotators) are told apart by a number, in the order of their keys.
+    Two cases of the same scans (two annotators) are told apart by a number, in the order of their labels' voxels.
     """
-    ids: dict[str, str] = {}
-    taken: dict[str, int] = {}
+    alike: dict[str, list[str]] = {}
     for case, row in sorted(archive.cases.items()):
         if row.labeled:
             scans = "\n".join(archive.scans[key].content_hash for key in row.scans)
-            name = hashlib.sha256(scans.encode()).hexdigest()[:24]
-            taken[name] = taken.get(name, -1) + 1
-            ids[case] = f"{name}.{taken[name]}" if taken[name] else name
-    return ids
+            alike.setdefault(hashlib.sha256(scans.encode()).hexdigest()[:24], []).append(case)
+
+    def voxels(case: str) -> str:
+        return hashlib.sha256(archive.original_label(case)[0].tobytes()).hexdigest()
+
+    return {
+        case: f"{name}.{number}" if number else name
+        for name, cases in alike.items()
+        # keys are salted: their order is another one in an archive that was prepared anew
+        for number, case in enumerate(sorted(cases, key=voxels) if len(cases) > 1 else cases)
+    }
 
 
-def fold_splits(archive: Archive, *, split: str, subset: str, folds: int | None, seed: int) -> list[Split]:
+def fold_splits(
+    archive: Archive,
+    *,
+    split: str,
+    subset: str,
+    folds: int | None,
+    seed: int,
+    by: str | None = None,
+    modalities: Sequence[str] = (),
+) -> list[Split]:
     """The archive's split, or one split per fold, under the same name.
 
     Folds are made of the training subjects and those of ``subset``; the remaining list (development subjects, on whom
     recipes were tuned, where ``test`` is scored) takes part in none.
+
+    Args:
+        archive: with the subjects.
+        split: name of its split.
+        subset: its list that is scored.
+        folds: number of folds, None for the split as it is.
+        seed: of the order of subjects.
+        by: balance the folds by this (``strata.subject_strata``), by subject.
+        modalities: count the labeled cases of exactly these, in channel order; empty counts all.
 
     Raises:
         ConfigError: more folds than labeled subjects.
@@ -124,7 +178,15 @@ def fold_splits(archive: Archive, *, split: str, subset: str, folds: int | None,
         if row.subject in members:
             hashes.setdefault(row.subject, []).append(row.content_hash)
     labeled = {row.subject for row in archive.cases.values() if row.labeled}
-    dealt = make_folds(hashes, folds=folds, seed=seed, labeled=labeled)
+    strata = None
+    if by is not None:
+        own_cases: dict[str, list[str]] = {}
+        for case, row in archive.cases.items():
+            kinds = tuple(archive.scans[key].modality for key in row.scans)
+            if row.labeled and row.subject in members and (not modalities or kinds == tuple(modalities)):
+                own_cases.setdefault(row.subject, []).append(case)
+        strata = subject_strata(archive, own_cases, by)
+    dealt = make_folds(hashes, folds=folds, seed=seed, labeled=labeled, strata=strata)
     return [
         own.model_copy(
             update={subset: fold, "train": tuple(s for other in dealt if other is not fold for s in other)}
@@ -168,8 +230,22 @@ def read_budgets(path: Path) -> BudgetFile:
 def describe(archive: Archive, folds: Sequence[Budgets], *, settings: Mapping[str, Any]) -> BudgetFile:
     """The budgets of every fold as a file holds them; ``settings`` are its other fields."""
     ids = case_ids(archive)
+    named = {
+        case for fold in folds for of in fold.subsets.values() for cases in of.values() for case in cases
+    }
+    named |= {case for fold in folds for of in fold.labels.values() for case in of}
+    subjects: dict[str, list[str]] = {}
+    for case in named:
+        subjects.setdefault(archive.cases[case].subject, []).append(ids[case])
     return BudgetFile(
         archive=archive.fingerprint,
+        classes=archive.classes,
+        subjects=tuple(sorted(tuple(sorted(cases)) for cases in subjects.values())),
+        known_classes={
+            ids[case]: known
+            for case in sorted(named, key=ids.__getitem__)
+            if not all(known := archive.cases[case].known_classes)
+        },
         cases=tuple(
             FoldBudgets(
                 draws={
@@ -185,17 +261,86 @@ def describe(archive: Archive, folds: Sequence[Budgets], *, settings: Mapping[st
     )
 
 
+def difference(file: BudgetFile, archive: Archive, *, where: str = "the budgets") -> str:
+    """What sets the archive apart from the one that budgets were drawn from, in a sentence; empty for the same one.
+
+    Raises:
+        ConfigError: it lacks a named case, or has one of another subject, with other label classes or on another grid.
+    """
+    keys = {name: case for case, name in case_ids(archive).items()}
+    missing = [name for name in file.named if name not in keys]
+    if missing:
+        shown = ", ".join(missing[:_SHOWN]) + (
+            f" and {len(missing) - _SHOWN} more" if missing[_SHOWN:] else ""
+        )
+        raise ConfigError(
+            f"{where} name {len(missing)} labeled case(s) that the archive does not have: {shown}"
+        )
+    if file.archive == archive.fingerprint:
+        return ""
+    apart = (
+        f"{where} were drawn from the archive {file.archive[:12]}…, this one is {archive.fingerprint[:12]}…"
+    )
+    if file.classes is None:
+        raise ConfigError(
+            f"{apart}, and a file of this age states neither subjects nor classes that could be compared; draw anew"
+        )
+    if file.classes != archive.classes:
+        theirs, ours = ", ".join(file.classes), ", ".join(archive.classes)
+        raise ConfigError(f"{apart}, and the label classes differ: {theirs} there, {ours} here")
+    wrong = _other_cases(file, archive, keys)
+    if wrong:
+        raise ConfigError(
+            f"{apart}, and {len(wrong)} of {len(file.named)} named cases differ, the first {wrong[0]}"
+        )
+    return f"{apart}; all {len(file.named)} named cases are the same, of the same subjects and label classes"
+
+
+def _other_cases(file: BudgetFile, archive: Archive, keys: Mapping[str, str]) -> list[str]:
+    """Named cases that are there, but not what they were: name and difference of each."""
+    group = {name: number for number, names in enumerate(file.subjects) for name in names}
+    owner: dict[int, set[str]] = {}
+    groups: dict[str, set[int]] = {}
+    for name, number in group.items():
+        subject = archive.cases[keys[name]].subject
+        owner.setdefault(number, set()).add(subject)
+        groups.setdefault(subject, set()).add(number)
+    last = {
+        name: max(part.slices)
+        for fold in file.cases
+        for of in fold.labels.values()
+        for name, part in of.items()
+        if part.slices
+    }
+    found = []
+    for name in file.named:
+        row = archive.cases[keys[name]]
+        everything = (True,) * len(archive.classes)
+        if name not in group or len(owner[group[name]]) > 1 or len(groups[row.subject]) > 1:
+            found.append(f"{name} (another subject)")
+        elif file.known_classes.get(name, everything) != (row.known_classes or everything):
+            found.append(f"{name} (other classes stated)")
+        elif name in last and last[name] >= archive.original_grid(row.case)[0][0]:
+            found.append(f"{name} (fewer slices in its label)")
+    return found
+
+
 def resolve_budgets(file: BudgetFile, archive: Archive, *, where: str = "the budgets") -> list[Budgets]:
     """The budgets of a file with the keys of an archive.
 
     Raises:
-        ConfigError: drawn from another archive, with cases that this one does not have, or that may not be trained on.
+        ConfigError: see ``difference``; or cases that may not be trained on.
     """
-    if file.archive != archive.fingerprint:
-        raise ConfigError(
-            f"{where} were drawn from the archive {file.archive[:12]}…, this one is {archive.fingerprint[:12]}…"
-        )
-    splits = fold_splits(archive, split=file.split, subset=file.subset, folds=file.folds, seed=file.seed)
+    difference(file, archive, where=where)
+    splits = fold_splits(
+        archive,
+        split=file.split,
+        subset=file.subset,
+        folds=file.folds,
+        seed=file.seed,
+        by=file.folds_by,
+        modalities=file.modalities,
+    )
     if len(splits) != len(file.cases):
         raise ConfigError(f"{where} state folds: {file.folds} and hold {len(file.cases)}")
     keys = {name: case for case, name in case_ids(archive).items()}
@@ -203,11 +348,6 @@ def resolve_budgets(file: BudgetFile, archive: Archive, *, where: str = "the bud
     for split, fold in zip(splits, file.cases, strict=True):
         drawn = {name for of in fold.draws.values() for cases in of.values() for name in cases}
         drawn |= {name for of in fold.labels.values() for name in of}
-        unknown = sorted(drawn - keys.keys())
-        if unknown:
-            raise ConfigError(
-                f"{where} name {len(unknown)} labeled case(s) that the archive does not have, the first is {unknown[0]}"
-            )
         for name in sorted(drawn):
             subject = archive.cases[keys[name]].subject
             if subject not in split.train:

@@ -81,18 +81,26 @@ def make_split(
 
 
 def make_folds(
-    subject_hashes: Mapping[str, Iterable[str]], *, folds: int, seed: int, labeled: Collection[str]
+    subject_hashes: Mapping[str, Iterable[str]],
+    *,
+    folds: int,
+    seed: int,
+    labeled: Collection[str],
+    strata: Mapping[str, Collection[str]] | None = None,
 ) -> list[tuple[str, ...]]:
     """Deal subjects out to folds of nearly equal size; subjects that share a scan are in one fold.
 
     Subjects are ordered as in ``make_split`` and go to the fold that holds fewest so far: those with labels first, so
-    that every fold has its share of them.
+    that every fold has its share of them. With ``strata`` those with labels go to the fold that holds fewest of the
+    rarest stratum among those that are left (iterative stratification, Sechidis et al. 2011,
+    doi:10.1007/978-3-642-23808-6_10), so that every fold has its share of each.
 
     Args:
         subject_hashes: subject to the content hashes of its scans.
         folds: number of folds.
         seed: of the order.
         labeled: subjects with a labeled case.
+        strata: subject to the names of its strata, such as the classes that its labels show.
 
     Returns:
         The subjects of every fold, in the order of their hashes.
@@ -109,9 +117,27 @@ def make_folds(
             f"folds must lie between 2 and the number of labeled subjects, {len(first)}, got {folds}"
         )
     dealt: list[list[str]] = [[] for _ in range(folds)]
-    for group in (*first, *(group for group in groups if group not in first)):
+    rest = first if strata is None else _deal_strata(first, strata, dealt)
+    for group in (*rest, *(group for group in groups if group not in first)):
         min(dealt, key=len).extend(group)
     return [tuple(sorted(fold, key=lambda s: (_place(seed, content[s]), s))) for fold in dealt]
+
+
+def _deal_strata(
+    groups: Sequence[Sequence[str]], strata: Mapping[str, Collection[str]], dealt: Sequence[list[str]]
+) -> list[Sequence[str]]:
+    """Deal out the groups that are of any stratum, the rarest first; those of none come back."""
+    left = [(group, {name for subject in group for name in strata.get(subject, ())}) for group in groups]
+    held = [Counter() for _ in dealt]
+    while counts := Counter(name for _, names in left for name in names):
+        rarest = min(counts, key=lambda name: (counts[name], name))
+        for group, names in left:
+            if rarest in names:
+                fold = min(range(len(dealt)), key=lambda f: (held[f][rarest], len(dealt[f])))
+                dealt[fold].extend(group)
+                held[fold].update(names)
+        left = [(group, names) for group, names in left if rarest not in names]
+    return [group for group, _ in left]
 
 
 def check_split(split: Split, *, known: Collection[str] | None = None, where: str = "") -> Split:

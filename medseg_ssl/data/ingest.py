@@ -12,10 +12,10 @@ import numpy as np
 from medseg_ssl.config import UserError
 from medseg_ssl.data import intensity, nifti, reading, resample, store
 from medseg_ssl.data.appearance import appearance
-from medseg_ssl.data.archive import Recipe
 from medseg_ssl.data.manifest import CaseRow, ScanRow, affine_rows
 from medseg_ssl.data.nifti import BadScan, Volume
 from medseg_ssl.data.quality import findings
+from medseg_ssl.data.recipe import Recipe
 from medseg_ssl.data.sources.base import RawScan
 from medseg_ssl.types import UNKNOWN_LABEL, Triple
 

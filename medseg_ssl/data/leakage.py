@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from medseg_ssl.config import ConfigError
 from medseg_ssl.data.appearance import near_pairs
 from medseg_ssl.data.archive import Archive
+from medseg_ssl.data.budgets import SIDES
 from medseg_ssl.data.manifest import ScanRow
+from medseg_ssl.data.partial import Access
+from medseg_ssl.data.protected import Protected
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ def leaks(training: Sequence[ScanRow], protected: Sequence[ScanRow], *, threshol
 
 
 def guard(
-    archive: Archive, subjects: Collection[str], *, split: str = "default", protect: Sequence[Path] = ()
+    archive: Archive, subjects: Collection[str], *, split: str = "default", protect: Sequence[Protected] = ()
 ) -> tuple[dict[str, Any], ...]:
     """Check what would be trained on against the archive's own test subjects and those of other archives.
 
@@ -65,26 +67,27 @@ def guard(
         archive: to train on.
         subjects: its subjects that would be trained on.
         split: name of its split.
-        protect: other archives, whose test and development subjects (split ``default``) must not be seen.
+        protect: subjects of other archives who must not be seen.
 
     Returns:
         What was checked, for the encoder's card: fingerprint of the protected archive, split, sides, number of
-        scans, how many of either side have no appearance (an older archive: compared by content alone), threshold.
+        scans, how many of either side have no appearance (an older archive: compared by content alone), threshold;
+        of an archive that is trained on also ``trained_on``, those of its lists in which these subjects stand.
 
     Raises:
         ConfigError: a training scan repeats a protected one, or an archive protects nothing.
-        UserError: a path of ``protect`` is no archive.
+        UserError: a path of ``protect`` is no archive, or it has no split of this name.
     """
     training = [row for row in archive.scans.values() if row.subject in subjects]
     threshold = archive.recipe.near_duplicate
     checks = [(member, split, ("test",), OWN) for member in archive.members]
-    checks += [(Archive.open(path), "default", ("test", "development"), str(path)) for path in protect]
+    checks += [(Archive.open(p.archive), p.split or split, p.sides, str(p.archive)) for p in protect]
     done = []
     for other, name, sides, where in checks:
         members = {subject for side in sides for subject in getattr(other.split(name), side)}
         rows = [row for row in other.scans.values() if row.subject in members]
         if not rows and where != OWN:
-            raise ConfigError(f"data.protect: split '{name}' of {where} has no test or development subject")
+            raise ConfigError(f"data.protect: split '{name}' of {where} has no {' or '.join(sides)} subject")
         found = leaks(training, rows, threshold=threshold)
         if found:
             raise ConfigError(_refusal(archive, found, where=where, split=name, sides=sides))
@@ -93,17 +96,33 @@ def guard(
             logger.warning(
                 "%d scans have no appearance: compared with %s by their voxels alone", missing, where
             )
-        done.append(
-            {
-                "archive": other.fingerprint,
-                "split": name,
-                "sides": list(sides),
-                "scans": len(rows),
-                "without_appearance": missing,
-                "similarity": threshold,
-            }
-        )
+        entry = {
+            "archive": other.fingerprint,
+            "split": name,
+            "sides": list(sides),
+            "scans": len(rows),
+            "without_appearance": missing,
+            "similarity": threshold,
+        }
+        if where == OWN:
+            entry["trained_on"] = [
+                s for s in SIDES if not set(subjects).isdisjoint(getattr(other.split(name), s))
+            ]
+        done.append(entry)
     return tuple(done)
+
+
+def with_lists(checked: Sequence[dict[str, Any]], access: Access) -> tuple[dict[str, Any], ...]:
+    """What was checked, as a run with other lists of the split says it.
+
+    A run of a fold has seen subjects whom the archive's own split keeps back, and its card must not hide that behind
+    the split's name.
+    """
+    lists = access.identity().get("splits")
+    if lists is None:
+        return tuple(checked)
+    first, *others = checked
+    return ({**first, "split": f"{first['split']}, other lists {lists}"}, *others)
 
 
 def _refusal(archive: Archive, found: Sequence[Leak], *, where: str, split: str, sides: Sequence[str]) -> str:

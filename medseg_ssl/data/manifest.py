@@ -5,13 +5,16 @@ Every shape, spacing and box is in (D, H, W) order; affines map a (D, H, W) inde
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from medseg_ssl.config import UserError
 from medseg_ssl.types import Triple, TripleMm
 
 Affine = tuple[tuple[float, float, float, float], ...]
@@ -165,3 +168,39 @@ class Split(Row):
     train: tuple[str, ...]
     development: tuple[str, ...]
     test: tuple[str, ...]
+
+
+R = TypeVar("R", bound=Row)
+
+
+def read_rows(path: Path, kind: type[R], *, digest: str | None = None) -> list[R]:
+    """Read a file of JSON lines.
+
+    Args:
+        path: of the file.
+        kind: of its rows.
+        digest: sha256 that ``archive.json`` states; None: not checked.
+
+    Raises:
+        UserError: unreadable, of another digest, or a line that is no such row; the message names file and line.
+    """
+    rows: list[R] = []
+    wrong, found = "", hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                found.update(line)
+                if not wrong:
+                    try:
+                        rows.append(kind.model_validate_json(line))
+                    except ValidationError as error:
+                        wrong = f"{path}, line {number}, is no {kind.__name__}: {error.errors()[0]['msg']}"
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; run prepare again") from error
+    if digest is not None and found.hexdigest() != digest:
+        raise UserError(
+            f"archive {path.parent}: {path.name} does not belong to archive.json; run prepare again"
+        )
+    if wrong:
+        raise UserError(wrong)
+    return rows

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data import budgets
-from medseg_ssl.data.archive import SplitRecipe
 from medseg_ssl.data.duplicates import Twins
 from medseg_ssl.data.manifest import CaseRow, ScanRow, Split
 from medseg_ssl.data.planning import Plan
+from medseg_ssl.data.recipe import SplitRecipe
 from medseg_ssl.data.sources.base import Listing
 
 

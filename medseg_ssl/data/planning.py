@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from medseg_ssl.data.archive import Recipe
 from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.data.ingest import CaseTask, Dropped, LabelTask, ScanTask
+from medseg_ssl.data.recipe import Recipe
 from medseg_ssl.data.sources.base import Listing, RawCase, RawScan
 from medseg_ssl.types import UNKNOWN_LABEL
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from medseg_ssl.analysis.tables import write_text
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.data.archive import Recipe
 from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.data.budgets import SIDES
 from medseg_ssl.data.coregistration import check_library
@@ -27,6 +26,7 @@ from medseg_ssl.data.manifest import CaseRow, ScanRow, Split
 from medseg_ssl.data.overview import overview_page
 from medseg_ssl.data.placing import PrepareSplit, check_split, place_subjects
 from medseg_ssl.data.planning import Plan, plan_tasks
+from medseg_ssl.data.recipe import Recipe
 from medseg_ssl.data.relating import NOTES, relate
 from medseg_ssl.data.sources.base import FanOut, Listing, Source
 from medseg_ssl.fanout import map_tasks

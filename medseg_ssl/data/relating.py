@@ -20,7 +20,6 @@ from medseg_ssl.data.alignment import (
     unchanged,
     with_measures,
 )
-from medseg_ssl.data.archive import Recipe
 from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.data.coregistration import (
     CoregisterTask,
@@ -31,6 +30,7 @@ from medseg_ssl.data.coregistration import (
 )
 from medseg_ssl.data.manifest import PairRow, ScanRow
 from medseg_ssl.data.pairing import derive_pairs
+from medseg_ssl.data.recipe import Recipe
 from medseg_ssl.fanout import Failure, WorkerDiedError
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from medseg_ssl.data.manifest import ScanRow
 from medseg_ssl.types import Triple
 
 if TYPE_CHECKING:
-    from medseg_ssl.data.archive import Recipe
+    from medseg_ssl.data.recipe import Recipe
 
 NO_DATA = -32768
 """Stored value of a voxel without data."""

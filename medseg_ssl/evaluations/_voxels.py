@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import product
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -24,14 +23,14 @@ from medseg_ssl.config import UserError
 from medseg_ssl.data.budgets import nested_budgets
 from medseg_ssl.draws import numpy_generator
 from medseg_ssl.evaluations._crops import check_encoder, levels_of
+from medseg_ssl.evaluations._windows import Grid, first_scan, overlap, sample, triple, windows_of
 from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
 from medseg_ssl.inference.frozen import FrozenEncoder, network_crop
-from medseg_ssl.inference.inputs import close_spacing, crop_size_of, network_spacing
+from medseg_ssl.inference.inputs import crop_size_of, network_spacing
 from medseg_ssl.types import UNKNOWN_LABEL, Score, Triple
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.manifest import CaseRow, ScanRow
 
 SMOOTH = (3, 7)
 """Sides of the boxes whose mean intensity the baseline knows beside the voxel's own."""
@@ -113,6 +112,7 @@ class VoxelProbe(Evaluation):
     """Voxels of labeled cases through a frozen encoder, a classifier taught with them, Dice of other cases."""
 
     config: VoxelConfig
+    reads_labels = True
     sparing = MappingProxyType(
         {"baseline": False, "scored": 6, "windows": 2, "taught_voxels": 2048, "scored_voxels": 1024}
     )
@@ -203,12 +203,12 @@ class VoxelProbe(Evaluation):
     ) -> Voxels:
         """Features and classes of at most so many voxels of a case."""
         config, row = self.config, archive.cases[case]
-        first = _first_scan(archive, row, model)
-        grid = _Grid.of(first, model)
-        size = _triple(config.crop_size or crop_size_of(model.card))
+        first = first_scan(archive, row, model)
+        grid = Grid.of(first, model)
+        size = triple(config.crop_size or crop_size_of(model.card))
         label_DHW = grid.nearest(archive.read_label(case, (0, 0, 0), first.shape))
         rng = numpy_generator(config.seed, 0, f"voxel probe:{first.content_hash}")
-        starts = _windows(label_DHW, size, config.windows, rng)
+        starts = windows_of(label_DHW, size, config.windows, rng)
         crops = [
             [
                 network_crop(archive, key, model.card, start=grid.scan_voxel(start), size=size)
@@ -218,7 +218,7 @@ class VoxelProbe(Evaluation):
         ]
         owner_DHW = np.full(label_DHW.shape, -1, dtype=np.int16)
         for number, start in enumerate(starts):
-            inside, local = _overlap(start, size, label_DHW.shape)
+            inside, local = overlap(start, size, label_DHW.shape)
             free = owner_DHW[inside] < 0
             for channel in crops:
                 free &= channel[number].valid_DHW[local]
@@ -228,7 +228,7 @@ class VoxelProbe(Evaluation):
         if teaches and not all(known):
             # an unknown class hides among the voxels labelled background
             owner_DHW[label_DHW == 0] = -1
-        chosen, count_K = _sample(label_DHW, owner_DHW >= 0, len(archive.classes), most, rng)
+        chosen, count_K = sample(label_DHW, owner_DHW >= 0, len(archive.classes), most, rng)
         owner_N = owner_DHW.ravel()[chosen]
         order = np.argsort(owner_N, kind="stable")
         chosen, owner_N = chosen[order], owner_N[order]
@@ -257,105 +257,7 @@ class VoxelProbe(Evaluation):
         return Voxels(features, label_DHW.ravel()[chosen].astype(np.int64), count_K)
 
 
-# -- places --------------------------------------------------------------------------------------------------
-
-
-class _Grid(NamedTuple):
-    """The network's voxels of a scan, laid over the scan's own edge to edge."""
-
-    shape: Triple
-    own_shape: Triple
-    factor: np.ndarray
-
-    @staticmethod
-    def of(row: ScanRow, model: FrozenEncoder) -> _Grid:
-        spacing_mm = network_spacing(model.card, row)
-        factor = np.array(spacing_mm) / np.array(row.spacing_mm)
-        if close_spacing(factor, (1.0, 1.0, 1.0)):
-            factor = np.ones(3)
-        return _Grid(_triple(np.maximum(1, np.rint(np.array(row.shape) / factor))), row.shape, factor)
-
-    def scan_voxel(self, voxel: np.ndarray) -> np.ndarray:
-        """Place (scan voxels) of the middle of a network voxel."""
-        return (self.factor - 1) / 2 + voxel * self.factor
-
-    def nearest(self, label_DHW: np.ndarray) -> np.ndarray:
-        """A label on the scan's grid, read at the nearest voxel."""
-        axes = [
-            np.clip(np.rint((f - 1) / 2 + np.arange(n) * f), 0, own - 1).astype(int)
-            for n, own, f in zip(self.shape, self.own_shape, self.factor, strict=True)
-        ]
-        return label_DHW[np.ix_(*axes)]
-
-
-def _first_scan(archive: Archive, row: CaseRow, model: FrozenEncoder) -> ScanRow:
-    """The scan whose grid a case's label lies on; every other channel must lie on it too."""
-    first = archive.scans[row.scans[0]]
-    for key in row.scans[1:]:
-        other = archive.scans[key]
-        if other.shape != first.shape or not np.allclose(other.affine_44, first.affine_44, atol=1e-3):
-            raise UserError(
-                f"case {row.case} has channels on different grids; voxel probes need one grid: prepare the archive with"
-                " spacing_mm, or name modalities that stand alone"
-            )
-    return first
-
-
-def _windows(
-    label_DHW: np.ndarray, size: Triple, most: int | None, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """First voxels of the windows: even tiles where they suffice, else around voxels of each class in turn."""
-    axes = []
-    for n, s in zip(label_DHW.shape, size, strict=True):
-        if n <= s:
-            axes.append([(n - s) // 2])
-        else:
-            axes.append(np.rint(np.linspace(0, n - s, -(-n // s))).astype(int).tolist())
-    tiles = [np.array(start) for start in product(*axes)]
-    if most is None or len(tiles) <= most:
-        return tiles
-    classes = [int(c) for c in np.unique(label_DHW) if c not in (0, UNKNOWN_LABEL)] or [0]
-    ends = np.array(label_DHW.shape) - np.array(size)
-    low, high = np.minimum(ends // 2, 0), np.where(ends > 0, ends, ends // 2)
-    starts = []
-    # each case begins with a class of its own, so that few windows of several cases see every class
-    began = int(rng.integers(len(classes)))
-    for turn in range(began, began + most):
-        inside = np.flatnonzero(label_DHW == classes[turn % len(classes)])
-        if not len(inside):  # nothing but unknown voxels
-            return tiles[:most]
-        voxel = np.array(np.unravel_index(inside[rng.integers(len(inside))], label_DHW.shape))
-        starts.append(np.clip(voxel - np.array(size) // 2, np.where(ends > 0, 0, low), high))
-    return starts
-
-
-def _overlap(
-    start: np.ndarray, size: Triple, shape: Sequence[int]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """The part of a window that lies inside the volume: in voxels of the volume, and of the window."""
-    low, high = np.maximum(start, 0), np.minimum(start + np.array(size), shape)
-    inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-    return inside, tuple(slice(int(a), int(b)) for a, b in zip(low - start, high - start, strict=True))
-
-
-def _sample(
-    label_DHW: np.ndarray, free_DHW: np.ndarray, classes: int, most: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Flat indices of the sampled voxels, and how many there were of each class.
-
-    Half are background, the rest is shared by the other classes that occur; what one leaves, background may take.
-    """
-    found = [np.flatnonzero(free_DHW & (label_DHW == k)) for k in range(classes)]
-    count_K = np.array([len(f) for f in found], dtype=np.int64)
-    present = [k for k in range(1, classes) if count_K[k]]
-    each = (most // 2 if count_K[0] else most) // max(len(present), 1)
-    quota = {k: min(int(count_K[k]), max(each, 1)) for k in present}
-    quota[0] = min(int(count_K[0]), most - sum(quota.values()))
-    chosen = [
-        f if quota.get(k, 0) >= len(f) else np.sort(rng.choice(f, max(quota.get(k, 0), 0), replace=False))
-        for k, f in enumerate(found)
-    ]
-    return np.concatenate(chosen), count_K
+# -- intensities ---------------------------------------------------------------------------------------------
 
 
 def _intensities(image_DHW: np.ndarray, places_P3: np.ndarray) -> np.ndarray:
@@ -365,11 +267,6 @@ def _intensities(image_DHW: np.ndarray, places_P3: np.ndarray) -> np.ndarray:
     maps = [image_DHW, *(uniform_filter(image_DHW, side) for side in SMOOTH)]
     d, h, w = places_P3.T
     return np.stack([m[d, h, w] for m in maps], axis=1).astype(np.float32)
-
-
-def _triple(values: Sequence[float] | np.ndarray) -> Triple:
-    d, h, w = (int(v) for v in values)
-    return d, h, w
 
 
 # -- scores --------------------------------------------------------------------------------------------------

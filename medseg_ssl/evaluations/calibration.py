@@ -3,21 +3,22 @@
 Per class, its probability against whether the voxel is of the class: expected calibration error over equal bins
 (arXiv 1706.04599), Brier score (Brier 1950, Monthly Weather Review 78(1)), and a reliability table. The air far from
 everything is easy and endless, so voxels count up to a margin around truth and prediction (arXiv 1911.13273 takes their
-box). Each case has numbers of its own, since voxels of one scan are no independent trials.
+box). Each case has numbers of its own, since voxels of one scan are no independent trials; intervals are over subjects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from medseg_ssl.analysis.change import OVER_CLASSES
+from medseg_ssl.analysis.metrics import case_means, subject_means
 from medseg_ssl.analysis.statistics import crossed_interval
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
+from medseg_ssl.evaluations.base import CasesConfig, Evaluation
 from medseg_ssl.evaluations.segmentation import labeled_cases
 from medseg_ssl.inference.predictor import Predictor
 from medseg_ssl.types import UNKNOWN_LABEL, Score
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
 
 CASE_COLUMNS = ("case", "class", "voxels", "ece", "brier", "overconfidence", "confidence", "frequency")
-COLUMNS = ("class", "measure", "cases", "mean", "ci_low", "ci_high")
+COLUMNS = ("class", "measure", "subjects", "cases", "mean", "ci_low", "ci_high")
 BIN_COLUMNS = ("class", "low", "high", "voxels", "cases", "confidence", "frequency")
 MEASURES = ("ece", "brier", "overconfidence")
 
@@ -45,20 +46,16 @@ class Bins(NamedTuple):
 class Calibration(Evaluation):
     """Expected calibration error and Brier score per class, and reliability tables."""
 
-    of = "segmenter"
+    of, reads_labels = "segmenter", True
 
-    class Config(EvaluationConfig):
+    class Config(CasesConfig):
         """What counts.
 
         Attributes:
-            split: name of the archive's split.
-            subset: which of its lists.
             margin_mm: voxels up to this distance from truth or prediction count; null counts all of the scan.
             bins: equal bins of probability.
         """
 
-        split: str = "default"
-        subset: Literal["train", "development", "test"] = "test"
         margin_mm: float | None = Field(default=10.0, ge=0)
         bins: int = Field(default=15, ge=1, le=1000)
 
@@ -77,11 +74,7 @@ class Calibration(Evaluation):
         Raises:
             UserError: the segmenter's classes are not the archive's.
         """
-        if tuple(model.classes) != tuple(archive.classes):
-            raise UserError(
-                f"calibration compares equal classes: the segmenter knows {', '.join(model.classes)}, the archive has"
-                f" {', '.join(archive.classes)}"
-            )
+        check_classes(model.classes, archive.classes)
         found: list[Bins] = []
         for case, probabilities_KDHW in model.case_probabilities(archive, cases):
             label_DHW, _ = archive.original_label(case)
@@ -100,7 +93,7 @@ class Calibration(Evaluation):
         return found
 
     def run(self, model: Predictor, archive: Archive) -> Iterator[Score]:
-        """Yield ``ece``, ``brier`` and ``overconfidence`` (means over cases of means over classes), then per class.
+        """Yield ``ece``, ``brier`` and ``overconfidence`` as ``calibration_table`` has them, then per class.
 
         Raises:
             ConfigError: ``model`` is no predictor.
@@ -111,10 +104,23 @@ class Calibration(Evaluation):
         wanted = labeled_cases(archive, split=self.config.split, subset=self.config.subset)
         rows = case_rows(self.cases(model, archive, wanted))
         table: list[dict[str, object]] | None = rows
-        for row in calibration_table(rows):
+        for row in calibration_table(rows, subjects={case: archive.cases[case].subject for case in wanted}):
             name = str(row["measure"]) if row["class"] == OVER_CLASSES else f"{row['measure']}/{row['class']}"
             yield Score(name, float(str(row["mean"])), "share", table)
             table = None
+
+
+def check_classes(segmenter: Sequence[str], archive: Sequence[str]) -> None:
+    """See that probabilities can be compared with the truth.
+
+    Raises:
+        UserError: the segmenter's classes are not the archive's.
+    """
+    if tuple(segmenter) != tuple(archive):
+        raise UserError(
+            f"calibration compares equal classes: the segmenter knows {', '.join(segmenter)}, the archive has"
+            f" {', '.join(archive)}"
+        )
 
 
 def case_bins(
@@ -202,25 +208,32 @@ def case_rows(found: Sequence[Bins]) -> list[dict[str, object]]:
     return rows
 
 
-def calibration_table(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """Rows of ``COLUMNS``: means over cases with their intervals, of the mean over classes first, then per class.
+def calibration_table(
+    rows: Sequence[dict[str, object]], *, subjects: Mapping[str, str]
+) -> list[dict[str, object]]:
+    """Rows of ``COLUMNS``: means over subjects with their intervals, of the mean over classes first, then per class.
 
-    ``overconfidence`` is mean probability minus frequency: above 0, the class is promised more often than it comes.
+    The cases of a subject are averaged first. ``overconfidence`` is mean probability minus frequency: above 0, the
+    class is promised more often than it comes.
+
+    Args:
+        rows: of ``CASE_COLUMNS``.
+        subjects: case to its subject.
     """
     classes = list(dict.fromkeys(str(row["class"]) for row in rows))
     table: list[dict[str, object]] = []
     for name in (OVER_CLASSES, *classes):
         wanted = [row for row in rows if name in (OVER_CLASSES, row["class"])]
         for measure in MEASURES:
-            by_case: dict[object, list[float]] = {}
-            for row in wanted:
-                by_case.setdefault(row["case"], []).append(float(str(row[measure])))
-            found = crossed_interval(np.array([[np.mean(values)] for values in by_case.values()]))
+            of_cases = case_means(wanted, measure)
+            of_subjects = subject_means(of_cases, subjects)
+            found = crossed_interval(np.array([[mean] for mean in of_subjects.values()]))
             table.append(
                 {
                     "class": name,
                     "measure": measure,
-                    "cases": found.cases,
+                    "subjects": found.cases,
+                    "cases": len(of_cases),
                     "mean": found.mean,
                     "ci_low": found.low,
                     "ci_high": found.high,

@@ -3,6 +3,8 @@
 A linear classifier is fitted to pooled crops and asked about subjects it has not seen (cross-validation by subject):
 how well it names the modality, and within a modality whatever the manifest knows (contrast, source). A subject is told
 by the nearest other crop of the same modality (cosine); crops that overlap with the question do not count as answers.
+Where several answers are equally good, each counts as its share of them, in both questions: a constant embedding is at
+chance, not at 1.
 Beside each stand chance and the same from intensity statistics without a network. Intervals are Wilson's with the
 subjects as trials: crops of one subject are averaged first, since they are no independent evidence. High numbers are no
 fault as such, an encoder may know a modality; they say what a downstream model could lean on.
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 METHODS = ("encoder", "intensity")
 TIE = 1e-9
+"""Scores that differ by less are equal: rounding decides nothing."""
 
 
 class Leakage(Evaluation):
@@ -147,15 +150,16 @@ class Leakage(Evaluation):
     def _cross_validated(
         self, features_NE: np.ndarray, class_N: np.ndarray, fold_N: np.ndarray
     ) -> np.ndarray:
-        """Whether each crop was named rightly by the classifier that never saw its subject; ties count in part."""
+        """Whether each crop was named rightly by the classifier that never saw its subject; 1/n of n equal answers."""
         hit_N = np.zeros(len(class_N))
         for fold in np.unique(fold_N):
             held = fold_N == fold
             classes = int(class_N.max()) + 1
             weight_K = np.ones(classes)
             fitted = fit_logistic(features_NE[~held], class_N[~held], weight_K, penalty=self.config.penalty)
-            said_N = fitted.scores(features_NE[held].astype(np.float64)).argmax(axis=1)
-            hit_N[held] = said_N == class_N[held]
+            score_NK = fitted.scores(features_NE[held].astype(np.float64))
+            best_NK = score_NK >= score_NK.max(axis=1, keepdims=True) - TIE
+            hit_N[held] = best_NK[np.arange(len(best_NK)), class_N[held]] / best_NK.sum(axis=1)
         return hit_N
 
 
@@ -192,7 +196,6 @@ def _identity(modality: str, crops: _Crops) -> list[Score]:
         features_NE = standardised(crops.features[method])
         unit_NE = features_NE / np.maximum(np.linalg.norm(features_NE, axis=1, keepdims=True), 1e-12)
         like_NN = np.where(answer_NN, unit_NE @ unit_NE.T, -np.inf)
-        # ties must not become hits: an embedding that says the same of every crop is at chance
         best_NN = like_NN >= like_NN.max(axis=1, keepdims=True) - TIE
         hit_N = (best_NN & same_NN).sum(axis=1) / best_NN.sum(axis=1)
         scores += _with_interval(method, f"identity/{modality}", hit_N[asked_N], asked)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from medseg_ssl.analysis.metrics import summarize
 from medseg_ssl.config import ConfigError
-from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
+from medseg_ssl.evaluations.base import Evaluation, MetricsConfig
 from medseg_ssl.evaluations.segmentation import UNITS, evaluate_cases, labeled_cases
 from medseg_ssl.inference.predictor import Predictor
 from medseg_ssl.types import Score
@@ -28,20 +27,10 @@ if TYPE_CHECKING:
 class MissingModalities(Evaluation):
     """Mean metrics of a segmenter for every non-empty subset of its channels."""
 
-    of = "segmenter"
+    of, reads_labels = "segmenter", True
 
-    class Config(EvaluationConfig):
-        """What is scored.
-
-        Attributes:
-            split: name of the archive's split.
-            subset: which of its lists.
-            nsd_tolerance_mm: distance up to which a surface counts as right.
-        """
-
-        split: str = "default"
-        subset: Literal["train", "development", "test"] = "test"
-        nsd_tolerance_mm: float = Field(default=2.0, ge=0)
+    class Config(MetricsConfig):
+        """What is scored: nothing beside what is shared."""
 
     config: Config
 

@@ -21,12 +21,11 @@ from pydantic import Field
 from medseg_ssl.analysis.metrics import wilson_interval
 from medseg_ssl.config import UserError
 from medseg_ssl.draws import numpy_generator
-from medseg_ssl.evaluations._crops import check_encoder, intensity_statistics, subjects_of
-from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
+from medseg_ssl.evaluations._crops import CropConfig, check_encoder, intensity_statistics, subjects_of
+from medseg_ssl.evaluations.base import Evaluation
 from medseg_ssl.inference.frozen import Crop, FrozenEncoder, network_crop
-from medseg_ssl.inference.inputs import crop_size_of, network_spacing
-from medseg_ssl.nets.heads import Pooling
-from medseg_ssl.types import Score, Triple
+from medseg_ssl.inference.inputs import network_spacing
+from medseg_ssl.types import Score
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -38,42 +37,29 @@ METHODS = ("encoder", "outline", "intensity")
 class Retrieval(Evaluation):
     """Retrieval of the same subject for each ordered pair of modalities, beside chance and two baselines."""
 
-    class Config(EvaluationConfig):
+    class Config(CropConfig):
         """Protocol.
 
         Attributes:
-            split: name of the archive's split.
-            subset: which of its lists; ``all`` takes every subject.
+            subset: which of the split's lists; ``all`` takes every subject.
             modalities: at least two; subjects that lack one are left out.
-            crop_size: voxels (D, H, W) at the encoder's spacing; null takes the size the encoder was trained
-                on.
             draws: crops per subject and modality, each at its own offset.
             jitter: largest offset from the common middle, as a share of the crop size per axis.
             minimum_valid: least share of a crop that holds data; offsets are drawn again up to ``tries``
                 times.
             tries: offsets drawn before the one with the most data is taken.
-            levels: pool the deepest map, or every level and join them.
-            pool: ``mean`` over the voxels, or ``mean_max``: mean and maximum, joined.
             normalise: per modality and dimension over all crops: take the mean off, also divide by
                 the standard deviation, or leave the features alone. The same for the baselines but that these
                 are always divided (their dimensions have different units).
-            seed: of the offsets.
-            batch_size: crops per forward pass.
         """
 
-        split: str = "default"
         subset: Literal["train", "development", "test", "all"] = "test"
         modalities: tuple[str, ...] = Field(default=("CT", "MR", "PT"), min_length=2)
-        crop_size: Triple | None = None
         draws: int = Field(default=8, ge=1)
         jitter: float = Field(default=0.25, ge=0, le=4)
         minimum_valid: float = Field(default=0.5, ge=0, le=1)
         tries: int = Field(default=16, ge=1)
-        levels: Literal["deepest", "all"] = "deepest"
-        pool: Pooling = "mean"
         normalise: Literal["none", "centre", "standardise"] = "centre"
-        seed: int = 0
-        batch_size: int = Field(default=8, ge=1)
 
     config: Config
     sparing = MappingProxyType({"draws": 2})
@@ -87,7 +73,7 @@ class Retrieval(Evaluation):
             UserError: fewer than two subjects have every modality in scans that hold the crop.
         """
         check_encoder(model, "retrieval")
-        size = tuple(self.config.crop_size or crop_size_of(model.card))
+        size = self.config.size(model)
         scans = self._scans(archive, model, size)
         subjects = sorted(scans)
         middles = {s: _common_middles(archive, scans[s]) for s in subjects}
@@ -140,19 +126,10 @@ class Retrieval(Evaluation):
     ) -> dict[str, np.ndarray]:
         """Features (draws, N, E) per method of one modality: a crop per draw and (subject, scan, middle)."""
         encoded, outlines, statistics = [], [], []
-        spacing_mm = network_spacing(model.card, archive.scans[places[0][1]])
-        levels = list(range(model.levels)) if self.config.levels == "all" else [-1]
+        row = archive.scans[places[0][1]]
         for draw in range(self.config.draws):
             crops = [self._crop(model, archive, *place, size, draw) for place in places]
-            encoded.append(
-                model.pooled(
-                    np.stack([crop.image_DHW[None] for crop in crops]),
-                    spacing_mm=spacing_mm,
-                    levels=levels,
-                    batch_size=self.config.batch_size,
-                    how=self.config.pool,
-                )
-            )
+            encoded.append(self.config.pooled(model, crops, row))
             outlines.append([np.concatenate([_coarse(c.body_DHW), _coarse(c.valid_DHW)]) for c in crops])
             statistics.append([intensity_statistics(crop) for crop in crops])
         return {

@@ -2,7 +2,7 @@
 
 Every corruption is applied in physical units (HU, mm, shares of the scan's range) to what the network is about to see,
 and the intensity policy's statistics are taken anew from the corrupted scan, as ``prepare`` would take them. Truth and
-grid stay, so cases are paired with themselves undisturbed.
+grid stay, so cases are paired with themselves undisturbed; the subject is the unit of intervals and tests.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -22,7 +22,7 @@ from medseg_ssl.analysis.statistics import holm
 from medseg_ssl.config import ConfigError
 from medseg_ssl.data import intensity
 from medseg_ssl.evaluations._corruptions import CORRUPTIONS, Volume, corrupt
-from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
+from medseg_ssl.evaluations.base import Evaluation, MetricsConfig
 from medseg_ssl.evaluations.segmentation import evaluate_cases, labeled_cases
 from medseg_ssl.inference.inputs import Channel, policy_for
 from medseg_ssl.inference.predictor import Predictor
@@ -57,15 +57,12 @@ class Setting:
 class Robustness(Evaluation):
     """Segmentation metrics under corruptions of graded strength."""
 
-    of = "segmenter"
+    of, reads_labels = "segmenter", True
 
-    class Config(EvaluationConfig):
-        """What is done to the scans, and which are scored.
+    class Config(MetricsConfig):
+        """What is done to the scans.
 
         Attributes:
-            split: name of the archive's split.
-            subset: which of its lists.
-            nsd_tolerance_mm: distance up to which a surface counts as right.
             strengths: by corruption, from weak to strong; left out ones are not tried. ``noise`` (CT, standard
                 deviation in HU), ``relative_noise`` (MR and PET, share of the scan's range), ``blur`` (FWHM in mm),
                 ``resolution`` (shortest voxel side in mm), ``bias_field`` (MR, largest coefficient of its logarithm),
@@ -73,9 +70,6 @@ class Robustness(Evaluation):
             seed: of noise, fields and lost slices.
         """
 
-        split: str = "default"
-        subset: Literal["train", "development", "test"] = "test"
-        nsd_tolerance_mm: float = Field(default=2.0, ge=0)
         strengths: dict[str, tuple[float, ...]] = Field(
             default={
                 "noise": (20.0, 50.0, 100.0),
@@ -152,11 +146,14 @@ class Robustness(Evaluation):
                 table = None
 
 
-def robustness_table(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+def robustness_table(
+    rows: Sequence[Mapping[str, object]], *, subjects: Mapping[str, str]
+) -> list[dict[str, object]]:
     """What each setting costs: the mean difference to the undisturbed scans, paired by case, with its interval.
 
     Args:
         rows: of ``CASE_COLUMNS``, of all settings.
+        subjects: case to its subject, whose cases are averaged before differences are taken.
 
     Returns:
         Rows of ``COLUMNS``: mean over the classes of a case first, then per class. ``p`` is that of a paired t-test,
@@ -172,7 +169,7 @@ def robustness_table(rows: Sequence[Mapping[str, object]]) -> list[dict[str, obj
         for name in (OVER_CLASSES, *classes):
             block = []
             for given in settings.values():
-                found = paired_change(clean, given, name=name, metric=metric)
+                found = paired_change(clean, given, name=name, metric=metric, subjects=subjects)
                 if found is not None:
                     setting = {key: given[0][key] for key in ("corruption", "severity", "amount", "unit")}
                     block.append({**setting, **found} | ({"p": float("nan")} if given is clean else {}))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field
 
 from medseg_ssl.analysis.metrics import METRICS, case_means, case_metrics, summarize
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.evaluations.base import Evaluation, EvaluationConfig
+from medseg_ssl.evaluations.base import Evaluation, MetricsConfig
 from medseg_ssl.inference.predictor import Alter, Predictor
 from medseg_ssl.types import Score
 
@@ -26,20 +25,10 @@ SUBSETS = ("train", "development", "test")
 class Segmentation(Evaluation):
     """Mean metrics of a segmenter's predictor over the labeled cases of a split's subset."""
 
-    of = "segmenter"
+    of, reads_labels = "segmenter", True
 
-    class Config(EvaluationConfig):
-        """What is scored.
-
-        Attributes:
-            split: name of the archive's split.
-            subset: which of its lists.
-            nsd_tolerance_mm: distance up to which a surface counts as right.
-        """
-
-        split: str = "default"
-        subset: Literal["train", "development", "test"] = "test"
-        nsd_tolerance_mm: float = Field(default=2.0, ge=0)
+    class Config(MetricsConfig):
+        """What is scored: nothing beside what is shared."""
 
     config: Config
 
@@ -130,6 +119,17 @@ def evaluate_cases(
         if on_case is not None:
             on_case(case)
     return rows
+
+
+def check_predictor(predictor: Predictor, archive: Archive, cases: Sequence[str]) -> None:
+    """See that a segmenter goes with the classes and scans of these cases, before one is predicted.
+
+    Raises:
+        UserError: names the classes, the case, or the modality that it does not.
+    """
+    class_places(predictor.classes, archive.classes)
+    for case in cases:
+        predictor.check_case(archive, case)
 
 
 def class_places(segmenter: Sequence[str], archive: Sequence[str]) -> np.ndarray:

@@ -36,6 +36,8 @@ FOREGROUND_SHARE = 0.67
 class Transferability(Evaluation):
     """Log evidence of the classes under frozen features."""
 
+    reads_labels = True
+
     class Config(EvaluationConfig):
         """Which voxels.
 

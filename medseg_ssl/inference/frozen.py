@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -78,11 +78,7 @@ class FrozenEncoder:
     ) -> np.ndarray:
         """Maps at ``levels`` (negative: from the deepest), pooled over their voxels and joined: (N, E)."""
         out = []
-        for start in range(0, len(crops_NCDHW), batch_size):
-            image_BCDHW = torch.from_numpy(crops_NCDHW[start : start + batch_size]).to(self.device)
-            spacing_B3 = torch.tensor([spacing_mm], dtype=torch.float32, device=self.device)
-            with autocast(self.device, self.precision):
-                maps = self.encoder(image_BCDHW, spacing_B3.expand(len(image_BCDHW), 3))
+        for _, maps in self._maps(crops_NCDHW, spacing_mm=spacing_mm, batch_size=batch_size):
             out.append(torch.cat([pool(maps[i], how=how) for i in levels], dim=1).cpu().numpy())
         return np.concatenate(out)
 
@@ -111,12 +107,8 @@ class FrozenEncoder:
             Features (P, E) in float32 of each crop, on the encoder's device.
         """
         out = []
-        for start in range(0, len(crops_NCDHW), batch_size):
-            image_BCDHW = torch.from_numpy(crops_NCDHW[start : start + batch_size]).to(self.device)
-            spacing_B3 = torch.tensor([spacing_mm], dtype=torch.float32, device=self.device)
-            with autocast(self.device, self.precision):
-                maps = self.encoder(image_BCDHW, spacing_B3.expand(len(image_BCDHW), 3))
-            for number in range(len(image_BCDHW)):
+        for start, maps in self._maps(crops_NCDHW, spacing_mm=spacing_mm, batch_size=batch_size):
+            for number in range(len(maps[0])):
                 places = torch.as_tensor(places_P3[start + number], device=self.device)
                 read = [
                     _read(maps[level][number].float(), places, stride=self.encoder.strides[level])
@@ -124,6 +116,17 @@ class FrozenEncoder:
                 ]
                 out.append(torch.cat(read, dim=1))
         return out
+
+    def _maps(
+        self, crops_NCDHW: np.ndarray, *, spacing_mm: TripleMm, batch_size: int
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Number of its first crop, and the pyramid, of each batch."""
+        for start in range(0, len(crops_NCDHW), batch_size):
+            image_BCDHW = torch.from_numpy(crops_NCDHW[start : start + batch_size]).to(self.device)
+            spacing_B3 = torch.tensor([spacing_mm], dtype=torch.float32, device=self.device)
+            with autocast(self.device, self.precision):
+                maps = self.encoder(image_BCDHW, spacing_B3.expand(len(image_BCDHW), 3))
+            yield start, maps
 
 
 def _read(map_CDHW: Tensor, places_P3: Tensor, *, stride: Triple) -> Tensor:

@@ -199,12 +199,23 @@ class Predictor:
         Raises:
             UserError: more or fewer scans than the segmenter has channels.
         """
+        self.check_case(archive, case)
         row = archive.cases[case]
-        self._check_channels(len(row.scans), f"case {case}")
         channels = [archive_channel(archive, key, self.card.intensity) for key in row.scans]
         if alter is not None:
             channels = [alter(archive.scans[k], c) for k, c in zip(row.scans, channels, strict=True)]
         return self._input(channels)
+
+    def check_case(self, archive: Archive, case: str) -> None:
+        """See that a case has the channels that the segmenter takes, each of a modality that it knows.
+
+        Raises:
+            UserError: it does not.
+        """
+        row = archive.cases[case]
+        self._check_channels(len(row.scans), f"case {case}")
+        for key in row.scans:
+            policy_for(self.card.intensity, archive.scans[key].modality)
 
     # -- files -----------------------------------------------------------------------------------------------
 

@@ -41,8 +41,11 @@ def unpatchify(voxels_BLP: Tensor, size: Sequence[int], patch: Triple) -> Tensor
 
 
 def as_map(tokens_BLE: Tensor, grid: Triple) -> Tensor:
-    """Tokens of a whole grid as a map (B, E, d, h, w)."""
-    return tokens_BLE.transpose(1, 2).reshape(len(tokens_BLE), -1, *grid)
+    """Tokens of a whole grid as a map (B, E, d, h, w), contiguous.
+
+    A view would pass for channels-last, convolutions would hand that on, and group norms are far slower on it on a CPU.
+    """
+    return tokens_BLE.transpose(1, 2).reshape(len(tokens_BLE), -1, *grid).contiguous()
 
 
 def as_tokens(map_BEDHW: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Incremental learning: new classes or a new scanner without the old data, held to what the segmenter said before.
+"""Incremental learning: new classes or a new scanner with few old cases or none, held to what it said before.
 
 A copy of the segmenter as it was answers every crop; the network is drawn towards those answers for the old classes
 (learning without forgetting, arXiv 1606.09282) while it learns the new ones from labels. Where the new labels say
@@ -16,70 +16,40 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from medseg_ssl.config import Block, ConfigError, MirrorAxes
-from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
-from medseg_ssl.nets.segmentation_loss import SegmentationLoss, merge_unknown
+from medseg_ssl.nets.segmentation_loss import merge_unknown
 from medseg_ssl.nets.segmenter import SILENT, Segmenter
 from medseg_ssl.nets.teacher import Teacher
-from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
-from medseg_ssl.types import Batch, Facts, Triple, ViewPlan, ViewSpec
+from medseg_ssl.objectives._supervised import Supervised, SupervisedConfig
+from medseg_ssl.objectives.base import StepOutput
+from medseg_ssl.types import Batch, Facts
 
 
-class Distillation(Objective):
+class Distillation(Supervised):
     """Encoder, decoder and class heads, trained on labels and on the answers of the segmenter they come from."""
 
     needs_previous = True
 
-    class Config(ObjectiveConfig):
-        """Options.
+    class Config(SupervisedConfig):
+        """What the old answers count; the rest is shared.
 
         Attributes:
-            size: crop (D, H, W).
-            augment: augmentation of image and label.
-            mirror_axes: axes (0 superior-inferior, 1 anterior-posterior, 2 left-right) mirrored at random.
-            loss: on the labels.
-            deep_supervision: also train the heads of coarser levels on the labels.
             weight: of the distillation; 0 is plain fine-tuning on the new labels.
             background: ``merged`` adds the new classes to what the old segmenter called background (MiB); ``own``
                 leaves them out of the comparison, which then is among old classes alone (learning without forgetting).
             temperature: that both answers are softened by; above 1 gives small probabilities more weight.
-            decoder: block on the shelf of decoders.
         """
 
-        size: Triple = (64, 64, 64)
-        augment: str = "segmentation"
-        mirror_axes: MirrorAxes = ()
-        loss: SegmentationLoss = SegmentationLoss()
-        deep_supervision: bool = True
         weight: float = Field(default=10.0, ge=0.0)
         background: Literal["merged", "own"] = "merged"
         temperature: float = Field(default=1.0, gt=0.0)
-        decoder: Block = Field(default_factory=lambda: Block(name="unet"))
 
-    config: Config
+    config: Config  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: Config, encoder: Encoder, facts: Facts) -> None:
         super().__init__(config, encoder, facts)
-        if len(facts.classes) < 2:
-            raise ConfigError("distillation needs an archive with labels; this one has no classes")
-        self.decoder = decoder_for(encoder, config.decoder)
-        levels = self.decoder.channels_out if config.deep_supervision else self.decoder.channels_out[:1]
-        self.heads = nn.ModuleList(nn.Conv3d(c, len(facts.classes), kernel_size=1) for c in levels)
         self.previous: Teacher[Segmenter] | None = None
         self.kept: tuple[int, ...] = ()
-
-    @staticmethod
-    def views(config: Config) -> ViewPlan:
-        """One labeled crop."""
-        spec = ViewSpec(
-            count=1, size=config.size, augment=config.augment, labeled=True, mirror_axes=config.mirror_axes
-        )
-        return {"labeled": spec}
-
-    def student(self) -> Segmenter:
-        """The live networks as one module."""
-        return Segmenter(self.encoder, self.decoder, len(self.facts.classes), heads=self.heads)
 
     def begin(self, kept: Sequence[int] = ()) -> None:
         """Keep a copy of the networks as they are, and which classes they know."""
@@ -90,7 +60,7 @@ class Distillation(Objective):
         """Supervised loss + weight · distillation."""
         view = batch.views["labeled"][0]
         logits = self.student().level_logits(view.image_BCDHW, view.spacing_mm_B3)
-        total, voxel, region = self.config.loss.of_view(logits, view)
+        total, logs = self.on_labels(logits, view)
         kept_away = total.new_zeros(())
         if self.previous is not None and self.config.weight > 0:
             with torch.no_grad():
@@ -100,11 +70,7 @@ class Distillation(Objective):
             )[:, 0]
             divergence_BDHW = self.divergence(logits[0].float(), wanted.float())
             kept_away = (divergence_BDHW * valid).sum() / valid.sum().clamp(min=1.0)
-        logs = {
-            "voxel_loss": voxel.detach(),
-            "region_loss": region.detach(),
-            "distillation": kept_away.detach(),
-        }
+        logs |= {"distillation": kept_away.detach()}
         return StepOutput(total + self.config.weight * kept_away, logs)
 
     def divergence(self, logits_BKDHW: Tensor, previous_BKDHW: Tensor) -> Tensor:
@@ -121,14 +87,3 @@ class Distillation(Objective):
         log_p = torch.log_softmax(now / self.config.temperature, dim=1)[:, kept_K]
         log_q = torch.log_softmax(wanted, dim=1)[:, kept_K]
         return (log_q.exp() * (log_q - log_p)).sum(dim=1)
-
-    def export(self) -> Exported:
-        """Encoder, decoder and the class heads; the copy stays behind."""
-        return Exported(self.encoder, self.decoder, self.heads)
-
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """Input, truth and prediction."""
-        view = batch.views["labeled"][0]
-        assert view.label_BDHW is not None
-        predicted = self.student()(view.image_BCDHW, view.spacing_mm_B3).argmax(dim=1)
-        return {"image": view.image_BCDHW[:, 0].float(), "truth": view.label_BDHW, "prediction": predicted}

@@ -188,6 +188,20 @@ def open_run(
         yield complete
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Keep other processes out of a run folder while the context lasts; yields whether none was working on it."""
+    try:
+        descriptor = _lock(Path(path) / ".lock")
+    except UserError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.close(descriptor)
+
+
 def _lock(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from operator import methodcaller
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from medseg_ssl.config import Block, ConfigError, Record, override, parse, read_yaml, resolved
+from medseg_ssl.config import Block, ConfigError, Record, find, override, parse, read_yaml, resolved, shelf
 from medseg_ssl.train.settings import OptimConfig, TrainConfig, WandbConfig
 from medseg_ssl.types import Batch, Triple, TripleMm, ViewPlan, ViewSpec
 
@@ -23,10 +23,27 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=Record)
 Shelves = Mapping[str, tuple[str, Callable[[], type]]]
 """Key of a block to its shelf and a function that imports the contract (late, since it imports torch)."""
+LookedAt = Literal["encoder", "segmenter"]
+"""What an evaluation looks at, ``Evaluation.of``."""
+EVALUATIONS = "medseg_ssl.evaluations"
 
 
-def read_config(model: type[C], path: Path, assignments: Sequence[str], *, shelves: Shelves) -> C:
+def read_config(
+    model: type[C],
+    path: Path,
+    assignments: Sequence[str],
+    *,
+    shelves: Shelves,
+    evaluates: LookedAt | None = None,
+) -> C:
     """Read a YAML, apply the overrides and check everything, blocks included, before anything is built.
+
+    Args:
+        model: of the config.
+        path: of the YAML.
+        assignments: overrides.
+        shelves: of its blocks.
+        evaluates: what its evaluations must look at; None takes all.
 
     Raises:
         ConfigError: names every wrong key at once.
@@ -45,7 +62,7 @@ def read_config(model: type[C], path: Path, assignments: Sequence[str], *, shelv
     def evaluations() -> None:
         given = tree.get("evaluations")
         if isinstance(given, dict) and all(isinstance(options, dict) for options in given.values()):
-            build_evaluations(given)
+            build_evaluations(given, of=evaluates)
 
     checks = [block(key) for key in shelves]
     results = resolved(lambda: parse(model, tree, where=f"config {path.name}"), *checks, evaluations)
@@ -93,18 +110,34 @@ def resolve_block(block: Block, key: str, shelves: Shelves) -> tuple[type, Any]:
     return block.resolve(shelf, contract(), prefix=key)
 
 
-def build_evaluations(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def build_evaluations(
+    evaluations: Mapping[str, Mapping[str, Any]],
+    *,
+    of: LookedAt | None = None,
+    prefix: str = "evaluations",
+) -> dict[str, Any]:
     """The evaluations a config names, on development subjects and with few crops unless it says otherwise.
 
+    Args:
+        evaluations: name on the shelf to options.
+        of: what the run has to look at; None takes evaluations of everything.
+        prefix: where they stand in the config, for messages.
+
     Raises:
-        ConfigError: unknown names or options, all at once.
+        ConfigError: unknown names or options, or evaluations of something else, all at once.
     """
 
     def one(name: str) -> Any:
         # the contract is the shelf's own, found by name: training and evaluations do not see each other
-        contract = import_module("medseg_ssl.evaluations.base").Evaluation
+        contract = import_module(f"{EVALUATIONS}.base").Evaluation
         block = Block.model_validate({**evaluations[name], "name": name})
-        cls, options = block.resolve("medseg_ssl.evaluations", contract, prefix=f"evaluations.{name}")
+        cls, options = block.resolve(EVALUATIONS, contract, prefix=f"{prefix}.{name}")
+        if of is not None and cls.of != of:
+            a = {"encoder": "an encoder", "segmenter": "a segmenter"}
+            fitting = [other for other in shelf(EVALUATIONS) if find(EVALUATIONS, other, contract).of == of]
+            raise ConfigError(
+                f"{prefix}.{name} looks at {a[cls.of]}, this run has {a[of]}; known: {', '.join(fitting)}"
+            )
         given = evaluations[name]
         changes = {key: value for key, value in cls.sparing.items() if key not in given}
         if "subset" in type(options).model_fields and "subset" not in given:
@@ -146,6 +179,20 @@ def scoring(
         return found
 
     return measure
+
+
+def look_first(
+    look: Callable[[Objective, int], Mapping[str, float]], objective: Objective, best: Best | None
+) -> None:
+    """Evaluate once at step 0, so that what an evaluation lacks is said before hours of training.
+
+    Raises:
+        ConfigError: see ``Best.check``; the evaluation does not go with networks or archive.
+        UserError: there is nothing to score.
+    """
+    scores = look(objective, 0)
+    if best is not None:
+        best.check(scores)
 
 
 def check_crop_sizes(views: ViewPlan, strides: Sequence[Triple], *, key: str = "objective") -> None:
@@ -220,6 +267,7 @@ class Session:
         undecayed: names of parameters that weight decay would harm.
         training: puts the objective into training mode; all of it, unless parts are frozen.
         best: keeps the weights of the best evaluation, and says when to stop; None runs all steps.
+        looked_s: seconds that a look at step 0 took, which counts for the share of time spent on evaluations.
     """
 
     run: Path
@@ -241,6 +289,7 @@ class Session:
     undecayed: tuple[str, ...] = ()
     training: Callable[[Objective], object] = methodcaller("train")
     best: Best | None = None
+    looked_s: float = 0.0
 
     def fit(
         self, objective: Objective, *, batches: Callable[[int], Iterator[Batch]], runtime: Runtime
@@ -316,7 +365,7 @@ class Session:
             actions.append((self._every(self.train.preview_every), preview))
         if self.evaluate is not None:
             measure = self.evaluate
-            began, spent = time.perf_counter(), 0.0
+            began, spent = time.perf_counter() - self.looked_s, self.looked_s
 
             def evaluate(step: int) -> None:
                 nonlocal spent

@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +63,7 @@ def measure(
     runtime: Runtime,
     seconds: float,
     prepare_batch: Callable[[Batch], Batch] | None = None,
+    training: Callable[[Objective], object] = methodcaller("train"),
 ) -> Measured:
     """Train for a few seconds in a folder that is thrown away.
 
@@ -73,6 +75,7 @@ def measure(
         runtime: of this process, which should be a fresh one: memory is the most it ever held.
         seconds: time to spend after the warm-up, at least; at least ``LEAST`` steps are counted.
         prepare_batch: as ``fit`` takes it.
+        training: as ``fit`` takes it.
     """
     asked: list[float] = []
     given: list[float] = []
@@ -115,6 +118,7 @@ def measure(
             recorder=recorder,
             checkpoint=Checkpoint(Path(folder) / "none.ckpt", writes=False),
             prepare_batch=prepare_batch,
+            training=training,
         )
     took = [b - a for a, b in itertools.pairwise(asked)][WARM_UP:]
     waited = [b - a for a, b in zip(asked, given, strict=False)][WARM_UP:]

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from medseg_ssl.analysis import label_efficiency as le
+from medseg_ssl.analysis import savings, scores
+from medseg_ssl.analysis.tables import format_number
 
 BUDGETS = (1, 2, 4, 8)
 
@@ -73,23 +75,23 @@ def test_curve_means_classes_then_cases_and_has_the_contract_columns():
 
 def test_empty_metrics_are_left_out_of_a_case_not_counted_as_zero():
     rows = [row("s", 1, 0, "x", "a", 0.8), row("s", 1, 0, "x", "b", math.nan), row("s", 1, 0, "y", "a", 0.6)]
-    table = le.tables(rows)["s", 1]
+    table = scores.tables(rows)["s", 1]
     np.testing.assert_allclose(table.scores_NDP.mean(axis=2), [[0.8], [0.6]])
-    none = le.tables([row("s", 1, 0, "x", "a", math.nan)])["s", 1]
+    none = scores.tables([row("s", 1, 0, "x", "a", math.nan)])["s", 1]
     assert np.isnan(none.scores_NDP.mean(axis=2)).all()
     assert math.isnan(le.curve_rows([row("s", 1, 0, "x", "a", math.nan)])[0]["mean"])
 
 
 def test_area_is_the_mean_over_log2_budget():
-    tables = le.tables(rows_of({"s": {1: 0.6, 2: 0.7, 8: 0.9}}, noise=0.0))
+    tables = scores.tables(rows_of({"s": {1: 0.6, 2: 0.7, 8: 0.9}}, noise=0.0))
     # 0..1: mean 0.65, 1..3: mean 0.8
     assert le.area(tables, "s", [1, 2, 8]).mean == pytest.approx((0.65 + 2 * 0.8) / 3)
     assert le.area(tables, "s", [2]).mean == pytest.approx(0.7)
 
 
 def test_savings_known_answers():
-    tables = le.tables(rows_of({"scratch": SCRATCH, "better": BETTER}, noise=0.0))
-    found = {s["budget"]: s for s in le.savings(tables, init="better", baseline="scratch")}
+    tables = scores.tables(rows_of({"scratch": SCRATCH, "better": BETTER}, noise=0.0))
+    found = {s["budget"]: s for s in savings.savings(tables, init="better", baseline="scratch")}
     # 0.70 is scratch at 2 labels, 0.80 at 4, 0.84 lies 4/5 of the way from log2(4) to log2(8)
     assert found[1]["savings"] == pytest.approx(2.0)
     assert found[2]["savings"] == pytest.approx(2.0)
@@ -103,8 +105,8 @@ def test_savings_known_answers():
 
 def test_savings_interval_holds_the_point_and_widens_with_noise():
     def width(noise):
-        tables = le.tables(rows_of({"scratch": SCRATCH, "better": BETTER}, noise=noise))
-        item = le.savings(tables, init="better", baseline="scratch")[1]
+        tables = scores.tables(rows_of({"scratch": SCRATCH, "better": BETTER}, noise=noise))
+        item = savings.savings(tables, init="better", baseline="scratch")[1]
         assert item["ci_low"] <= item["savings"] <= item["ci_high"]
         return item["ci_high"] - item["ci_low"]
 
@@ -112,8 +114,8 @@ def test_savings_interval_holds_the_point_and_widens_with_noise():
 
 
 def test_an_init_below_the_baseline_at_its_smallest_budget_has_an_upper_bound():
-    tables = le.tables(rows_of({"scratch": SCRATCH, "worse": {1: 0.5, 2: 0.55}}))
-    found = le.savings(tables, init="worse", baseline="scratch")
+    tables = scores.tables(rows_of({"scratch": SCRATCH, "worse": {1: 0.5, 2: 0.55}}))
+    found = savings.savings(tables, init="worse", baseline="scratch")
     assert [s["at_most"] for s in found] == [True, True]
     assert found[1]["savings"] == pytest.approx(0.5)
     assert found[1]["ci_low"] is None
@@ -138,8 +140,8 @@ def test_savings_interval_covers_the_true_savings(cases, draws, noise, level):
         for key, mean in {**{("scratch", b): m for b, m in SCRATCH.items()}, ("mae", 2): level}.items():
             own = rng.standard_normal((cases, 1)) + rng.standard_normal((1, draws))
             rest = 2 * rng.standard_normal((cases, draws))
-            tables[key] = le.Table(mean + case + noise * (own + rest), names, numbers)
-        (found,) = le.savings(tables, init="mae", baseline="scratch")
+            tables[key] = scores.Table(mean + case + noise * (own + rest), names, numbers)
+        (found,) = savings.savings(tables, init="mae", baseline="scratch")
         low, high = found["ci_low"] or 0.0, found["ci_high"] or math.inf
         covered += low <= truth <= high
         assert low <= found["savings"] * (1 + 1e-9)
@@ -148,10 +150,10 @@ def test_savings_interval_covers_the_true_savings(cases, draws, noise, level):
 
 
 def test_ends_narrower_than_a_step_of_the_grid_are_not_the_grid():
-    tables = le.tables(rows_of({"scratch": SCRATCH, "mae": {2: 0.77}}, noise=0.0005))
-    (found,) = le.savings(tables, init="mae", baseline="scratch")
+    tables = scores.tables(rows_of({"scratch": SCRATCH, "mae": {2: 0.77}}, noise=0.0005))
+    (found,) = savings.savings(tables, init="mae", baseline="scratch")
     assert found["savings"] == pytest.approx(2.0**1.7 / 2, rel=0.01)
-    assert 1.0 < found["ci_high"] / found["ci_low"] < 2.0 ** (1 / le.SAVINGS_GRID)
+    assert 1.0 < found["ci_high"] / found["ci_low"] < 2.0 ** (1 / savings.SAVINGS_GRID)
     assert found["ci_low"] < found["savings"] < found["ci_high"]
 
 
@@ -257,14 +259,14 @@ def test_unfinished_pretrainings_compare_what_is_there():
     assert found["budget 1"]["pretrainings"] == 3
     assert found["budget 8"]["pretrainings"] == 2
     assert found["area"]["pretrainings"] == 2
-    table = le.tables(rows)["mae", 1]
+    table = scores.tables(rows)["mae", 1]
     np.testing.assert_allclose(
         table.scores_NDP.mean(axis=2),
-        le.tables(rows_of({"scratch": SCRATCH, "mae": BETTER}))["mae", 1].scores_NDP.mean(axis=2),
+        scores.tables(rows_of({"scratch": SCRATCH, "mae": BETTER}))["mae", 1].scores_NDP.mean(axis=2),
         atol=1e-12,
     )
     assert (table.scores_NDP.shape, table.pretrainings) == ((12, 4, 3), (0, 1, 2))
-    assert le.tables(rows)["scratch", 1].pretrainings == ()
+    assert scores.tables(rows)["scratch", 1].pretrainings == ()
 
 
 def test_partial_and_unequal_tables_compare_what_they_share():
@@ -292,8 +294,8 @@ def test_cases_csv_reads_back(tmp_path):
     assert le.CASE_COLUMNS[-1] == "pretraining"
     path.write_text(f"{','.join(le.CASE_COLUMNS)}\n{line},2\n{line},\n", encoding="utf-8")
     assert [r["pretraining"] for r in le.read_cases(path)] == [2, 0]
-    assert le.format_number(float("nan")) == ""
-    assert le.format_number(0.123456789) == "0.123457"
+    assert format_number(float("nan")) == ""
+    assert format_number(0.123456789) == "0.123457"
 
 
 def test_verdict_names_the_limit_of_each_baseline_where_they_differ():
@@ -309,8 +311,8 @@ def test_cases_of_one_subject_are_one_piece_of_evidence():
         for draw in (0, 1)
         for case, subject, dice in (("c0", "s0", 0.2), ("c1", "s0", 0.4), ("c2", "s1", 0.9))
     ]
-    table = le.tables(rows)["scratch", 1]
+    table = scores.tables(rows)["scratch", 1]
     assert table.cases == ("s0", "s1")
     np.testing.assert_allclose(table.scores_NDP[:, :, 0], [[0.3, 0.3], [0.9, 0.9]])
     without = [{k: v for k, v in r.items() if k != "subject"} for r in rows]
-    assert le.tables(without)["scratch", 1].cases == ("c0", "c1", "c2")
+    assert scores.tables(without)["scratch", 1].cases == ("c0", "c1", "c2")

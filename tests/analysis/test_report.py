@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from medseg_ssl.analysis import figures, page, pictures, report
+from medseg_ssl.analysis import comparison_html, figures, page, pictures, report
 from medseg_ssl.analysis.label_efficiency import curve_rows, summarise
 
 from .test_label_efficiency import BETTER, LONG, SCRATCH, rows_of
@@ -102,18 +102,18 @@ def test_tables_show_the_numbers():
     c = comparison()
     first = next(row for row in c.curve if row["metric"] == "dice")
     cell = f"{first['mean']:.3f}<small>{first['ci_low']:.3f} to {first['ci_high']:.3f}</small>"
-    assert cell in report.means_table(c.curve, c.summary)
-    differences = report.differences_table(c.summary)
+    assert cell in comparison_html.means_table(c.curve, c.summary)
+    differences = comparison_html.differences_table(c.summary)
     assert "pooled 1, 2, 4" in differences
     assert '<span class="better">+0.' in differences
-    saved = report.savings_table(c.summary, c.curve)
+    saved = comparison_html.savings_table(c.summary, c.curve)
     assert "vs scratch<" in saved
     assert "≥ " in saved
 
 
 def test_savings_cells_name_their_open_ends():
     item = {"savings": 2.0, "ci_low": None, "ci_high": None, "censored": True, "at_most": False, "budget": 2}
-    cell = report.savings_cell({**item, "baseline": "scratch"}, [1, 2, 4])
+    cell = comparison_html.savings_cell({**item, "baseline": "scratch"}, [1, 2, 4])
     assert cell == "≥ 2.00×<small>below 0.50 to above 2.00<br>vs scratch</small>"
 
 
@@ -132,8 +132,8 @@ def test_missing_intervals_are_left_blank():
     )
     assert figure["data"][0]["error_y"]["array"] == [0]
     assert figure["data"][0]["customdata"][0][1] == "no interval"
-    assert report.interval_cell(0.5, math.nan, math.nan) == "0.500"
-    assert report.interval_cell(math.nan, math.nan, math.nan) == ""
+    assert comparison_html.interval_cell(0.5, math.nan, math.nan) == "0.500"
+    assert comparison_html.interval_cell(math.nan, math.nan, math.nan) == ""
 
 
 def test_curve_png_is_a_picture_and_the_same_each_time():
@@ -220,11 +220,11 @@ def test_heat_map_has_targets_down_and_stars_what_is_found():
 
 def test_smallest_detectable_difference_stands_in_its_cell():
     summary = comparison().summary
-    assert "Detectable" not in report.differences_table(
+    assert "Detectable" not in comparison_html.differences_table(
         {"comparisons": [{**c, "detectable": math.nan} for c in summary["comparisons"]]}
     )
     found = [{**c, "detectable": 0.0123} for c in summary["comparisons"]]
-    html = report.differences_table({"comparisons": found})
+    html = comparison_html.differences_table({"comparisons": found})
     assert html.count("<small>detectable 0.012</small>") == len(found)
     assert "Detectable: the smallest true difference" in html
 

@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 
 from medseg_ssl.analysis.figures import heat_map_png
-from medseg_ssl.analysis.label_efficiency import Table, curve_rows
+from medseg_ssl.analysis.label_efficiency import curve_rows
+from medseg_ssl.analysis.scores import Table
 from medseg_ssl.analysis.statistics import crossed_interval, paired_interval
 from medseg_ssl.analysis.transfer import (
     OTHER,

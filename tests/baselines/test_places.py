@@ -14,18 +14,23 @@ from tests.baselines.bodies import SHAPE, truth, write
 from tests.data.small_archive import make_archive, scan_row
 
 
-def crops(path, shapes, *, filled=lambda *index: True, known=None, noise=0):
-    """Crops whose label is the middle half of each axis (in part), over voxels that say nothing of it."""
+def crops(path, shapes, *, filled=lambda *index: True, half=(), subjects=None, known=None, noise=0):
+    """Crops whose label is the middle half of each axis (in part), over voxels that say nothing of it.
+
+    Those numbered ``half`` have what is left of the middle alone; each is of a subject of its own unless it is named.
+    """
     scans, cases = [], []
     for number, shape in enumerate(shapes):
+        subject = f"s{number}" if subjects is None else subjects[number]
         index = np.meshgrid(*((np.arange(n) + 0.5) / n - 0.5 for n in shape), indexing="ij")
         label = np.all([np.abs(axis) < 0.25 for axis in index], axis=0) & filled(*index)
+        label &= (index[2] < 0) if number in half else True
         volume = np.random.default_rng(number + noise).normal(100, 30, shape)
-        row = scan_row(f"v{number}", shape, subject=f"s{number}", spacing_mm=(3.0, 2.0, 1.5))
+        row = scan_row(f"v{number}", shape, subject=subject, spacing_mm=(3.0, 2.0, 1.5))
         scans.append((row, volume))
         states = (True, True) if known is None else known[number]
         row = CaseRow(
-            case=f"c{number}", subject=f"s{number}", scans=(row.key,), labeled=True, known_classes=states
+            case=f"c{number}", subject=subject, scans=(row.key,), labeled=True, known_classes=states
         )
         cases.append((row, label))
     return make_archive(path, scans, cases=cases, classes=("background", "middle"))
@@ -88,7 +93,7 @@ def test_the_mean_is_over_the_cases_that_state_a_class(tmp_path):
     mean = labels.mean_KDHW()
     assert mean[1].max() == 1.0  # not a half: one case states it and shows it
     np.testing.assert_allclose(mean.sum(axis=0), 1.0)
-    assert labels.mean_KDHW(without=0)[1].max() == 0.0
+    assert labels.mean_KDHW(without=[0])[1].max() == 0.0
 
 
 def test_shares_are_cut_where_held_out_cases_fit_best(tmp_path):
@@ -103,6 +108,24 @@ def test_shares_are_cut_where_held_out_cases_fit_best(tmp_path):
     assert (cut(shares, 0.61) == 0).all()
     with pytest.raises(ConfigError, match="between 0 and 1"):
         parse(PositionPrior.Config, {"shares": [0.5, 1.0]})
+
+
+def test_a_subjects_other_cases_do_not_tell_where_to_cut(tmp_path):
+    """Four cases of one subject show all of the middle, one each of two others half of it.
+
+    With its own three other cases a case of the first would be found by every share up to 0.6, and 0.2 would win;
+    without them it loses half at any share, and 0.9 is right for the other two.
+    """
+    cases = [f"c{n}" for n in range(6)]
+    archive = crops(tmp_path / "a", [(8, 12, 16)] * 6, half=(4, 5), subjects=[*"aaaabc"])
+    baseline = PositionPrior(PositionPrior.Config(lattice=(8, 12, 16), shares=(0.2, 0.9)))
+    baseline.fit(archive, cases, seed=0)
+    assert baseline._share == 0.9
+    apart = crops(tmp_path / "b", [(8, 12, 16)] * 6, half=(4, 5))
+    baseline.fit(apart, cases, seed=0)
+    assert baseline._share == 0.2
+    baseline.fit(archive, cases[:4], seed=0)
+    assert baseline._share == 0.5, "one subject: nobody is left to ask"
 
 
 def test_a_body_frame_follows_the_body(tmp_path):

@@ -4,23 +4,28 @@ import csv
 import dataclasses
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from finetune import compare as command
 from finetune import comparison as plans
 from finetune import crew as crew_module
-from finetune import fits, labeling, notes, planning
+from finetune import fits, labeling, mirror, notes, planning
 from finetune.report import main as report_main
 from medseg_ssl.cli import locate
 from medseg_ssl.config import ConfigError, UserError, override, parse, to_yaml
 from medseg_ssl.data.archive import Archive
+from medseg_ssl.data.manifest import Split
+from medseg_ssl.data.protected import Protected
 from medseg_ssl.train.interrupt import Interrupted
+from medseg_ssl.train.run_folder import RunFolder, hash_file
 from tests.data.heads import head, seen
 
 from . import fake_comparison as fakes
@@ -239,6 +244,69 @@ def _other_archive(path):
     other = fakes.archive()
     other.fingerprint = "0" * 16
     return other
+
+
+@pytest.fixture
+def sends(monkeypatch):
+    """Ids under which comparisons are sent, in place of sending them."""
+    monkeypatch.delenv("WANDB_MODE")
+    asked = []
+    monkeypatch.setattr(mirror, "send_comparison", lambda *a, known_id, **more: asked.append(known_id))
+    return asked
+
+
+def test_a_comparison_killed_before_the_mirror_got_it_is_sent_once(tmp_path, monkeypatch, sends):
+    def killed(*args, known_id, **more):
+        sends.append(known_id)
+        raise KeyboardInterrupt
+
+    config = fakes.config(wandb={"mode": "offline"}, budgets=[1], draws=1, inits={"scratch": "scratch"})
+    out, other = tmp_path / "out", tmp_path / "other"
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "send_comparison", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, config=config)
+    assert (out / "report.html").is_file()
+    half = out / "wandb" / f"offline-run-20250101_000000-{sends[0]}"
+    half.mkdir(parents=True)
+    shutil.copytree(out, other)
+    for _ in range(2):
+        run(out, config=config)
+    assert sends == [sends[0]] * 2, "again once, as the same run"
+    assert not half.exists()
+    command.main([str(other), "--report-only", "--quiet"])
+    assert sends == [sends[0]] * 3
+    assert json.loads((other / "mirror.json").read_text())["sent"]
+
+
+def test_only_what_is_whole_and_unsent_is_sent_late(tmp_path, monkeypatch, sends, caplog):
+    given, wrong = tmp_path / "given.safetensors", tmp_path / "wrong.safetensors"
+    given.write_bytes(b"weights")
+    wrong.write_bytes(b"other weights")
+    (tmp_path / "config.yaml").write_text("task: fake\nwandb: {mode: offline}\n")
+    inputs = {"encoders": {"given": hash_file(given)}}
+    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
+    part, whole = SimpleNamespace(finished=1, planned=2), SimpleNamespace(finished=2, planned=2)
+    mirror.send_left(tmp_path, part, encoders={"given": given})
+    mirror.send_left(tmp_path, whole, encoders={})
+    assert "add --encoder given=FILE" in caplog.text
+    with pytest.raises(ConfigError, match=r"--encoder given=wrong.safetensors is no file that"):
+        mirror.send_left(tmp_path, whole, encoders={"given": wrong})
+    with RunFolder(tmp_path / "busy", config=fakes.config(), inputs=inputs, ships="none"):
+        shutil.copy(tmp_path / "config.yaml", tmp_path / "busy")
+        mirror.send_left(tmp_path / "busy", whole, encoders={"given": given})
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    mirror.send_left(tmp_path, whole, encoders={"given": given})
+    monkeypatch.delenv("WANDB_MODE")
+    assert sends == []
+    for _ in range(2):
+        mirror.send_left(tmp_path, whole, encoders={"given": given})
+    assert len(sends) == 1
+    # an earlier version left its run and no mark
+    (tmp_path / "mirror.json").unlink()
+    (tmp_path / "wandb" / "offline-run-20250101_000000-abcd1234").mkdir(parents=True)
+    mirror.send_left(tmp_path, whole, encoders={"given": given})
+    assert len(sends) == 1
 
 
 def test_report_only_writes_what_is_done(tmp_path, finished):
@@ -472,7 +540,21 @@ def test_pretraining_is_kept_from_a_test_archive_of_its_own(tmp_path, monkeypatc
             pretrain=pretrain,
             **options,
         )
-    assert seen_by == [(), (Path("other"),)]
+    assert seen_by == [(), (Protected(archive=Path("other"), split="default"),)]
+
+
+def test_a_test_archive_is_protected_by_the_split_and_subset_that_are_scored():
+    def protected(test, **changes):
+        lists = Split(name="any", seed=0, train=("a",), development=(), test=test)
+        scored = SimpleNamespace(split={"default": None, "second": lists}.__getitem__)
+        return command._protected(fakes.config(split="second", **changes), Path("other"), scored)
+
+    other = {"archive": Path("other"), "split": "second"}
+    assert protected(("b",)) == Protected(**other, sides=("test", "development"))
+    assert protected(()) == Protected(**other, sides=("test", "development", "train")), (
+        "it is scored as a whole"
+    )
+    assert protected(("b",), subset="development").sides == ("test", "development", "train")
 
 
 def test_protect_has_no_place_in_a_comparison():

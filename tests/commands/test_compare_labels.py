@@ -13,6 +13,9 @@ from finetune import comparison as plans
 from finetune import labeling, planning, report
 from medseg_ssl.analysis import figures
 from medseg_ssl.config import ConfigError, parse, to_yaml
+from medseg_ssl.data import strata
+from medseg_ssl.data.archive import Archive
+from medseg_ssl.data.budget_file import read_budgets
 from medseg_ssl.data.manifest import CaseRow
 
 from . import fake_comparison as fakes
@@ -164,7 +167,7 @@ def test_columns_of_the_scans_take_turns_and_classes_are_covered(monkeypatch):
     for of in labeling.training_subsets(config, archive).values():
         assert sum(case in ("c2", "c6") for case in of[4]) == 2
     shown = {f"c{i}": ("lesion",) if i in (1, 8) else ("organ <b>",) for i in range(9)}
-    monkeypatch.setattr(labeling, "classes_shown", lambda archive, case: shown[case])
+    monkeypatch.setattr(strata, "classes_shown", lambda archive, case: shown[case])
     config = fakes.config(budgets=[2, 4], stratify={"by": "classes"})
     for of in labeling.training_subsets(config, archive).values():
         assert sum(case in ("c1", "c8") for case in of[2]) == 1
@@ -245,6 +248,40 @@ def test_budgets_of_one_comparison_are_used_in_another(tmp_path):
             run(tmp_path / "c", fakes.config(**changes), budgets=file)
 
 
+def test_budgets_of_an_archive_that_was_prepared_anew(tmp_path, monkeypatch, caplog):
+    """Another fingerprint and the same cases: said in one line, and kept with the run."""
+    run(tmp_path / "a", fakes.config(budgets=[1, 2], draws=1))
+    file, scratch = (
+        tmp_path / "a" / "budgets.json",
+        {"inits": {"scratch": "scratch"}, "budgets": [1, 2], "draws": 1},
+    )
+
+    def anew(path, **changes):
+        made = fakes.archive(**changes)
+        made.fingerprint = "0" * 16
+        return made
+
+    monkeypatch.setattr(Archive, "open", staticmethod(anew))
+    command.compare(
+        fakes.config(**scratch),
+        tmp_path / "b",
+        archive=Path("archive"),
+        budgets=file,
+        workers=1,
+        fit=fakes.fake_fit,
+    )
+    said = (
+        "were drawn from the archive ffffffffffff…, this one is 000000000000…; all 2 named cases are the same"
+    )
+    assert [record.message for record in caplog.records if said in record.message]
+    inputs, plan = (json.loads((tmp_path / "b" / name).read_text()) for name in ("inputs.json", "plan.json"))
+    assert inputs["budgets_drawn_from"] == "f" * 16
+    assert any(said in note for note in plan["notes"])
+    assert "budgets_drawn_from" not in json.loads((tmp_path / "a" / "inputs.json").read_text())
+    again = json.loads((tmp_path / "b" / "budgets.json").read_text())
+    assert (again["archive"], again["cases"]) == ("0" * 16, json.loads(file.read_text())["cases"])
+
+
 # -- folds and pretraining seeds -------------------------------------------------------------------------------------
 
 
@@ -275,6 +312,28 @@ def test_folds_score_every_case_once_per_draw_and_share_no_training(tmp_path):
         fakes.config(folds=3, budgets=[2], draws=1, seed=5),
         budgets=tmp_path / "out" / "budgets.json",
     )
+
+
+def test_folds_are_balanced_as_the_budgets_are_and_cut_again_from_the_file(tmp_path, monkeypatch):
+    shown = {f"c{i}": ("lesion",) if i in (1, 4, 8) else ("organ <b>",) for i in range(11)}
+    monkeypatch.setattr(strata, "classes_shown", lambda archive, case: shown[case])
+    config = fakes.config(folds=3, budgets=[2], draws=1, stratify={"by": "classes"})
+    folds, _ = planned(config, fakes.archive())
+    assert [sum(shown[c] == ("lesion",) for c in fold.scored) for fold in folds] == [1, 1, 1]
+    for fold in folds:  # of each fold's two lesions one stands in its two labels
+        assert sum(shown[c] == ("lesion",) for c in fold.budgets.subsets[0][2]) == 1
+    run(tmp_path / "out", config)
+    file = tmp_path / "out" / "budgets.json"
+    assert json.loads(file.read_text())["balanced_folds"]
+    notes = json.loads((tmp_path / "out" / "plan.json").read_text())["notes"]
+    assert any(
+        note.startswith("The subsets and folds are balanced by classes (of a scored") for note in notes
+    )
+    free = fakes.config(folds=3, budgets=[2], draws=1, seed=9)
+    again = labeling.folds_of(free, fakes.archive(), fakes.archive(), given=read_budgets(file))
+    assert [fold.scored for fold in again] == [fold.scored for fold in folds]
+    plain, _ = planned(fakes.config(folds=3, budgets=[2], draws=1), fakes.archive())
+    assert [fold.scored for fold in plain] != [fold.scored for fold in folds]
 
 
 def test_folds_refuse_encoders_that_saw_their_subjects(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.continuing import check_card
 from finetune.evaluate import main as evaluate
 from finetune.run import main
 from medseg_ssl.config import ConfigError, UserError
@@ -104,4 +105,31 @@ def test_what_does_not_go_together_is_refused(world, tmp_path):
     with pytest.raises(UserError, match="the segmenter knows the classes background, organ, the archive has"):
         evaluate([str(segmenter), str(tmp_path / "scores"), "--archive", str(new)])
     assert not (tmp_path / "run").exists()
+    assert old != new
+
+
+def test_another_spacing_intensity_or_order_of_channels_is_told_all_at_once(world, tmp_path):
+    old, new, segmenter = world
+    archive, card = Archive.open(new), encoder_file.load_card(segmenter)
+    check_card(card, archive)
+    other = {"CT": {**card.intensity["CT"], "low": -77.0}}
+    with pytest.raises(ConfigError) as error:
+        check_card(card.model_copy(update={"spacing_mm": (3.0, 1.0, 1.5), "intensity": other}), archive)
+    assert "spacing_mm of the archive is each scan's own, the segmenter's is [3.0, 1.0, 1.5] mm" in str(
+        error.value
+    )
+    assert "prepare the archive with spacing_mm: [3.0, 1.0, 1.5]" in str(error.value)
+    assert "normalises CT by" in str(error.value)
+    archive.recipe = archive.recipe.model_copy(update={"spacing_mm": (3.01, 1.0, 1.5)})
+    check_card(card.model_copy(update={"spacing_mm": (3.0, 1.0, 1.5)}), archive)
+    for known, told in (
+        ((3.0, 1.0, 1.2), r"\[3.01, 1.0, 1.5\] mm, the segmenter's is"),
+        (None, "spacing_mm: null"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            check_card(card.model_copy(update={"spacing_mm": known}), archive)
+    two = write_archive(tmp_path / "two", channels=("CT", "MR"))
+    turned = card.model_copy(update={"channels_in": 2, "modalities": ("MR", "CT")})
+    with pytest.raises(ConfigError, match=r"has the channels CT\+MR, the segmenter's order is MR\+CT"):
+        check_card(turned, two)
     assert old != new

@@ -7,7 +7,7 @@ from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.nets.encoders.resenc import ResEnc
 from medseg_ssl.nets.footprint import footprint
 from medseg_ssl.train.trial import made_up_templates
-from pretrain import bench, estimate
+from pretrain import bench, counting, estimate, trying
 from pretrain.run import main as pretrain
 from tests.train.archives import write_archive
 
@@ -44,7 +44,7 @@ def test_estimate_with_and_without_an_archive(archive, capsys, monkeypatch):
     assert shown.wait_share is None
     assert shown.trial_size is None
 
-    monkeypatch.setattr(estimate, "_in_a_process", estimate._trial)  # a new process takes seconds
+    monkeypatch.setattr(estimate, "in_a_process", trying.trial)  # a new process takes seconds
     words = ["mae", *SMALL, "train.steps=3 epochs", "--seconds", "0.2", "--archive", str(archive)]
     real = estimate.main(words)
     assert real.steps == 12, "four training subjects with two scans each, two at a time"
@@ -53,18 +53,33 @@ def test_estimate_with_and_without_an_archive(archive, capsys, monkeypatch):
 
 
 def test_a_config_too_large_for_this_machine_is_tried_smaller(monkeypatch):
-    monkeypatch.setattr(estimate, "_operations_per_second", lambda threads: 1e10)
-    monkeypatch.setattr(estimate, "SLOWEST_TRIAL_STEP_S", 0.2)
+    monkeypatch.setattr(counting, "_operations_per_second", lambda threads: 1e10)
+    monkeypatch.setattr(counting, "SLOWEST_TRIAL_STEP_S", 0.2)
     # a set time: two timings of a busy machine cannot be compared
     set_time = {"step_s": 0.01, "wait_s": 0.0}
-    monkeypatch.setattr(estimate, "_in_a_process", lambda job: {**estimate._trial(job), **set_time})
+    monkeypatch.setattr(estimate, "in_a_process", lambda job: {**trying.trial(job), **set_time})
     config, kind = estimate.read("mae", [*SMALL, "objective.size=[32,32,32]"], archive=None)
     found = estimate.estimate(config, kind=kind, seconds=0.2)
     assert found.trial_size == (16, 16, 16)
     assert "crops of [16, 16, 16]" in dict(estimate.table(found))["measured on"]
-    smaller = estimate.estimate(estimate._with_size(config, (16, 16, 16)), kind=kind, seconds=0.2)
+    smaller = estimate.estimate(counting.with_size(config, (16, 16, 16)), kind=kind, seconds=0.2)
     assert found.operations_per_step == 8 * smaller.operations_per_step
     assert found.step_s == pytest.approx(8 * smaller.step_s)
+
+
+def test_a_frozen_encoder_has_no_backward_pass_and_other_modalities_cost_nothing(archive):
+    plans = {}
+    for name in ("full", "frozen"):
+        config, kind = estimate.read("segmentation", [*SMALL, f"tune.name={name}"], archive=None)
+        plans[name] = counting.plan_of(config, kind, None)["footprint"]
+    encoder = ResEnc(ResEnc.Config())
+    forward = footprint(encoder, (16, 16, 16), channels=1, run=lambda m, x: m(x))
+    assert plans["full"][0] - plans["frozen"][0] == 2 * forward.operations
+    assert plans["full"][1] - plans["frozen"][1] == forward.saved_bytes
+    words = [*SMALL, "train.steps=3 epochs"]
+    for more, steps in (([], 12), (["data.modalities=[CT]"], 6)):
+        config, kind = estimate.read("mae", [*words, *more], archive=archive)
+        assert counting.plan_of(config, kind, archive)["steps"] == steps
 
 
 @pytest.mark.parametrize(
@@ -177,9 +192,9 @@ def test_recomputing_changes_no_weight(archive, tmp_path):
 
 
 def test_a_smaller_crop_is_never_larger_along_an_axis():
-    assert estimate._halved((32, 64, 64), (32, 32, 32), least=2) == (32, 64, 64)
-    assert estimate._halved((32, 160, 160), (32, 32, 32), least=3) == (32, 96, 96)
-    assert estimate._halved((1, 160, 160), (32, 32, 32), least=2) == (1, 64, 64)
+    assert counting.halved((32, 64, 64), (32, 32, 32), least=2) == (32, 64, 64)
+    assert counting.halved((32, 160, 160), (32, 32, 32), least=3) == (32, 96, 96)
+    assert counting.halved((1, 160, 160), (32, 32, 32), least=2) == (1, 64, 64)
 
 
 def test_made_up_scans_lie_in_their_template_as_they_are():
@@ -200,6 +215,6 @@ def test_what_fails_in_a_trial_is_one_line(monkeypatch):
         def submit(self, *args):
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(estimate, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(trying, "ProcessPoolExecutor", Pool)
     with pytest.raises(UserError, match=r"the trial failed: CUDA out of memory\. Tried to allocate"):
-        estimate._in_a_process({})
+        trying.in_a_process({})

@@ -76,6 +76,21 @@ def test_other_subset(world):
         assert {row["case"] for row in csv.DictReader(file)} == {"c0"}
 
 
+def test_a_segmenter_that_saw_who_is_scored_is_refused(world, monkeypatch):
+    """It was fine-tuned with another split of this archive; its training subjects may still be looked at as such."""
+    folder, _ = world
+    entry = {"archive": "f" * 64, "split": "other", "sides": ["test"], "trained_on": ["train"]}
+    described = card(classes=("background", "bright", "never"), checked_against=(entry,))
+    predictor = Predictor(Threshold(classes=3), described)
+    monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **_: predictor)
+    with pytest.raises(
+        ConfigError, match="it began with, was trained with the split 'other' of this archive"
+    ):
+        run(folder)
+    assert not (folder / "out").exists()
+    run(folder, "--subset", "train")
+
+
 def test_a_second_run_finds_its_results_and_another_is_refused(world, capsys):
     folder, _ = world
     out = run(folder)
@@ -141,6 +156,26 @@ def test_missing_modalities_are_scored_where_they_are_asked_for(world, monkeypat
             "CT1": "0",
             "CT0+CT1": "1",
         }
+
+
+def test_tables_that_cannot_be_are_refused_before_the_work_all_at_once(world, monkeypatch):
+    folder, _ = world
+    predictor = Predictor(Threshold(classes=4), card(classes=("background", "bright", "never", "more")))
+    monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **_: predictor)
+    with pytest.raises(ConfigError) as error:
+        run(folder, "--calibration", "--missing-modalities", "--by", "age", "--by", "case")
+    for told in (
+        "calibration compares equal classes: the segmenter knows background, bright, never, more",
+        "needs a segmenter of several channels, this one takes CT alone",
+        "--by 'age' is no column",
+        "--by 'case' is no column",
+    ):
+        assert told in str(error.value)
+    lacking = Predictor(Threshold(), card(classes=("background", "bright"), intensity={}))
+    monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **_: lacking)
+    with pytest.raises(UserError, match="has background, bright, never"):
+        run(folder)
+    assert not (folder / "out").exists()
 
 
 def test_prepared_archive_of_turned_anisotropic_scans(tmp_path, monkeypatch):

@@ -1,16 +1,21 @@
 """Evaluations within pretraining: how often, on whom, what they choose, and that a broken run chooses the same."""
 
 import json
+import time
 
 import pytest
 import torch
 
+from finetune.crew import Crew
+from finetune.fits import PretrainTask
 from medseg_ssl.config import ConfigError, UserError, parse
 from medseg_ssl.data.archive import Archive
+from medseg_ssl.evaluations.health import Health
 from medseg_ssl.inference.frozen import FrozenEncoder
 from medseg_ssl.nets import encoder_file
 from medseg_ssl.train.runtime import Runtime
 from medseg_ssl.train.session import build_evaluations
+from medseg_ssl.types import Score
 from pretrain.probing import with_interval
 from pretrain.run import PretrainConfig, run_pretrain
 from tests.train.archives import write_archive
@@ -129,6 +134,29 @@ def test_who_may_not_choose(archive, tmp_path, changes, told):
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_that_are_not_there_are_missed_before_anything_runs(archive, tmp_path):
+    """Some modalities of an archive, or several archives, have none; a whole archive without labels neither."""
+    others = "take an evaluation that reads none: feature_pca, geometry, health, leakage, retrieval$"
+    some = {"batch_size": 2, "modalities": ["CT"]}
+    with pytest.raises(
+        ConfigError, match=f"knn reads labels, and scans .* as some modalities of one, .* {others}"
+    ):
+        run_pretrain(config(data=some), tmp_path / "run", archive=archive, quiet=True)
+    bare = write_archive(tmp_path / "bare", labels=False).path
+    with pytest.raises(ConfigError, match=f"knn reads labels, and {bare} has none; .* {others}"):
+        run_pretrain(config(), tmp_path / "run", archive=bare, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+    plain = config(evaluations={}, keep_best=None).model_dump(mode="json")
+    probed = config(data=some).model_dump(mode="json")
+    tasks = [PretrainTask(tmp_path / name, tree, archive, init=name) for name, tree in
+             (("plain", plain), ("probed", probed))]  # fmt: skip
+    begun = []
+    with pytest.raises(ConfigError, match=r"pretraining probed: evaluations\.knn reads labels"):
+        Crew(workers=1, engine="local", gpus=(), quiet=True).pretrain(begun.append, tasks)
+    assert not begun, "nor is the other one pretrained first"
+
+
 def test_what_an_evaluation_lacks_is_said_before_the_first_step(archive, tmp_path):
     with pytest.raises(ConfigError, match=r"no score 'knn/dise'; there are .*knn/dice, knn/dice/organ"):
         run_pretrain(config(keep_best={"score": "knn/dise"}), tmp_path / "run", archive=archive, quiet=True)
@@ -137,6 +165,29 @@ def test_what_an_evaluation_lacks_is_said_before_the_first_step(archive, tmp_pat
         run_pretrain(small, tmp_path / "run", archive=archive, quiet=True)
     assert not (tmp_path / "run" / "last.ckpt").exists()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_look_at_step_0_counts_for_the_time_spent_on_looking(archive, tmp_path, monkeypatch):
+    """It takes a second here, the later one nothing."""
+    looks = []
+
+    def run(self, model, archive):
+        time.sleep(0.0 if looks else 1.0)
+        looks.append(model)
+        yield Score("rank", 1.0, "dimensions")
+
+    monkeypatch.setattr(Health, "run", run)
+    changed = config(
+        evaluations={"health": {}},
+        keep_best=None,
+        train={"steps": 1, "preview_every": None, "accelerator": "cpu"},
+    )
+    began = time.perf_counter()
+    run_pretrain(changed, tmp_path / "run", archive=archive, quiet=True)
+    whole_s = time.perf_counter() - began
+    (row,) = (row for row in metrics(tmp_path / "run") if "eval/health/rank" in row)
+    assert len(looks) == 2
+    assert 1 / whole_s < row["system/evaluate_share"] < 1
 
 
 def test_pictures_and_cost_stand_in_the_run_folder(archive, tmp_path):

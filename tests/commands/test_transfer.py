@@ -13,15 +13,21 @@ import numpy as np
 import pytest
 import yaml
 
+from finetune import looks, report, transfer_tables
 from finetune import matrix as plans
 from finetune import matrix_planning as planning
-from finetune import report
 from finetune import transfer as command
 from finetune.matrix import MatrixConfig
 from medseg_ssl.analysis.statistics import paired_interval
+from medseg_ssl.analysis.tables import write_csv
+from medseg_ssl.analysis.transfer import Target
 from medseg_ssl.cli import locate
 from medseg_ssl.config import ConfigError, UserError, parse, to_yaml
+from medseg_ssl.data.archive import Archive
+from medseg_ssl.evaluations import missing_modalities
+from medseg_ssl.inference.predictor import Predictor
 from medseg_ssl.train.interrupt import Interrupted
+from tests.evaluations.fakes import Threshold, card
 from tests.train.archives import write_archive
 
 from . import fake_transfer as fakes
@@ -262,6 +268,51 @@ def test_a_failed_fit_leaves_the_other_target(tmp_path):
     assert summary["finished"] < summary["planned"]
 
 
+def test_missing_channels_are_scored_as_the_fit_was(tmp_path, monkeypatch):
+    """With its flips, in its precision, on its device; the comparison's own scores are made by the same function."""
+    asked = []
+    predictor = Predictor(
+        Threshold(), card(modalities=("CT", "MR"), channels_in=2, mirror_axes=(2,)), flips=True
+    )
+
+    def load(path, **options):
+        asked.append((path.name, options))
+        return predictor
+
+    monkeypatch.setattr(Predictor, "load", load)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(Archive, "open", lambda path: None)
+    scored = []
+    monkeypatch.setattr(missing_modalities, "evaluate_cases", lambda p, *_, **__: scored.append(p) or [])
+    train = {"accelerator": "auto", "precision": "bf16"}
+    shared = (Path("archive"), Path("kept.safetensors"), ("c",), "scratch", 1, 0, 2.0)
+    looks.score_missing(looks.MissingTask(tmp_path / "a.csv", "t", *shared, train, True))
+    looks.score_missing(
+        looks.MissingTask(tmp_path / "b.csv", "t", *shared, {**train, "accelerator": "cpu"}, False)
+    )
+    assert asked == [
+        ("kept.safetensors", {"device": "cuda", "precision": "bf16", "flips": True}),
+        ("kept.safetensors", {"device": "cpu", "precision": "fp32", "flips": False}),
+    ]
+    assert [p._flips for p in scored] == [predictor._flips] * 6, "every subset keeps them"
+    assert len(predictor._flips) == 2
+
+
+def test_missing_channels_are_counted_by_subject(tmp_path):
+    """Two scans of each of three subjects: the interval is that of three."""
+    dice = {"c0": 0.5, "c1": 0.5, "c2": 0.7, "c3": 0.7, "c4": 0.6, "c5": 0.6}
+    head = {"target": "t", "init": "scratch", "budget": 1, "draw": 0, "given": "CT", "class": "organ"}
+    rows = [{**head, "case": case, "dice": value} for case, value in dice.items()]
+    subjects = {case: f"s{int(case[1:]) // 2}" for case in dice}
+    found = {}
+    for name, kept in (("pairs", rows), ("single", rows[::2])):
+        write_csv(tmp_path / name / "features/t/missing/a.csv", kept, columns=looks.MISSING_COLUMNS)
+        target = Target("t", "a", ("CT", "MR"), (1,), ("scratch",), subjects)
+        (found[name], _) = transfer_tables._missing(tmp_path / name, "task", [target], [])
+    assert found["pairs"] == found["single"]
+    assert found["pairs"]["cases"] == 3
+
+
 @pytest.mark.usefixtures("stand_ins")
 def test_another_config_is_refused(tmp_path, finished):
     with pytest.raises(ConfigError, match="seed: 0 -> 1"):
@@ -343,7 +394,7 @@ def test_wrong_configs_are_named(changes, message):
 
 
 def test_lists_of_modalities_go_with_the_archives(tmp_path):
-    pretrain = importlib.import_module(locate("pretrain.run"))
+    pretrain = importlib.import_module(locate("pretrain.training_data"))
     path = write_archive(tmp_path / "archive", labels=False).path
     both = pretrain.PretrainData(batch_size=1, modalities=["CT", "MR"])
     assert both.modalities == (("CT", "MR"),)
@@ -462,7 +513,11 @@ def test_cases_of_two_channels_are_the_same_prepared_or_joined(tmp_path):
         "sources": {"CT": {"archives": {"balls": ["CT"]}}, "MR": {"archives": {"balls": ["MR"]}}},
         "pretrainings": 2,
         "pretrain": {"base": "mae", **shared, "objective": {"size": [16, 16, 16]}, "data": {"batch_size": 2}},
-        "finetune": {"base": "segmentation", **shared, "objective": {"size": [16, 16, 16]}},
+        "finetune": {
+            "base": "segmentation",
+            **shared,
+            "objective": {"size": [16, 16, 16], "mirror_axes": [2]},
+        },
         "targets": {"both": {"archive": "balls", "modalities": ["CT", "MR"]}},
         "baselines": ["scratch", {"baseline": "size_only"}],
         "budgets": [1],
@@ -470,6 +525,7 @@ def test_cases_of_two_channels_are_the_same_prepared_or_joined(tmp_path):
         "missing_modalities": True,
         "similarity": True,
         "wandb": {"mode": "disabled"},
+        "metrics": {"flips": True},
     }
     write_archive(tmp_path / "single")
     write_archive(tmp_path / "both", channels=("CT", "MR"))

@@ -162,7 +162,7 @@ def test_the_best_weights_ship_and_the_run_ends_early(world, tmp_path, monkeypat
     from medseg_ssl.evaluations.segmentation import Segmentation
     from medseg_ssl.types import Score
 
-    found = iter([0.2, 0.5, 0.4, 0.3])
+    found = iter([0.9, 0.2, 0.5, 0.4, 0.3])  # the first is the look before the run, which chooses nothing
     subsets = []
     seen = []
 
@@ -180,13 +180,21 @@ def test_the_best_weights_ship_and_the_run_ends_early(world, tmp_path, monkeypat
         "train.steps=9",
         "optim.lr=0.05",
     )
-    assert subsets == ["development"] * 4
+    assert subsets == ["development"] * 5
     assert encoder_file.load_card(shipped).steps == 2
     weights = encoder_file.build(shipped).encoder.state_dict()
-    assert all(torch.equal(v, weights[n]) for n, v in seen[1].items())
-    assert not all(torch.equal(v, weights[n]) for n, v in seen[3].items())
+    assert all(torch.equal(v, weights[n]) for n, v in seen[2].items())
+    assert not all(torch.equal(v, weights[n]) for n, v in seen[4].items())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["eval/best_step"] for line in lines if "eval/best_step" in line] == [1, 2, 2, 2]
+
+
+def test_a_folder_of_something_else_is_refused_before_the_look(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.run.look_first", lambda *_: pytest.fail("looked"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is no run folder"):
+        finetune(world, tmp_path / "run", *BEST)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +212,19 @@ def test_the_best_weights_ship_and_the_run_ends_early(world, tmp_path, monkeypat
         (
             ["keep_best={score: segmentation/dice}", *BEST, "data.split=fold1"],
             "evaluations.segmentation.split is 'default', but data.split is 'fold1'",
+        ),
+        (
+            ["keep_best={score: knn/dice}", "evaluations={knn: {subset: test}}"],
+            r"keep_best needs train.evaluate_every.*evaluations.knn.subset is 'test'.*"
+            r"evaluations.knn looks at an encoder, this run has a segmenter; known: calibration, missing_modalities,",
+        ),
+        (
+            [*BEST, "keep_best={score: segmentation/dise}"],
+            r"keep_best.score: no score 'segmentation/dise'; there are segmentation/dice, segmentation/dice/organ,",
+        ),
+        (
+            ["evaluations={missing_modalities: {}}"],
+            "needs a segmenter of several channels, this one takes CT alone",
         ),
         (["tune={name: frozen, rank: 4}"], "rank belongs to tune 'lora', not to 'frozen'"),
         (["tune.name=frozn"], "tune.name: Input should be 'full', 'frozen'"),
@@ -249,6 +270,14 @@ def test_a_comparison_takes_fixed_steps(world, tmp_path):
     more = ["finetune.train.evaluate_every=5%", "finetune.evaluations={segmentation: {}}"]
     with pytest.raises(ConfigError, match="keep_best has no place in a comparison"):
         compare([*words, *more])
+
+
+def test_a_comparison_refuses_evaluations_of_encoders_and_replay(world, tmp_path):
+    words = ["phantom", str(tmp_path / "out"), "--archive", str(world[0])]
+    with pytest.raises(ConfigError, match=r"finetune.evaluations.knn looks at an encoder"):
+        compare([*words, "finetune.evaluations={knn: {}}"])
+    with pytest.raises(ConfigError, match="replay has no place in a comparison"):
+        compare([*words, "finetune.replay={cases: 2}"])
 
 
 def test_defaults_are_todays():

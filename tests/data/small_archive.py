@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from medseg_ssl.config import Block
-from medseg_ssl.data.archive import Archive, Recipe
+from medseg_ssl.data.archive import Archive
 from medseg_ssl.data.manifest import CaseRow, PairRow, ScanRow, Statistics
+from medseg_ssl.data.recipe import Recipe
 from medseg_ssl.data.store import write_label, write_volume
 
 RECIPE = Recipe(source=Block(name="folder"))

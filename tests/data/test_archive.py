@@ -9,10 +9,11 @@ import pytest
 
 from medseg_ssl.config import Block, ConfigError, UserError, parse
 from medseg_ssl.data import intensity, store
-from medseg_ssl.data.archive import Archive, Recipe
+from medseg_ssl.data.archive import Archive
 from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.data.budgets import make_split
 from medseg_ssl.data.manifest import CaseRow, PairRow, ScanRow
+from medseg_ssl.data.recipe import Recipe
 
 RECIPE = Recipe(source=Block(name="folder"))
 CLASSES = ("background", "organ")

@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.budget_file import (
     BudgetFile,
+    Budgets,
     case_ids,
     chosen_cases,
+    describe,
+    difference,
     fold_splits,
     read_budgets,
     resolve_budgets,
@@ -54,11 +58,96 @@ def test_a_file_names_the_same_cases_under_other_keys(tmp_path):
     assert access.identity() == {}
 
 
-def test_cases_of_the_same_scans_are_told_apart():
+def test_cases_of_the_same_scans_are_told_apart_by_their_labels():
     archive = fakes.archive(hashes={"s1": "s0"})
+    labels = {case: np.full((2, 3, 4), number, np.uint8) for number, case in enumerate(archive.cases)}
+    archive.original_label = lambda case: (labels[case], np.eye(4))
     ids = case_ids(archive)
-    assert ids["c1"] == f"{ids['c0']}.1"
+    first, second = sorted(("c0", "c1"), key=lambda case: "." in ids[case])
+    assert ids[second] == f"{ids[first]}.1"
     assert len(set(ids.values())) == len(ids)
+    labels["c0"], labels["c1"] = labels["c1"], labels["c0"]  # as keys of another salt would order them
+    assert case_ids(archive) == {**ids, first: ids[second], second: ids[first]}
+
+
+def prepared_anew(**changes):
+    """The same raw data under another salt, by another recipe: another fingerprint, other keys."""
+    other = salted(fakes.archive(**changes), "other-")
+    for row in (*other.cases.values(), *other.scans.values()):
+        row.subject = f"person-{row.subject}"
+    own = other.split()
+    lists = {side: tuple(f"person-{s}" for s in getattr(own, side)) for side in ("train", "test")}
+    split = own.model_copy(update=lists)
+    other.split, other.fingerprint = (lambda name="default": split), "0" * 16
+    return other
+
+
+def drawn(archive, *cases):
+    """A file as a comparison writes it."""
+    subsets = {0: {len(cases): list(cases)}}
+    settings = {
+        "split": "default",
+        "subset": "test",
+        "seed": 0,
+        "stratify": None,
+        "labels": None,
+        "folds": None,
+    }
+    return describe(archive, [Budgets(archive.split(), subsets, {}, {})], settings=settings)
+
+
+def test_an_archive_that_was_prepared_anew_may_use_the_file():
+    file = drawn(fakes.archive(), "c3", "c1")
+    assert BudgetFile.model_validate_json(file.model_dump_json()) == file
+    assert difference(file, salted(fakes.archive(), "other-")) == ""
+    said = difference(file, prepared_anew())
+    assert said == (
+        "the budgets were drawn from the archive ffffffffffff…, this one is 000000000000…; all 2 named cases are the "
+        "same, of the same subjects and label classes"
+    )
+    (fold,) = resolve_budgets(file, prepared_anew())
+    assert fold.subsets == {0: {2: ["other-c3", "other-c1"]}}
+
+
+def test_an_archive_with_other_cases_subjects_or_classes_may_not():
+    file = drawn(fakes.archive(), "c3", "c1", "c2", "c0")
+    ids = case_ids(fakes.archive())
+    lacks = prepared_anew(hashes={"s3": "other voxels", "s0": "too"})
+    missing = ", ".join(sorted((ids["c0"], ids["c3"])))
+    with pytest.raises(
+        ConfigError, match=rf"name 2 labeled case\(s\) that the archive does not have: {missing}$"
+    ):
+        resolve_budgets(file, lacks)
+
+    one = prepared_anew()
+    one.cases["other-c2"].subject = one.cases["other-c1"].subject
+    first = min(ids["c1"], ids["c2"])
+    with pytest.raises(
+        ConfigError, match=rf"and 2 of 4 named cases differ, the first {first} \(another subject\)"
+    ):
+        resolve_budgets(file, one)
+    together = drawn(one, "other-c1", "other-c2").model_copy(update={"archive": "f" * 16})
+    assert together.subjects == (tuple(sorted((ids["c1"], ids["c2"]))),)
+    with pytest.raises(ConfigError, match=r"2 of 2 named cases differ, .* \(another subject\)"):
+        resolve_budgets(together, prepared_anew())
+
+    stated = prepared_anew()
+    stated.cases["other-c1"].known_classes = (True, True, False)
+    with pytest.raises(
+        ConfigError, match=rf"1 of 4 named cases differ, the first {ids['c1']} \(other classes stated"
+    ):
+        resolve_budgets(file, stated)
+    assert drawn(stated, "other-c1").known_classes == {ids["c1"]: (True, True, False)}
+
+    renamed = prepared_anew()
+    renamed.classes = ("background", "organ", "lesion")
+    with pytest.raises(
+        ConfigError,
+        match="label classes differ: background, organ <b>, lesion there, background, organ, lesion here",
+    ):
+        resolve_budgets(file, renamed)
+    with pytest.raises(ConfigError, match="a file of this age states neither subjects nor classes"):
+        resolve_budgets(file.model_copy(update={"classes": None}), prepared_anew())
 
 
 @pytest.mark.parametrize(

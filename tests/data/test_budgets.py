@@ -170,3 +170,39 @@ def test_folds_keep_copies_together_and_share_out_the_labels():
     for count in (1, 7):
         with pytest.raises(ConfigError, match=f"number of labeled subjects, 6, got {count}"):
             make_folds(subjects, folds=count, seed=0, labeled=labeled)
+
+
+def test_folds_share_out_every_stratum_rare_ones_first():
+    subjects = {name: [content] for name, content in hashes(23).items()}
+    subjects["copy"] = subjects["s3"]
+    labeled = {f"s{i}" for i in range(20)} | {"copy"}
+    shows = {s: {"liver"} for s in labeled}
+    for rare in ("s0", "s5", "s11", "s3"):
+        shows[rare] = {"liver", "tumour"}
+    shows["s19"] = set()
+    folds = make_folds(subjects, folds=4, seed=0, labeled=labeled, strata=shows)
+    assert sorted(s for fold in folds for s in fold) == sorted(subjects)
+    assert [sum("tumour" in shows.get(s, ()) for s in fold) for fold in folds] == [1, 1, 1, 1]
+    assert sorted(map(len, folds)) == [6, 6, 6, 6]
+    assert all(len(labeled & set(fold)) in (5, 6) for fold in folds)
+    assert any({"s3", "copy"} <= set(fold) for fold in folds)
+    renamed = {f"x{name}": contents for name, contents in reversed(subjects.items())}
+    strata = {f"x{s}": names for s, names in shows.items()}
+    others = make_folds(renamed, folds=4, seed=0, labeled={f"x{s}" for s in labeled}, strata=strata)
+    content = [sorted(subjects[s][0] for s in fold) for fold in folds]
+    assert [sorted(renamed[s][0] for s in fold) for fold in others] == content, (
+        "names and their order decide nothing"
+    )
+    free = [make_folds(subjects, folds=4, seed=seed, labeled=labeled) for seed in range(10)]
+    assert any({sum("tumour" in shows.get(s, ()) for s in f) for f in found} != {1} for found in free)
+
+
+def test_folds_share_out_the_values_of_a_column():
+    subjects = {name: [content] for name, content in hashes(17).items()}
+    column = {s: {"T1w" if int(s[1:]) < 5 else "T2w" if int(s[1:]) < 11 else "FLAIR"} for s in subjects}
+    for seed in range(5):
+        folds = make_folds(subjects, folds=3, seed=seed, labeled=set(subjects), strata=column)
+        assert sorted(map(len, folds)) == [5, 6, 6]
+        for value in ("T1w", "T2w", "FLAIR"):
+            counts = [sum(column[s] == {value} for s in fold) for fold in folds]
+            assert max(counts) - min(counts) <= 1, value

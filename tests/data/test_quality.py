@@ -7,8 +7,8 @@ from scipy.ndimage import gaussian_filter
 
 from medseg_ssl.config import ConfigError, parse
 from medseg_ssl.data import intensity
-from medseg_ssl.data.archive import Recipe
 from medseg_ssl.data.quality import CHECKED, SEVERITY, Quality, badness, findings, worst_first
+from medseg_ssl.data.recipe import Recipe
 from tests.data.small_archive import scan_row
 
 SHAPE = (40, 44, 48)

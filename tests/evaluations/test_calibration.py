@@ -77,11 +77,17 @@ def test_the_table_counts_cases_and_not_voxels():
         {"case": c, "class": k, "ece": v, "brier": 0.0, "overconfidence": 0.0}
         for c, k, v in (("a", "x", 0.1), ("b", "x", 0.3), ("a", "y", 0.3), ("b", "y", 0.5))
     ]
-    table = {(r["class"], r["measure"]): r for r in calibration_table(rows)}
+    found = calibration_table(rows, subjects={"a": "one", "b": "two"})
+    table = {(r["class"], r["measure"]): r for r in found}
     over = table["mean over classes", "ece"]
-    assert (over["mean"], over["cases"]) == (pytest.approx(0.3), 2)
+    assert (over["mean"], over["subjects"], over["cases"]) == (pytest.approx(0.3), 2, 2)
     assert over["ci_high"] == pytest.approx(0.3 + 12.706 * 0.1, rel=1e-3)
     assert table["y", "ece"]["mean"] == pytest.approx(0.4)
+    copies = [{**row, "case": f"{row['case']}{n}"} for row in rows for n in range(3)]
+    subjects = {f"{case}{n}": subject for case, subject in (("a", "one"), ("b", "two")) for n in range(3)}
+    for one, three in zip(found, calibration_table(copies, subjects=subjects), strict=True):
+        assert (three["subjects"], three["cases"]) == (2, 6)
+        assert (three["ci_low"], three["ci_high"]) == pytest.approx((one["ci_low"], one["ci_high"]))
 
 
 def test_a_sure_and_right_segmenter_on_its_labels_own_grid():

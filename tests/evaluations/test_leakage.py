@@ -64,6 +64,15 @@ def test_an_embedding_that_is_constant_is_at_chance():
     assert found["identity/CT"].value == pytest.approx(found["chance/identity-CT"].value)
 
 
+def test_equal_answers_count_as_their_share():
+    """Three classes, features that say nothing, folds that hold each class alike: every crop is a third named."""
+    class_N, fold_N = np.tile([0, 1, 2], 4), np.repeat([0, 1, 2, 3], 3)
+    hit_N = Leakage(Leakage.Config())._cross_validated(np.ones((12, 5)), class_N, fold_N)
+    assert hit_N == pytest.approx(np.full(12, 1 / 3))
+    telling = class_N[:, None] * np.ones((1, 5))
+    assert (Leakage(Leakage.Config())._cross_validated(telling, class_N, fold_N) == 1).all()
+
+
 def test_columns_of_the_manifest_within_a_modality():
     archive = archive_of(lambda i, modality: 80.0 * (i % 2), modalities=(("CT", "HU"),))
     for i in range(SUBJECTS):

@@ -150,7 +150,8 @@ def test_the_table_is_paired_and_adjusted():
         rows += evaluation.rows(model, world(), ["c0", "c1", "c2"], setting)
     for row in rows:  # make the loss of the second shift 0.2, 0.4 and 0.6
         row["dice"] = 1.0 if row["severity"] != 2 else {"c0": 0.8, "c1": 0.6, "c2": 0.4}[row["case"]]
-    table = {(r["corruption"], r["severity"], r["class"], r["metric"]): r for r in robustness_table(rows)}
+    once = robustness_table(rows, subjects={f"c{i}": f"p{i}" for i in range(3)})
+    table = {(r["corruption"], r["severity"], r["class"], r["metric"]): r for r in once}
     found = table["shift", 2, "mean over classes", "dice"]
     assert found["difference"] == pytest.approx(-0.4)
     half = 4.3027 * 0.2 / np.sqrt(3)
@@ -159,6 +160,13 @@ def test_the_table_is_paired_and_adjusted():
     assert found["p_holm"] == pytest.approx(3 * found["p"])
     assert np.isnan(table[UNDISTURBED, 0, "bright", "dice"]["p"])
     assert table["shift", 1, "bright", "dice"]["difference"] == 0
+
+    copies = [{**row, "case": f"{row['case']}{copy}"} for row in rows for copy in "ab"]
+    subjects = {f"c{i}{copy}": f"p{i}" for i in range(3) for copy in "ab"}
+    for one, two in zip(once, robustness_table(copies, subjects=subjects), strict=True):
+        assert (two.pop("cases"), two.pop("subjects")) == (6, 3)
+        same = {key: value for key, value in one.items() if key in two}
+        assert two == pytest.approx(same, nan_ok=True), "two scans of a subject are one piece of evidence"
 
 
 def test_wrong_strengths_are_named():

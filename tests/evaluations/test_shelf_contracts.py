@@ -44,8 +44,8 @@ def archive(tmp_path_factory):
 
 @pytest.fixture
 def opened(archive, monkeypatch):
-    """The archive, and the subjects of every scan and label that is read."""
-    read = set()
+    """The archive, the subjects of every scan and label that is read, and the labeled cases among them."""
+    read, labels = set(), set()
 
     def watch(name):
         original = getattr(Archive, name)
@@ -53,13 +53,15 @@ def opened(archive, monkeypatch):
         def watched(self, key, *more):
             row = self.scans.get(key) or self.cases[key]
             read.add(row.subject)
+            if name != "read":
+                labels.add(key)
             return original(self, key, *more)
 
         monkeypatch.setattr(Archive, name, watched)
 
     for name in ("read", "read_label", "original_label"):
         watch(name)
-    return archive, read
+    return archive, read, labels
 
 
 def build(name, archive, **options):
@@ -82,7 +84,7 @@ def build(name, archive, **options):
 
 @pytest.mark.parametrize("name", ONE_CHANNEL)
 def test_scores_are_finite_deterministic_and_not_of_test_subjects(name, opened):
-    archive, read = opened
+    archive, read, labels = opened
     evaluation, model = build(name, archive, subset="development")
     found = list(evaluation.run(model, archive))
     assert found
@@ -93,13 +95,14 @@ def test_scores_are_finite_deterministic_and_not_of_test_subjects(name, opened):
     assert len({score.name for score in found}) == len(found)
     assert read
     assert not read & set(TEST)
+    assert evaluation.reads_labels == bool(labels)
     again = list(evaluation.run(model, archive))
     assert [(s.name, float(s.value)) for s in again] == [(s.name, float(s.value)) for s in found]
 
 
 @pytest.mark.parametrize("name", ONE_CHANNEL)
 def test_test_subjects_are_read_when_asked_for(name, opened):
-    archive, read = opened
+    archive, read, _ = opened
     if name == "transferability":  # chooses among sources, so it never takes them
         with pytest.raises(ConfigError, match="subset: Input should be 'train' or 'development'"):
             build(name, archive, subset="test")

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.evaluations._voxels import Voxels, _case_rows, _sample, _windows
+from medseg_ssl.evaluations._voxels import Voxels, _case_rows
+from medseg_ssl.evaluations._windows import sample, windows_of
 from medseg_ssl.evaluations.knn import KNN
 from medseg_ssl.evaluations.linear import Linear
 from medseg_ssl.inference.frozen import FrozenEncoder
@@ -167,7 +168,7 @@ def test_dice_is_that_of_all_voxels_though_few_are_sampled():
     exact = 2 * ((said == 1) & (truth == 1)).sum() / ((said == 1).sum() + (truth == 1).sum())
     estimates = []
     for _ in range(30):
-        chosen, count_K = _sample(truth.reshape(30, 40, 50), np.ones((30, 40, 50), bool), 3, 6000, rng)
+        chosen, count_K = sample(truth.reshape(30, 40, 50), np.ones((30, 40, 50), bool), 3, 6000, rng)
         rare = int((truth == 2).sum())
         assert np.bincount(truth[chosen]).tolist() == [4500 - rare, 1500, rare]
         voxels = Voxels({}, truth[chosen], count_K)
@@ -184,13 +185,13 @@ def test_windows_cover_a_small_case_and_centre_on_classes_of_a_large_one():
     label = np.zeros((20, 9, 31), np.uint8)
     label[3, 4, 28], label[17, 4, 2] = 1, 2
     rng = np.random.default_rng(0)
-    tiles = _windows(label, (8, 12, 16), None, rng)
+    tiles = windows_of(label, (8, 12, 16), None, rng)
     covered = np.zeros(label.shape, bool)
     for d, h, w in tiles:
         covered[max(d, 0) : d + 8, max(h, 0) : h + 12, max(w, 0) : w + 16] = True
     assert len(tiles) == 6
     assert covered.all()
-    few = _windows(label, (8, 12, 16), 2, rng)
+    few = windows_of(label, (8, 12, 16), 2, rng)
     for d, h, w in few:
         assert 0 <= d <= 12
         assert h == -2

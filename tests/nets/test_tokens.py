@@ -29,7 +29,9 @@ def test_there_and_back_with_odd_sizes():
     assert parts.shape == (2, 4 * 4 * 5, 3 * 24)
     assert torch.equal(tokens.unpatchify(parts, (7, 11, 18), PATCH), image)
     maps = torch.randn(2, 5, 4, 4, 5)
-    assert torch.equal(tokens.as_map(tokens.as_tokens(maps), (4, 4, 5)), maps)
+    again = tokens.as_map(tokens.as_tokens(maps), (4, 4, 5))
+    assert torch.equal(again, maps)
+    assert again.is_contiguous()
 
 
 def test_a_token_at_the_end_counts_the_voxels_that_are_there():

@@ -7,7 +7,8 @@ import socket
 import pytest
 
 from finetune.comparison_tables import read_comparison
-from finetune.mirror import group_in, send_comparison
+from finetune.mirror import group_in, send_comparison, send_once
+from finetune.mirror import sent as sent_already
 from medseg_ssl.train.settings import WandbConfig
 from tests.commands.fake_folder import write_folder
 
@@ -98,6 +99,42 @@ def test_no_path_and_no_name_goes_with_it(sent):
     assert b"secret-name" not in content
     for name in (socket.gethostname(), getpass.getuser()):
         assert len(name) < 6 or name.encode() not in content  # shorter ones occur by chance
+
+
+@pytest.mark.slow
+def test_a_send_that_was_cut_off_leaves_one_run_with_the_curve(tmp_path, monkeypatch):
+    from medseg_ssl.train.recorder import Recorder
+
+    for name in ("WANDB_MODE", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = write_folder(tmp_path / "out", cases=3, budgets=(1, 2), volumes=False)
+    found, _ = read_comparison(out)
+    what = {"wandb": WandbConfig(), "config": {"task": "balls"}, "encoders": {}}
+
+    def dies(self, name, figure):
+        raise ConnectionError("the power went out")
+
+    monkeypatch.setattr(Recorder, "chart", dies)
+    with pytest.raises(ConnectionError):
+        send_once(out, found, **what)
+    assert not sent_already(out)
+    assert len(list(out.glob("wandb/offline-run-*"))) == 1
+    monkeypatch.undo()
+    for name in ("WANDB_MODE", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for _ in range(2):
+        send_once(out, found, **what)
+    assert sent_already(out)
+    (run,) = out.glob("wandb/offline-run-*")
+    assert run.name.endswith(json.loads((out / "mirror.json").read_text())["id"])
+    keys = [
+        (item.nested_key or [item.key])[0]
+        for record in records(out)
+        if record.WhichOneof("record_type") == "history"
+        for item in record.history.item
+    ]
+    assert "charts/label_efficiency" in keys
 
 
 def test_a_group_belongs_to_one_comparison(tmp_path):

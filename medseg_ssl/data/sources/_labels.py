@@ -1,14 +1,77 @@
-"""Reading dataset.json and class lists, as the sources of labeled tasks share it."""
+"""What the sources of labeled tasks share: their options, dataset.json, class lists and the scans of a case."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, field_validator
+
 from medseg_ssl.config import UserError
+from medseg_ssl.data.sources._kinds import Kind
+from medseg_ssl.data.sources.base import RawScan, SourceConfig
+
+
+class TaskConfig(SourceConfig):
+    """How a task with a dataset.json is read.
+
+    Attributes:
+        modalities: channel name of dataset.json to its kind, for names that do not tell it (``zscore``, ``noNorm``).
+        subject_regex: expression with a group ``subject``, matched against the case name; null: one subject
+            per case.
+        unknown_when_absent: classes (values or names) that are unknown, not absent, in a case without a voxel
+            of them.
+        test_subjects: subjects reserved for test, beside those of imagesTs.
+    """
+
+    modalities: dict[str, Kind] = Field(default_factory=dict)
+    subject_regex: str | None = None
+    unknown_when_absent: tuple[int | str, ...] = ()
+    test_subjects: tuple[str, ...] = ()
+
+    @field_validator("subject_regex")
+    @classmethod
+    def _has_subject(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            groups = re.compile(value).groupindex
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression ({error})") from None
+        if "subject" not in groups:
+            raise ValueError("it needs a group (?P<subject>…)")
+        return value
+
+    def scans(
+        self, name: str, paths: Sequence[Path], channels: Sequence[Kind], *, in_one_file: bool
+    ) -> tuple[RawScan, ...]:
+        """The scans of a case, one per channel.
+
+        Args:
+            name: of the case.
+            paths: file of each channel.
+            channels: their kinds.
+            in_one_file: whether the channels are the volumes of one 4D file.
+        """
+        subject = subject_of(name, self.subject_regex)
+        return tuple(
+            RawScan(
+                path=path,
+                subject=subject,
+                study=name if subject != name else "",
+                modality=kind.modality,
+                contrast=kind.contrast,
+                unit=kind.stored_unit,
+                frame=name if len(channels) > 1 else "",
+                channel=i,
+                volume=i if in_one_file else None,
+                token=str(i),
+            )
+            for i, (path, kind) in enumerate(zip(paths, channels, strict=True))
+        )
 
 
 def class_values(chosen: Iterable[int | str], classes: Mapping[int, str]) -> frozenset[int]:
@@ -79,19 +142,6 @@ def subject_of(case: str, expression: str | None) -> str:
     if found is None or not found["subject"]:
         raise UserError(f"source.subject_regex {expression!r} does not match the case name {case!r}")
     return found["subject"]
-
-
-def has_subject(expression: str | None) -> str | None:
-    """Check of a config's ``subject_regex``: it compiles and has a group ``subject``."""
-    if expression is None:
-        return None
-    try:
-        groups = re.compile(expression).groupindex
-    except re.error as error:
-        raise ValueError(f"{expression!r} is no regular expression ({error})") from None
-    if "subject" not in groups:
-        raise ValueError("it needs a group (?P<subject>…)")
-    return expression
 
 
 def check_reserved(training: Iterable[str], reserved: Iterable[str], root: Path) -> None:

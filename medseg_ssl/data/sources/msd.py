@@ -7,46 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
-
 from medseg_ssl.config import UserError
 from medseg_ssl.data.sources._kinds import Kind, kind_of
-from medseg_ssl.data.sources._labels import (
-    check_reserved,
-    class_values,
-    has_subject,
-    numbered,
-    read_task,
-    subject_of,
-)
-from medseg_ssl.data.sources.base import Listing, RawCase, RawScan, Source, SourceConfig
-
-
-class MSDConfig(SourceConfig):
-    """How a Decathlon task is read.
-
-    Attributes:
-        modalities: channel name of dataset.json to its kind, for names that do not tell it.
-        subject_regex: expression with a group ``subject``, matched against the case name; null: one subject
-            per case.
-        unknown_when_absent: classes (values or names) that are unknown, not absent, in a case without a voxel
-            of them.
-        test_subjects: subjects reserved for test, beside those of imagesTs.
-    """
-
-    modalities: dict[str, Kind] = Field(default_factory=dict)
-    subject_regex: str | None = None
-    unknown_when_absent: tuple[int | str, ...] = ()
-    test_subjects: tuple[str, ...] = ()
-
-    _subject = field_validator("subject_regex")(has_subject)
+from medseg_ssl.data.sources._labels import TaskConfig, check_reserved, class_values, numbered, read_task
+from medseg_ssl.data.sources.base import Listing, RawCase, Source
 
 
 class MSD(Source):
     """A Decathlon task; images of several channels are 4D files, one scan per channel."""
 
-    Config = MSDConfig
-    config: MSDConfig
+    Config = TaskConfig
+    config: TaskConfig
 
     def list(self, root: Path) -> Listing:
         """List a task folder.
@@ -93,23 +64,8 @@ class MSD(Source):
 
     def _case(self, image: Path, label: Path | None, channels: tuple[Kind, ...]) -> RawCase:
         name = re.sub(r"\.nii(\.gz)?$", "", image.name)
-        subject = subject_of(name, self.config.subject_regex)
         several = len(channels) > 1
-        scans = tuple(
-            RawScan(
-                path=image,
-                subject=subject,
-                study=name if subject != name else "",
-                modality=kind.modality,
-                contrast=kind.contrast,
-                unit=kind.stored_unit,
-                frame=name if several else "",
-                channel=i,
-                volume=i if several else None,
-                token=str(i),
-            )
-            for i, kind in enumerate(channels)
-        )
+        scans = self.config.scans(name, [image] * len(channels), channels, in_one_file=several)
         return RawCase(name, scans, label)
 
 

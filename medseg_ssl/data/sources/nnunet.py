@@ -6,47 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
-
 from medseg_ssl.config import UserError
-from medseg_ssl.data.sources._kinds import Kind, kind_of
-from medseg_ssl.data.sources._labels import (
-    check_reserved,
-    class_values,
-    has_subject,
-    numbered,
-    read_task,
-    subject_of,
-)
-from medseg_ssl.data.sources.base import Listing, RawCase, RawScan, Source, SourceConfig
-
-
-class NNUNetConfig(SourceConfig):
-    """How an nnU-Net raw data set is read.
-
-    Attributes:
-        modalities: channel name of dataset.json to its kind, for names that do not tell it (``zscore``,
-            ``noNorm``).
-        subject_regex: expression with a group ``subject``, matched against the case name; null: one subject
-            per case.
-        unknown_when_absent: classes (values or names) that are unknown, not absent, in a case without a voxel
-            of them.
-        test_subjects: subjects reserved for test, beside those of imagesTs.
-    """
-
-    modalities: dict[str, Kind] = Field(default_factory=dict)
-    subject_regex: str | None = None
-    unknown_when_absent: tuple[int | str, ...] = ()
-    test_subjects: tuple[str, ...] = ()
-
-    _subject = field_validator("subject_regex")(has_subject)
+from medseg_ssl.data.sources._kinds import kind_of
+from medseg_ssl.data.sources._labels import TaskConfig, check_reserved, class_values, numbered, read_task
+from medseg_ssl.data.sources.base import Listing, RawCase, Source
 
 
 class NNUNet(Source):
     """An nnU-Net raw data set; the channels of a case lie on one grid, as nnU-Net demands."""
 
-    Config = NNUNetConfig
-    config: NNUNetConfig
+    Config = TaskConfig
+    config: TaskConfig
 
     def list(self, root: Path) -> Listing:
         """List a data set folder.
@@ -71,7 +41,9 @@ class NNUNet(Source):
                     rejected += [(path, reason) for path in files.values()]
                     continue
                 label = root / f"labels{part}" / f"{name}{ending}"
-                case = self._case(name, files, channels, label if label.is_file() else None)
+                paths = [files[i] for i in range(len(channels))]
+                scans = self.config.scans(name, paths, channels, in_one_file=False)
+                case = RawCase(name, scans, label if label.is_file() else None)
                 cases.append(case)
                 subjects[part].add(case.scans[0].subject)
         if not cases:
@@ -87,26 +59,6 @@ class NNUNet(Source):
             rejected=tuple(rejected),
             test_subjects=frozenset(subjects["Ts"].union(self.config.test_subjects)),
         )
-
-    def _case(
-        self, name: str, files: dict[int, Path], channels: tuple[Kind, ...], label: Path | None
-    ) -> RawCase:
-        subject = subject_of(name, self.config.subject_regex)
-        scans = tuple(
-            RawScan(
-                path=files[i],
-                subject=subject,
-                study=name if subject != name else "",
-                modality=kind.modality,
-                contrast=kind.contrast,
-                unit=kind.stored_unit,
-                frame=name if len(channels) > 1 else "",
-                channel=i,
-                token=str(i),
-            )
-            for i, kind in enumerate(channels)
-        )
-        return RawCase(name, scans, label)
 
 
 def _channel_files(folder: Path, ending: str, rejected: list[tuple[Path, str]]) -> dict[str, dict[int, Path]]:

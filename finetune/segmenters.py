@@ -1,0 +1,69 @@
+"""The segmenter of a fine-tuning run: its heads, its card, and how evaluations see it on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from medseg_ssl import __version__
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
+    from medseg_ssl.nets.encoder_file import Card
+    from medseg_ssl.objectives.base import Objective
+
+    from .settings import FinetuneConfig
+
+
+def heads(head: Any) -> Any:
+    """A segmenter file's list of heads, from the one that segments."""
+    from torch import nn
+
+    return head if isinstance(head, nn.ModuleList) else nn.ModuleList([head])
+
+
+def make_card(
+    config: FinetuneConfig,
+    archive: Archive,
+    views: Mapping[str, Any],
+    cases: Sequence[str],
+    *,
+    silent: tuple[str, ...],
+    steps: int,
+) -> Card:
+    """The card of the segmenter that this run ships."""
+    from medseg_ssl.nets.encoder_file import Card
+
+    assert config.encoder is not None
+    first = next(iter(views.values()))
+    scans = [archive.scans[key] for key in archive.cases[cases[0]].scans]
+    return Card(
+        kind="segmenter",
+        encoder=config.encoder.model_dump(mode="json"),
+        decoder=config.decoder.model_dump(mode="json"),
+        channels_in=len(scans),
+        classes=archive.classes,
+        silent_classes=silent,
+        spacing_mm=first.spacing_mm or archive.recipe.spacing_mm,
+        crop_size=first.size,
+        mirror_axes=first.mirror_axes,
+        intensity={name: policy.model_dump(mode="json") for name, policy in archive.intensity.items()},
+        modalities=tuple(row.modality for row in scans),
+        archive_fingerprint=archive.fingerprint,
+        code_version=__version__,
+        objective=config.objective.name,
+        steps=steps,
+    )
+
+
+def predictor(objective: Objective, *, card: Any, machine: Any) -> Any:
+    """The objective's networks as an evaluation wants them."""
+    from medseg_ssl.inference.predictor import Predictor, largest_stride
+    from medseg_ssl.nets.segmenter import Segmenter
+
+    parts, described = objective.export(), card()
+    assert parts.decoder is not None
+    segmenter = Segmenter(parts.encoder, parts.decoder, len(described.classes), supervised_levels=1)
+    segmenter.heads = heads(parts.head)
+    stride = largest_stride(parts.encoder.strides)
+    return Predictor(segmenter, described, device=str(machine.device), stride=stride)

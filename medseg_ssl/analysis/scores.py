@@ -1,0 +1,132 @@
+"""Scores of a comparison as arrays: cases by draws by pretrainings, for each init and budget.
+
+Rows tell which pretraining an encoder came from in an optional column ``pretraining``; without it all are of
+pretraining 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Scores of one init at one budget.
+
+    Attributes:
+        scores_NDP: (cases, draws, pretrainings), NaN = missing; means over classes. Given as (cases, draws), it gets
+            one layer.
+        cases: names of the rows.
+        draws: numbers of the columns.
+        pretrainings: numbers of the layers; empty where the init has a single pretraining, or none as scratch, and so
+            stands beside every pretraining of another. Left out with several layers, they count from 0.
+    """
+
+    scores_NDP: np.ndarray
+    cases: tuple[str, ...]
+    draws: tuple[int, ...]
+    pretrainings: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Give every table three axes."""
+        if self.scores_NDP.ndim == 2:
+            object.__setattr__(self, "scores_NDP", self.scores_NDP[..., None])
+        layers = self.scores_NDP.shape[2]
+        if not self.pretrainings and layers != 1:
+            object.__setattr__(self, "pretrainings", tuple(range(layers)))
+
+    def select(
+        self, cases: Sequence[str], draws: Sequence[int], pretrainings: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """The scores of these cases, draws and pretrainings (None: its own), all of which the table must have.
+
+        A table of a single pretraining is repeated for each.
+        """
+        rows, columns = [self.cases.index(c) for c in cases], [self.draws.index(d) for d in draws]
+        layers = list(range(self.scores_NDP.shape[2]))
+        if pretrainings is not None:
+            layers = [self.pretrainings.index(p) if self.pretrainings else 0 for p in pretrainings]
+        return self.scores_NDP[np.ix_(rows, columns, layers)]
+
+
+Tables = dict[tuple[str, int], Table]
+"""(init, budget) to its table."""
+
+
+def tables(rows: Iterable[Row], metric: str = "dice", *, of_class: str | None = None) -> Tables:
+    """Scores by (init, budget): mean over the classes within a case, then over the cases of a subject.
+
+    Several cases of one subject are no independent evidence (36 cases of 12 subjects as 36 would give intervals that
+    cover some 80 %), so the unit of every interval and test is the subject where the rows name it.
+
+    Args:
+        rows: of one task, source and target per init; ``subject``, where several cases share one, is optional.
+        metric: one of ``METRICS``.
+        of_class: only this class.
+    """
+    cells: dict[tuple[str, int], dict[tuple[str, int, int], list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    pretrainings: dict[str, set[int]] = defaultdict(set)
+    subjects: dict[str, str] = {}
+    for row in rows:
+        subjects[str(row["case"])] = str(row.get("subject") or row["case"])
+        if of_class is None or row["class"] == of_class:
+            value = math.nan if row[metric] is None else float(row[metric])
+            number = int(row.get("pretraining") or 0)
+            cells[row["init"], row["budget"]][str(row["case"]), row["draw"], number].append(value)
+            pretrainings[row["init"]].add(number)
+    out: Tables = {}
+    for (init, budget), cell in cells.items():
+        of_units: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+        for (case, draw, layer), values in cell.items():
+            of_units[subjects[case], draw, layer].append(_mean_of_known(values))
+        units, draws, layers = (sorted(set(names)) for names in zip(*of_units, strict=True))
+        scores_NDP = np.full((len(units), len(draws), len(layers)), np.nan)
+        for (unit, draw, layer), values in of_units.items():
+            scores_NDP[units.index(unit), draws.index(draw), layers.index(layer)] = _mean_of_known(values)
+        numbers = tuple(layers) if len(pretrainings[init]) > 1 else ()
+        out[init, budget] = Table(scores_NDP, tuple(units), tuple(draws), numbers)
+    return out
+
+
+def _mean_of_known(values: Sequence[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def common(tables_: Sequence[Table]) -> list[np.ndarray]:
+    """The scores (cases, draws, pretrainings) of several tables on what all of them have, in one order.
+
+    A table of a single pretraining, or of none, is repeated for the pretrainings of the others: it is the same
+    whichever of them it stands beside.
+    """
+    cases, draws, pretrainings = shared(tables_)
+    return [t.select(cases, draws, pretrainings) for t in tables_]
+
+
+def shared(tables_: Sequence[Table]) -> tuple[list[str], list[int], list[int] | None]:
+    """Cases, draws and pretrainings that several tables have; None for the last where none of them is numbered."""
+    cases = sorted(reduce(set.intersection, (set(t.cases) for t in tables_)))
+    draws = sorted(reduce(set.intersection, (set(t.draws) for t in tables_)))
+    numbered = [set(t.pretrainings) for t in tables_ if t.pretrainings]
+    return cases, draws, sorted(reduce(set.intersection, numbered)) if numbered else None
+
+
+def budgets_of(tables_: Tables, init: str) -> list[int]:
+    """Budgets at which an init has scores, ascending."""
+    return sorted(b for i, b in tables_ if i == init)
+
+
+def inits_of(rows: Iterable[Row]) -> list[str]:
+    """Inits in order of appearance."""
+    return list(dict.fromkeys(row["init"] for row in rows))
