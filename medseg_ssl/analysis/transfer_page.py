@@ -21,8 +21,8 @@ GAIN_CAPTION = (
 )
 KIND_CAPTION = (
     "Kinds: same data = training scans of the target's own archive and modality; same modality, other data = its "
-    "modality from other archives alone; other modality, same archive = the target's subjects in another modality; some of the "
-    "modalities = of a target of several channels, some and not all."
+    "modality from other archives alone; other modality, same archive = the target's subjects in another modality; "
+    "some of the modalities = of a target of several channels, some and not all."
 )
 MIXED_CAPTION = (
     "The best single source is chosen by these very scores, which favours it; a union that beats every single one of "
