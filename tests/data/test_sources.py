@@ -5,6 +5,7 @@ import pytest
 
 from medseg_ssl.config import Block, ConfigError, UserError, shelf
 from medseg_ssl.data.sources._kinds import Kind, kind_of
+from medseg_ssl.data.sources._labels import subject_of
 from medseg_ssl.data.sources.base import Source
 from tests.data.scans import FOLDER, LABELED_FOLDER, body, box_label, folder_tree, msd_task, save
 
@@ -248,6 +249,26 @@ def test_msd_subjects_by_expression(tmp_path):
     found = listing(msd_task(tmp_path, 3), name="msd", subject_regex=r"(?P<subject>case)_")
     assert {c.scans[0].subject for c in found.cases} == {"case"}
     assert len({c.scans[0].study for c in found.cases}) == 3
+
+
+def test_msd_neighbouring_cases_are_one_subject(tmp_path):
+    """Case 1 stays alone where its neighbour is missing; 3 and 4 are one, 9 and 10 too."""
+    task = json.loads((msd_task(tmp_path, 5) / "dataset.json").read_text())
+    for number, to in enumerate((1, 3, 4, 9, 10)):
+        for folder in ("imagesTr", "labelsTr"):
+            (tmp_path / folder / f"case_{number:03d}.nii.gz").rename(tmp_path / folder / f"new_{to:03d}.nii.gz")
+    task["training"] = [
+        {"image": f"./imagesTr/new_{n:03d}.nii.gz", "label": f"./labelsTr/new_{n:03d}.nii.gz"}
+        for n in (1, 3, 4, 9, 10)
+    ]
+    (tmp_path / "dataset.json").write_text(json.dumps(task))
+    scans = [c.scans[0] for c in listing(tmp_path, name="msd", cases_per_subject=2).cases]
+    assert [s.subject for s in scans] == ["new_001", "new_003", "new_003", "new_009", "new_009"]
+    assert len({(s.subject, s.study) for s in scans}) == 5
+    with pytest.raises(UserError, match="'left' does not"):
+        subject_of("left", None, per_subject=2)
+    with pytest.raises(ConfigError, match="give one"):
+        listing(tmp_path, name="msd", cases_per_subject=2, subject_regex="(?P<subject>new)")
 
 
 def test_msd_subject_in_train_and_test(tmp_path):

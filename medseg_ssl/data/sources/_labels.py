@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from medseg_ssl.config import UserError
 from medseg_ssl.data.sources._kinds import Kind
@@ -22,6 +22,8 @@ class TaskConfig(SourceConfig):
         modalities: channel name of dataset.json to its kind, for names that do not tell it (``zscore``, ``noNorm``).
         subject_regex: expression with a group ``subject``, matched against the case name; null: one subject
             per case.
+        cases_per_subject: cases whose names end in neighbouring numbers are one subject's: with 2, those of 1 and 2, of
+            3 and 4, and so on (left and right hippocampus of a person, say). Not together with ``subject_regex``.
         unknown_when_absent: classes (values or names) that are unknown, not absent, in a case without a voxel
             of them.
         test_subjects: subjects reserved for test, beside those of imagesTs.
@@ -29,6 +31,7 @@ class TaskConfig(SourceConfig):
 
     modalities: dict[str, Kind] = Field(default_factory=dict)
     subject_regex: str | None = None
+    cases_per_subject: int = Field(default=1, ge=1)
     unknown_when_absent: tuple[int | str, ...] = ()
     test_subjects: tuple[str, ...] = ()
 
@@ -45,6 +48,12 @@ class TaskConfig(SourceConfig):
             raise ValueError("it needs a group (?P<subject>…)")
         return value
 
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.cases_per_subject > 1 and self.subject_regex is not None:
+            raise ValueError("subject_regex and cases_per_subject both say which cases are one subject's; give one")
+        return self
+
     def scans(
         self, name: str, paths: Sequence[Path], channels: Sequence[Kind], *, in_one_file: bool
     ) -> tuple[RawScan, ...]:
@@ -56,12 +65,13 @@ class TaskConfig(SourceConfig):
             channels: their kinds.
             in_one_file: whether the channels are the volumes of one 4D file.
         """
-        subject = subject_of(name, self.subject_regex)
+        subject = subject_of(name, self.subject_regex, per_subject=self.cases_per_subject)
+        own_study = subject != name or self.cases_per_subject > 1
         return tuple(
             RawScan(
                 path=path,
                 subject=subject,
-                study=name if subject != name else "",
+                study=name if own_study else "",
                 modality=kind.modality,
                 contrast=kind.contrast,
                 unit=kind.stored_unit,
@@ -130,12 +140,26 @@ def numbered(task: Mapping[str, Any], keys: tuple[str, ...], root: Path) -> dict
     return {int(k): str(block[k]) for k in sorted(block, key=int)}
 
 
-def subject_of(case: str, expression: str | None) -> str:
-    """The subject a case belongs to: the group ``subject`` of an expression, or the case itself.
+def subject_of(case: str, expression: str | None, *, per_subject: int = 1) -> str:
+    """The subject a case belongs to: the group ``subject`` of an expression, the case itself, or the first of a few.
+
+    Args:
+        case: its name.
+        expression: with a group ``subject``.
+        per_subject: how many cases with neighbouring numbers, counted from 1, are one subject's; the first names it.
 
     Raises:
-        UserError: the expression does not match the case's name.
+        UserError: the expression does not match the case's name, or it ends in no number.
     """
+    if per_subject > 1:
+        numbered_name = re.fullmatch(r"(.*?)(\d+)", case)
+        if numbered_name is None or int(numbered_name[2]) < 1:
+            raise UserError(
+                f"source.cases_per_subject needs case names that end in a number from 1 on; {case!r} does not"
+            )
+        head, number = numbered_name.groups()
+        first = (int(number) - 1) // per_subject * per_subject + 1
+        return f"{head}{first:0{len(number)}d}"
     if expression is None:
         return case
     found = re.match(expression, case)
