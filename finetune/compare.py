@@ -144,9 +144,7 @@ def compare(
         _write_plan(out, counted, tasks, notes=notes, command=command, folds=folds, test=test)
         pending = [task for task in tasks if not task.finished]
         failures = crew.fit(fit, pending, done=len(tasks) - len(pending))
-        # names of artifacts hold no "@"
-        artifacts = {key.label.replace("@", "-"): path for key, path in given.items() if key.fold == 0}
-        report = _conclude(out, config, failures, encoders=artifacts)
+        report = _conclude(out, config, failures, encoders=encoders or {})
     return report
 
 

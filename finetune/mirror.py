@@ -174,9 +174,9 @@ def send_comparison(
             recorder.table("differences", DIFFERENCES, [[c[name] for name in DIFFERENCES] for c in compared])
         areas = {f"area/{init}": about["area"] for init, about in found.summary.get("inits", {}).items()}
         recorder.summary(areas)
-        # names of artifacts hold no "@"
-        own = {f.parent.name.replace("@", "-"): f for f in sorted(out.glob(f"pretrain/*/{ENCODER}"))}
-        for init, file in {**own, **encoders}.items():
+        own = {f.parent.name: f for f in sorted(out.glob(f"pretrain/*/{ENCODER}"))}
+        for label, file in {**own, **encoders}.items():
+            init = label.replace("@", "-")  # names of artifacts hold no "@"
             recorder.artifact(f"{task}-{init}", "encoder", {ENCODER: file}, about={"init": init})
         if (out / BUDGETS).is_file():
             recorder.artifact(f"{task}-budgets", "budgets", {BUDGETS: out / BUDGETS})

@@ -256,7 +256,9 @@ def test_msd_neighbouring_cases_are_one_subject(tmp_path):
     task = json.loads((msd_task(tmp_path, 5) / "dataset.json").read_text())
     for number, to in enumerate((1, 3, 4, 9, 10)):
         for folder in ("imagesTr", "labelsTr"):
-            (tmp_path / folder / f"case_{number:03d}.nii.gz").rename(tmp_path / folder / f"new_{to:03d}.nii.gz")
+            (tmp_path / folder / f"case_{number:03d}.nii.gz").rename(
+                tmp_path / folder / f"new_{to:03d}.nii.gz"
+            )
     task["training"] = [
         {"image": f"./imagesTr/new_{n:03d}.nii.gz", "label": f"./labelsTr/new_{n:03d}.nii.gz"}
         for n in (1, 3, 4, 9, 10)

@@ -51,7 +51,9 @@ class TaskConfig(SourceConfig):
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
         if self.cases_per_subject > 1 and self.subject_regex is not None:
-            raise ValueError("subject_regex and cases_per_subject both say which cases are one subject's; give one")
+            raise ValueError(
+                "subject_regex and cases_per_subject both say which cases are one subject's; give one"
+            )
         return self
 
     def scans(
