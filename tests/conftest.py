@@ -25,3 +25,10 @@ def real_data() -> Path:
             f"no real volumes: set MEDSEG_DATA or put them at ../shared/data ({folder.name} not found)"
         )
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _plain_overview(request, monkeypatch):
+    """No histograms in the overview page of an archive: they take most of the time of preparing a tiny one."""
+    if request.module.__name__ != "tests.data.test_overview":
+        monkeypatch.setattr("medseg_ssl.data.overview._distributions", lambda archive: "")

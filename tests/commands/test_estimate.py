@@ -32,6 +32,7 @@ def test_footprint_known_answers():
 
 
 def test_estimate_with_and_without_an_archive(archive, capsys, monkeypatch):
+    monkeypatch.setattr(estimate, "in_a_process", trying.trial)  # a new process takes seconds
     shown = estimate.main(["mae", *SMALL, "--seconds", "0.2", "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert printed["parameters"] == shown.parameters
@@ -44,7 +45,6 @@ def test_estimate_with_and_without_an_archive(archive, capsys, monkeypatch):
     assert shown.wait_share is None
     assert shown.trial_size is None
 
-    monkeypatch.setattr(estimate, "in_a_process", trying.trial)  # a new process takes seconds
     words = ["mae", *SMALL, "train.steps=3 epochs", "--seconds", "0.2", "--archive", str(archive)]
     real = estimate.main(words)
     assert real.steps == 12, "four training subjects with two scans each, two at a time"

@@ -84,9 +84,9 @@ def test_gradients_are_finite_and_reach_the_encoder(trained):
 
 def test_loss_falls_on_one_batch(trained):
     objective, batch = trained
-    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=2e-3)
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
     losses = []
-    for step in range(15):
+    for step in range(9):
         torch.manual_seed(step)
         optimizer.zero_grad()
         loss = objective(batch, 0.5).loss
@@ -94,7 +94,7 @@ def test_loss_falls_on_one_batch(trained):
         optimizer.step()
         objective.after_step(0.5)
         losses.append(loss.item())
-    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
+    assert sum(losses[-2:]) < 0.95 * sum(losses[:2])
 
 
 def test_a_batch_without_body_or_data_gives_no_nan(trained):
