@@ -262,7 +262,9 @@ def _distributions(archive: Archive) -> str:
     kinds = _kinds(archive.scans.values(), unit=True)
     columns = ("voxel size (mm)", "field of view (mm)", "median of the body", "share of voxels that are body")
     height = 2.2 * len(kinds)
-    figure = Figure(figsize=(11.5, height))  # margins are stated: to lay it out would take longer than to draw it
+    figure = Figure(
+        figsize=(11.5, height)
+    )  # margins are stated: to lay it out would take longer than to draw it
     edge = {"bottom": 0.3 / height, "top": 1 - 0.3 / height}
     figure.subplots_adjust(left=0.035, right=0.99, wspace=0.16, hspace=0.38, **edge)
     FigureCanvasAgg(figure)

@@ -120,7 +120,7 @@ def tasks_of(config, archive=None, **changes):
     return planning.fit_tasks(config, Path("out"), **{**settings, **changes})
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_killed_and_continued_gives_the_uninterrupted_tables(tmp_path, finished, number):
     out = tmp_path / "out"
     process = subprocess.Popen(

@@ -96,6 +96,7 @@ def test_exit_codes_and_one_line(tmp_path, capsys):
     assert cli([*words, "--root", str(tmp_path / "raw"), "--quiet"]) == 0
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(tmp_path):
     """SIGKILL in the middle, and SIGTERM: what is finished stays, and the next run ends with the same archive."""
     msd_task(tmp_path / "raw", 24)

@@ -424,7 +424,10 @@ def swin_unetr(**options):
     return shaken(SwinUNETR(1, 2, feature_size=12, num_heads=(1, 2, 3, 4), window_size=3, **options))
 
 
-@pytest.mark.parametrize("options", [{}, {"use_v2": True}, {"depths": (2, 1, 2, 1)}], ids=str)
+SLOW = [pytest.param(more, marks=pytest.mark.slow) for more in ({}, {"depths": (2, 1, 2, 1)})]
+
+
+@pytest.mark.parametrize("options", [{"use_v2": True}, *SLOW], ids=str)
 def test_monai_whole_network(tmp_path, options):
     net = swin_unetr(**options)
     path = tmp_path / "model.pt"

@@ -21,6 +21,9 @@ from tests.train.archives import quick_templates, write_archive
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
 
+LIKE_MAE = ("genesis", "simmim", "swinunetr", "volume_fusion")
+"""Networks and a loss, as ``mae`` has them, and nothing else that could be lost on the way: broken off in slow tests."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def few_registration_steps():
@@ -65,7 +68,9 @@ def assert_same_runs(a, b):
     assert all(torch.equal(shipped[0][name], shipped[1][name]) for name in shipped[0])
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LIKE_MAE else []) for n in OBJECTIVES]
+)
 def test_a_broken_run_continues_exactly(name, archive, tmp_path, monkeypatch):
     config = parse(PretrainConfig, tree(name))
     run_pretrain(config, tmp_path / "whole", archive=archive, quiet=True)
