@@ -1,6 +1,6 @@
 """Missing modalities: what a segmenter still finds where only some of its input channels are given.
 
-Every non-empty subset of the channels is given in turn; the others are zero, which is what the network saw in training
+Every non-empty subset of the channels is given in turn; the others are zero, as where a scan lacks data
 where a scan had no data. Grid and body still come from the case, so only intensities go missing.
 """
 
