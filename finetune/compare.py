@@ -29,7 +29,7 @@ from .inits import SCRATCH_LONG
 from .mirror import send_left, send_once
 from .notes import notes_of
 from .planning import EncoderKey
-from .seen import check_seen, scored_sides
+from .seen import check_seen, scored_sides, trained_on
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -190,7 +190,8 @@ def _check_networks(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]
 def _check_seen(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], scored: Archive) -> None:
     """An encoder from outside must not have seen who is scored, as far as its card tells."""
     for name, card in cards.items():
-        if scored.fingerprint not in {card["archive_fingerprint"], *(card.get("archives") or ())}:
+        own = {card["archive_fingerprint"], *(card.get("archives") or ())}
+        if scored.fingerprint not in own | {entry["archive"] for entry in trained_on(card)}:
             continue
         if config.folds is not None:
             raise ConfigError(

@@ -18,6 +18,7 @@ from medseg_ssl.analysis.metrics import summarize
 from medseg_ssl.analysis.tables import claim, write_csv, write_json
 from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.data.partial import Access
 from medseg_ssl.train.run_folder import hash_file
 
 from .seen import check_seen
@@ -103,9 +104,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     from . import beside
 
-    archive = Archive.open(args.archive)
     load = partial(Predictor.load, device=args.device, precision=args.precision, flips=args.flips)
     predictor = load(args.segmenter)
+    archive = Archive.open(args.archive)
+    if (
+        predictor.card.channels_in > 1
+    ):  # its cases may be joined from registered scans, as ``compare`` joins them
+        archive = archive.limited(Access(channels=predictor.card.modalities))
     cases = labeled_cases(archive, split=args.split, subset=args.subset)
     if args.subset != "train":
         check_seen(

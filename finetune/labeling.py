@@ -321,7 +321,18 @@ def _from_file(config: CompareConfig, archive: Archive, given: BudgetFile) -> li
     for key, (theirs, ours) in stated.items():
         if theirs != ours:
             raise ConfigError(f"the budgets were drawn with {key} {theirs!r}, the config says {ours!r}")
-    return resolve_budgets(given, archive)
+    found = resolve_budgets(given, archive)
+    drawn = sorted(
+        {c for fold in found for of in fold.subsets.values() for cases in of.values() for c in cases}
+    )
+    strange = [case for case in drawn if not is_wanted(config, archive, archive.cases[case])]
+    if strange:
+        kinds = "+".join(archive.scans[key].modality for key in archive.cases[strange[0]].scans)
+        raise ConfigError(
+            f"the budgets name {len(strange)} case(s) of {kinds}, the config's modalities are "
+            f"{', '.join(config.modalities)}; draw budgets of their own"
+        )
+    return found
 
 
 def _asked_for(config: CompareConfig, fold: Budgets) -> Budgets:

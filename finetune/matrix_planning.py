@@ -75,7 +75,10 @@ def source_facts(
                 a: modalities or archives[a].facts().modalities for a, modalities in source.archives.items()
             }
         else:  # a file that was made of an archive that is here
-            where = known.get(cards[name].archive_fingerprint)
+            card = cards[name]
+            # of one archive's chosen modalities the first fingerprint is that of the choice
+            made_of = card.archives[0] if len(card.archives) == 1 else card.archive_fingerprint
+            where = known.get(made_of)
             parts = {} if where is None else {where: cards[name].modalities}
         out.append(Source(name, parts, cards[name].modalities))
     return out

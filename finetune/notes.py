@@ -47,6 +47,13 @@ def notes_of(
         "weights at the last step are scored, none is chosen by its score.",
         "Steps per fit: " + ", ".join(f"{init} {n}" for init, n in steps.items()) + ".",
     ]
+    scored = [case for fold in folds for case in fold.scored]
+    subjects = {(test or archive).cases[case].subject for case in scored}
+    if len(subjects) < len(scored):
+        notes.append(
+            f"These are {len(scored)} cases of {len(subjects)} subjects: every mean and interval, and what tables call"
+            " cases, is over subjects, whose cases are averaged first."
+        )
     if config.stratify is not None:
         what = "subsets and folds" if config.folds is not None else "subsets"
         how = " (of a scored label, which classes it shows decides its fold, and nothing else)"

@@ -154,7 +154,9 @@ def plan_replay(
     if not same:
         checks.append(lambda: check_card(previous.card, source, where="the old archive"))
     samples, (cases, available), *_ = resolved(*checks)
-    if not same:
+    if same:
+        _check_kept_back(source, cases, split=config.data.split)
+    else:
         # both ways: who tests the new task must not be trained on, nor who shows what was forgotten of the old one
         _check_copies(source, cases, archive, split=config.data.split, where="the archive")
         _check_copies(archive, used, source, split=wanted.split, where="the old archive")
@@ -167,6 +169,17 @@ def plan_replay(
         )
     place = tuple(known.index(name) for name in source.classes)
     return Replay(source, cases, available, samples, Relabeling(known, place))
+
+
+def _check_kept_back(archive: Archive, cases: Sequence[str], *, split: str) -> None:
+    """Within one archive, who is kept back by the split that is trained with is not replayed by way of another."""
+    kept = {*archive.split(split).test, *archive.split(split).development}
+    wrong = {archive.cases[case].subject for case in cases} & kept
+    if wrong:
+        raise ConfigError(
+            f"replay would train on {len(wrong)} subject(s) whom split '{split}' keeps for test or development; set "
+            f"replay.split={split}, the split of data.split"
+        )
 
 
 def samples_of(config: FinetuneConfig, world: int = 1) -> int:

@@ -157,11 +157,18 @@ def run_finetune(
     load(
         steps=1
     )  # says now, before the run folder is touched, what in the config does not go with the archive
+    if replay is not None:
+        replay.batches(config, views, steps=1, rank=machine.rank, world=machine.world)
 
     learned_from = {opened.cases[case].subject for case in used}
     if any(not view.labeled for view in views.values()):
         learned_from |= set(opened.split(config.data.split).train)
+    kept = () if replay is None else replay.subjects
+    within = replay is not None and replay.archive.fingerprint == opened.fingerprint
+    learned_from |= set(kept if within else ())
     checked = with_lists(guard(opened, learned_from, split=config.data.split), access)
+    if replay is not None and config.replay is not None and not within:
+        checked = (*checked, *guard(replay.archive, set(kept), split=config.replay.split))
     cards = {} if encoder is None else {"the given encoder": encoder_file.load_card(encoder)}
     cards |= {} if grown is None else {"the given segmenter": grown.loaded.card}
     before = {name: known.model_dump(mode="json") for name, known in cards.items()}
@@ -211,6 +218,7 @@ def run_finetune(
             if told := warning(name, known, opened, split=config.data.split):
                 logger.warning("%s", told)
         looked_s = looked_s if anew else look_once()
+        machine.barrier()
         if replay is not None and machine.is_main:
             record = replay.record(new_cases=len(used), batch_size=config.data.batch_size)
             write_json(Path(run) / RECORD, record)

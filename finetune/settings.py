@@ -52,8 +52,8 @@ class ReplayConfig(Record):
     """Old labeled cases that stay in training where a segmenter goes on with others (``--continue-from``).
 
     Attributes:
-        cases: how many: a number, or a share of those there are where it is a fraction below 1. Whole subjects are
-            drawn, from the train list alone.
+        cases: how many: a number, or a share of those there are where it is a fraction below 1. They are drawn
+            subject by subject, the last one in part where it must be, from the train list alone.
         share: share of the samples of a step that is cut from them, rounded to whole samples, one at least; the rest,
             and what counts as an epoch, are the new cases'.
         among: keys of the cases to draw from, such as those that the segmenter was trained on; empty draws from all

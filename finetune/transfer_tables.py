@@ -212,7 +212,7 @@ def _missing(out: Path, task: str, targets: Sequence[Target], sources: Sequence[
     for target in targets:
         files = sorted((out / "features" / target.name / "missing").glob("*.csv"))
         rows = [_with_subject(row, target) for file in files for row in _table(file)]
-        order = [*target.baselines, *sources]
+        order = [*target.baselines, *sources, *target.beside]
         for given in sorted({row["given"] for row in rows}, key=lambda name: (name.count("+"), name)):
             of_subset = [row for row in rows if row["given"] == given]
             for metric in ("dice", "nsd"):

@@ -162,11 +162,15 @@ def read(text: str, assignments: Sequence[str], *, archive: Path | None) -> tupl
     path, kind = find(text)
     command = import_module(locate(f"{kind}.run"))
     if kind == "pretrain":
-        config = read_config(command.PretrainConfig, path, assignments, shelves=command.SHELVES)
+        config = read_config(
+            command.PretrainConfig, path, assignments, shelves=command.SHELVES, evaluates="encoder"
+        )
     else:
         if override(read_yaml(path), assignments).get("encoder") is None:
             assignments = [*assignments, "encoder={name: resenc, size: tiny}"]
-        config = read_config(command.FinetuneConfig, path, assignments, shelves=command.SHELVES)
+        config = read_config(
+            command.FinetuneConfig, path, assignments, shelves=command.SHELVES, evaluates="segmenter"
+        )
         config = command.complete_config(config, None)
     spacing_mm = None
     if archive is not None:

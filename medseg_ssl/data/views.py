@@ -241,11 +241,11 @@ class ViewMaker:
 
 
 def _agree(arrays: ViewArrays) -> None:
-    # a voxel is valid when every channel has data there; elsewhere images are 0 and labels unknown
+    # A voxel is valid when every channel has data there; elsewhere labels are unknown. An image is 0 where its own
+    # channel has no data, and there alone: what a segmenter is shown when it predicts.
     if arrays.valid_DHW.all():
         return
     if arrays.image_CDHW.shape[0] > 1:
-        np.multiply(arrays.image_CDHW, arrays.valid_DHW, out=arrays.image_CDHW)
         np.logical_and(arrays.foreground_DHW, arrays.valid_DHW, out=arrays.foreground_DHW)
     if arrays.label_DHW is not None:
         arrays.label_DHW[~arrays.valid_DHW] = UNKNOWN_LABEL

@@ -1,8 +1,8 @@
 """Missing modalities: what a segmenter still finds where only some of its input channels are given.
 
-Every non-empty subset of the channels is given in turn; the others are zero. In training a voxel without data in one
-channel is zero in all, so one channel missing alone is new to a network, unless augmentation ``segmentation_dropout``
-showed it. Grid and body still come from the case, so only intensities go missing.
+Every non-empty subset of the channels is given in turn; the others are zero, as in training where a channel has no
+data. A channel missing everywhere is new to a network unless augmentation ``segmentation_dropout`` showed it. Grid and
+body still come from the case, so only intensities go missing.
 """
 
 from __future__ import annotations

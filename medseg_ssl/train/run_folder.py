@@ -43,6 +43,7 @@ BEFORE_THE_RUN = {
     "inputs.json",
     "environment.json",
     "audit.txt",
+    "replay.json",
     "plan.json",
     "budgets.json",
     "error.txt",

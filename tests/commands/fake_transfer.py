@@ -75,6 +75,7 @@ def card(path: Path) -> SimpleNamespace:
         spacing_mm=None,
         modalities=modalities,
         archive_fingerprint="",
+        archives=(),
         encoder=NETWORK,
         channels_in=1,
     )

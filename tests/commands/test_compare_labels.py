@@ -371,9 +371,12 @@ def test_an_encoder_of_a_mixture_with_this_archive_is_checked_too(tmp_path, monk
         "archives": ["f" * 16],
         "checked_against": [{"archive": "f" * 16, "split": "other"}],
     }
-    monkeypatch.setattr(command, "_card", lambda path: {**fakes.card(path), **mixed})
-    with pytest.raises(ConfigError, match="with the split 'other' of this archive, so it may"):
-        run(tmp_path / "out", config, encoders={"given": tmp_path / "e"})
+    began_with = {"archive": "f" * 16, "split": "other", "sides": [], "trained_on": ["train"]}
+    inherited = {"archive_fingerprint": "elsewhere", "archives": [], "checked_against": [began_with]}
+    for seen in (mixed, inherited):
+        monkeypatch.setattr(command, "_card", lambda path, seen=seen: {**fakes.card(path), **seen})
+        with pytest.raises(ConfigError, match="with the split 'other' of this archive, so it may"):
+            run(tmp_path / "out", config, encoders={"given": tmp_path / "e"})
 
 
 def test_who_is_scored_does_not_choose_an_encoder(tmp_path, monkeypatch):

@@ -164,6 +164,14 @@ def test_who_is_tested_is_never_replayed_nor_trained_on(world):
         plan_replay(config(), turned, ["case-s0", "case-s6"], previous=known, old=world[0])
 
 
+def test_another_split_of_one_archive_replays_nobody_who_is_tested(world):
+    plain = Archive.open(world[1])
+    other = plain.split().model_copy(update={"name": "other", "train": TEST, "test": TRAIN})
+    both = plain.limited(Access(splits=(other,)))
+    with pytest.raises(ConfigError, match=rf"{len(TEST)} subject\(s\) whom split 'default' keeps for test"):
+        plan_replay(config(split="other"), both, ["case-s0"], previous=previous(world[2], plain), old=None)
+
+
 def test_what_does_not_go_together_is_refused(world, tmp_path):
     old, new, segmenter = world
     words = [str(tmp_path / "run"), "--archive", str(new), *COMMON]

@@ -309,8 +309,11 @@ def test_missing_channels_are_counted_by_subject(tmp_path):
     found = {}
     for name, kept in (("pairs", rows), ("single", rows[::2])):
         write_csv(tmp_path / name / "features/t/missing/a.csv", kept, columns=looks.MISSING_COLUMNS)
-        target = Target("t", "a", ("CT", "MR"), (1,), ("scratch",), subjects)
-        (found[name], _) = transfer_tables._missing(tmp_path / name, "task", [target], [])
+        another = [{**row, "init": "unet"} for row in kept]
+        write_csv(tmp_path / name / "features/t/missing/b.csv", another, columns=looks.MISSING_COLUMNS)
+        target = Target("t", "a", ("CT", "MR"), (1,), ("scratch",), subjects, beside=("unet",))
+        (found[name], beside, _, _) = transfer_tables._missing(tmp_path / name, "task", [target], [])
+        assert beside["init"] == "unet"
     assert found["pairs"] == found["single"]
     assert found["pairs"]["cases"] == 3
 

@@ -265,8 +265,9 @@ def test_msd_neighbouring_cases_are_one_subject(tmp_path):
     ]
     (tmp_path / "dataset.json").write_text(json.dumps(task))
     scans = [c.scans[0] for c in listing(tmp_path, name="msd", cases_per_subject=2).cases]
-    assert [s.subject for s in scans] == ["new_001", "new_003", "new_003", "new_009", "new_009"]
+    assert [s.subject for s in scans] == ["new_1", "new_3", "new_3", "new_9", "new_9"]
     assert len({(s.subject, s.study) for s in scans}) == 5
+    assert subject_of("case_9", None, per_subject=2) == subject_of("case_10", None, per_subject=2)
     with pytest.raises(UserError, match="'left' does not"):
         subject_of("left", None, per_subject=2)
     with pytest.raises(ConfigError, match="give one"):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
 
 LIKE_MAE = ("genesis", "simmim", "swinunetr", "volume_fusion")
-"""Networks and a loss, as ``mae`` has them, and nothing else that could be lost on the way: broken off in slow tests."""
+"""Networks and a loss, as ``mae`` has them, and nothing else that could be lost: broken off in slow tests."""
 
 
 @pytest.fixture(scope="module", autouse=True)

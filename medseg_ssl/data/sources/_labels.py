@@ -161,7 +161,7 @@ def subject_of(case: str, expression: str | None, *, per_subject: int = 1) -> st
             )
         head, number = numbered_name.groups()
         first = (int(number) - 1) // per_subject * per_subject + 1
-        return f"{head}{first:0{len(number)}d}"
+        return f"{head}{first}"  # without leading zeros: 9 and 10 must agree on their name
     if expression is None:
         return case
     found = re.match(expression, case)

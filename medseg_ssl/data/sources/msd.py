@@ -41,8 +41,14 @@ class MSD(Source):
                 rejected.append((label, "dataset.json names it, but there is no such file"))
                 label = None
             case = self._case(image, label, channels)
+            subject = case.scans[0].subject
+            if reserved and self.config.cases_per_subject > 1 and subject in train:
+                rejected.append(
+                    (image, "another case of its subject is in imagesTr; a subject is in one part only")
+                )
+                continue
             cases.append(case)
-            (test if reserved else train).add(case.scans[0].subject)
+            (test if reserved else train).add(subject)
         for folder in ("imagesTr", "imagesTs"):
             files = sorted((root / folder).glob("*.nii*"))
             rejected += [
