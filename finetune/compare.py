@@ -19,8 +19,8 @@ from medseg_ssl.config import ConfigError, UserError, override, parse, read_yaml
 from medseg_ssl.data.protected import Protected
 from medseg_ssl.train.run_folder import RunFolder, hash_file, hash_names
 
-from . import labeling, planning
-from .comparison import CompareConfig, expand, resolve
+from . import budget_record, labeling, planning
+from .comparison import CompareConfig
 from .comparison_tables import PLAN, write_comparison
 from .crew import Crew, failure_of, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
@@ -29,6 +29,7 @@ from .inits import SCRATCH_LONG
 from .mirror import send_left, send_once
 from .notes import notes_of
 from .planning import EncoderKey
+from .resolving import expand, resolve
 from .seen import check_seen, scored_sides, trained_on
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def compare(
         "test_archive": test.fingerprint,
         "encoders": hashes,
         "test_cases": hash_names(cases),
-        **labeling.folds_hash(folds),
+        **budget_record.folds_hash(folds),
     }
     if reused is not None and apart:
         inputs["budgets_drawn_from"] = reused.archive
@@ -111,7 +112,7 @@ def compare(
     crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
     device = f"{len(gpus)} GPUs" if gpus else "cpu"
     with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device, today=_today):
-        write_budgets(out / BUDGETS, labeling.budget_file(counted, opened, folds, given=reused))
+        write_budgets(out / BUDGETS, budget_record.budget_file(counted, opened, folds, given=reused))
         protect = () if test_archive is None else (_protected(config, test_archive, test),)
         pretrains = planning.pretrain_tasks(config, out, archive=archive, protect=protect, folds=folds)
         files = crew.pretrain(pretrain, pretrains) | given

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from medseg_ssl.data.budget_file import (
     Budgets,
     Subsets,
     case_ids,
-    describe,
     fold_splits,
     resolve_budgets,
 )
@@ -53,7 +51,7 @@ class Fold:
 
 def splits_of(config: CompareConfig, archive: Archive, *, given: BudgetFile | None = None) -> list[Split]:
     """The archive's split, or one for each fold; those of a file of budgets are cut as its own were."""
-    seed, by, modalities = config.seed, _balanced_by(config), config.modalities
+    seed, by, modalities = config.seed, balanced_by(config), config.modalities
     if given is not None:
         seed, by, modalities = given.seed, given.folds_by, given.modalities
     return fold_splits(
@@ -67,7 +65,8 @@ def splits_of(config: CompareConfig, archive: Archive, *, given: BudgetFile | No
     )
 
 
-def _balanced_by(config: CompareConfig) -> str | None:
+def balanced_by(config: CompareConfig) -> str | None:
+    """What subsets, and folds with them, are balanced by; None for nothing."""
     return None if config.stratify is None else config.stratify.by
 
 
@@ -137,7 +136,7 @@ def training_subsets(
     from medseg_ssl.data.budgets import nested_budgets
 
     by_subject = labeled_cases(config, archive, archive.split(config.split) if split is None else split)
-    by = _balanced_by(config)
+    by = balanced_by(config)
     balance: dict[str, Any] = {}
     if by is not None:
         strata = subject_strata(archive, by_subject, by)
@@ -351,53 +350,3 @@ def _asked_for(config: CompareConfig, fold: Budgets) -> Budgets:
         {d: parts for d, parts in fold.labels.items() if d < most},
         {d: {b: of[b] for b in config.budgets} for d, of in fold.cost.items() if d < most},  # pyright: ignore[reportArgumentType]
     )
-
-
-def budget_file(config: CompareConfig, archive: Archive, folds: Sequence[Fold], *, given: BudgetFile | None):
-    """What ``OUT/budgets.json`` holds."""
-    settings: dict[str, Any] = {
-        "split": config.split,
-        "subset": config.subset,
-        "seed": config.seed,
-        "stratify": _balanced_by(config),
-        "balanced_folds": config.folds is not None and config.stratify is not None,
-        "modalities": config.modalities,
-        "labels": None if config.labels is None else config.labels.model_dump(mode="json"),
-        "folds": config.folds,
-    }
-    if given is not None:
-        settings |= {
-            key: getattr(given, key) for key in ("seed", "stratify", "labels", "balanced_folds", "modalities")
-        }
-    return describe(archive, [fold.budgets for fold in folds], settings=settings)
-
-
-def subsets_hash(subsets: Subsets) -> str:
-    """Short hash of all drawn subsets."""
-    return _short(_listed(subsets))
-
-
-def folds_hash(folds: Sequence[Fold]) -> dict[str, str]:
-    """Hashes of what the folds hold, for the inputs of a comparison; whole labels add nothing."""
-    if len(folds) == 1:
-        found = {"subsets": subsets_hash(folds[0].budgets.subsets)}
-    else:
-        text = "\n".join(f"{_listed(f.budgets.subsets)}|{','.join(f.budgets.split.train)}" for f in folds)
-        found = {"subsets": _short(text)}
-    parts = [
-        f"{number}:{draw}:{case}:{part.model_dump_json()}"
-        for number, fold in enumerate(folds)
-        for draw, of in sorted(fold.budgets.labels.items())
-        for case, part in sorted(of.items())
-    ]
-    return found | ({"labels": _short("\n".join(parts))} if parts else {})
-
-
-def _listed(subsets: Subsets) -> str:
-    return ";".join(
-        f"{d}:{b}:{','.join(cases)}" for d, of in sorted(subsets.items()) for b, cases in sorted(of.items())
-    )
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,10 +18,11 @@ from medseg_ssl.analysis.tables import write_csv, write_json
 from medseg_ssl.config import Block
 from medseg_ssl.data.partial import Access
 
-from .comparison import CompareConfig, finetune_config
+from .comparison import CompareConfig
 from .fits import FitTask, fit_and_score, load_segmenter, remove_bulky
 from .labeling import is_wanted
 from .planning import fit_folder
+from .resolving import finetune_config
 
 if TYPE_CHECKING:
     from medseg_ssl.nets.encoders.base import Encoder

@@ -13,7 +13,7 @@ from medseg_ssl.config import ConfigError, Record, overlay, parse, resolved
 from medseg_ssl.train.run_folder import differences
 from medseg_ssl.train.settings import WandbConfig
 
-from . import comparison as plans
+from . import resolving as plans
 from .comparison import CompareConfig, Metrics
 from .inits import FROM_FILE, SCRATCH, SCRATCH_LONG, Kind, has_key, kind_of, of_kind
 

@@ -12,11 +12,12 @@ from medseg_ssl.config import ConfigError, overlay, parse
 from medseg_ssl.data.partial import Access
 from medseg_ssl.data.protected import Protected
 
-from .comparison import CompareConfig, finetune_config, steps_of
+from .comparison import CompareConfig
 from .fits import FitTask, PretrainTask
 from .flags import check_names
 from .inits import FROM_FILE, SCRATCH_LONG, Network, blocks, of_kind
 from .labeling import Fold
+from .resolving import finetune_config, steps_of
 
 
 class EncoderKey(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from medseg_ssl.analysis.tables import write_text
 from medseg_ssl.config import ConfigError, Record, UserError, parse
 from medseg_ssl.data.budgets import make_folds
 from medseg_ssl.data.manifest import Split
@@ -201,15 +201,7 @@ def write_budgets(path: Path, file: BudgetFile) -> Path:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(json.dumps(file.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_text(path, json.dumps(file.model_dump(mode="json"), indent=1) + "\n")
 
 
 def read_budgets(path: Path) -> BudgetFile:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from medseg_ssl import draws
+from medseg_ssl.analysis.tables import write_text
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.manifest import CaseRow, Split
 
@@ -172,16 +172,7 @@ def write_split(folder: Path, split: Split) -> Path:
     """
     check_split(split)
     path = Path(folder) / f"{split.name}.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(split.model_dump(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_text(path, json.dumps(split.model_dump(), indent=1) + "\n")
 
 
 def read_split(path: Path, *, known: Collection[str] | None = None) -> Split:

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 
 from finetune import compare as command
-from finetune import comparison as plans
 from finetune import crew as crew_module
 from finetune import fits, labeling, mirror, notes, planning
+from finetune import resolving as plans
 from finetune.report import main as report_main
 from medseg_ssl.cli import locate
 from medseg_ssl.config import ConfigError, UserError, override, parse, to_yaml

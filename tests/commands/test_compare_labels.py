@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from finetune import budget_record, labeling, planning, report
 from finetune import compare as command
-from finetune import comparison as plans
-from finetune import labeling, planning, report
+from finetune import resolving as plans
 from medseg_ssl.analysis import figures
 from medseg_ssl.config import ConfigError, parse, to_yaml
 from medseg_ssl.data import strata
@@ -98,7 +98,7 @@ def test_a_config_of_before_gives_the_fits_of_before():
 
     config = fakes.config(init_overrides={"mae": {"optim": {"lr": 0.5}}})
     (fold,), _ = planned(config, fakes.archive())
-    assert labeling.folds_hash([fold]) == {"subsets": "82f2533d3c9a4158"}
+    assert budget_record.folds_hash([fold]) == {"subsets": "82f2533d3c9a4158"}
     told = [
         [t.folder.as_posix(), t.config, t.seed, t.steps, list(t.train_cases), t.pictures]
         for t in tasks_of(config)
