@@ -1,4 +1,4 @@
-"""A comparison in Weights & Biases: its curve as tables and charts, its encoders and budgets as artifacts.
+"""Comparisons and matrices in Weights & Biases: curves as tables and charts, encoders and budgets as artifacts.
 
 Scores, means and weights go there; pictures of scans stay in the local report.
 """
@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import yaml
 from medseg_ssl.analysis.figures import curve_figure
 from medseg_ssl.analysis.label_efficiency import CURVE_COLUMNS
 from medseg_ssl.analysis.tables import write_json
+from medseg_ssl.analysis.transfer import MATRIX_COLUMNS
 from medseg_ssl.config import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -64,22 +65,36 @@ def send_once(
 ) -> None:
     """``send_comparison`` where it was not sent yet; one that was cut off is sent again, as the same run.
 
-    Where the mirror is disabled nothing is marked: the tables are written each time, and a later call sends them.
+    Raises:
+        UserError: the mark cannot be read or written.
+    """
+    what = {"wandb": wandb, "config": config, "encoders": encoders}
+    _once(out, wandb, lambda known_id: send_comparison(out, found, **what, known_id=known_id))
+
+
+def send_matrix_once(
+    out: Path, rows: Sequence[Mapping[str, Any]], *, wandb: WandbConfig, config: Mapping[str, Any]
+) -> None:
+    """``send_matrix`` where it was not sent yet.
 
     Raises:
         UserError: the mark cannot be read or written.
     """
+    _once(out, wandb, lambda known_id: send_matrix(out, rows, wandb=wandb, config=config, known_id=known_id))
+
+
+def _once(out: Path, wandb: WandbConfig, send: Callable[[str | None], None]) -> None:
+    """Where the mirror is disabled nothing is marked: the tables are written each time, a later call sends them."""
     from medseg_ssl.train.recorder import mirror_mode
 
-    what = {"wandb": wandb, "config": config, "encoders": encoders}
     if mirror_mode(wandb) == "disabled":
-        send_comparison(out, found, **what)
+        send(None)
     elif not sent(out):
         known = (_mark(out) or {"id": secrets.token_hex(4)})["id"]
         write_json(out / MARK, {"id": known, "sent": False})
         for half in out.glob(f"wandb/offline-run-*-{known}"):
             shutil.rmtree(half)
-        send_comparison(out, found, **what, known_id=known)
+        send(known)
         write_json(out / MARK, {"id": known, "sent": True})
 
 
@@ -97,16 +112,14 @@ def send_left(out: Path, found: Comparison, *, encoders: Mapping[str, Path]) -> 
     """
     from medseg_ssl.train.recorder import mirror_mode
     from medseg_ssl.train.run_folder import hash_file, locked
-    from medseg_ssl.train.settings import WandbConfig
 
     if found.finished < found.planned or sent(out):
         return
+    tree, wandb = _written(out)
     try:
-        tree = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")) or {}
         used = json.loads((out / "inputs.json").read_text(encoding="utf-8")).get("encoders") or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"the folder {out} is damaged: {error}") from error
-    wandb = WandbConfig.model_validate(tree.get("wandb") or {})
     if mirror_mode(wandb) == "disabled":
         return
     missing = [name for name in used if name not in encoders]
@@ -123,6 +136,40 @@ def send_left(out: Path, found: Comparison, *, encoders: Mapping[str, Path]) -> 
     with locked(out) as free:  # else a comparison is at work here, and sends it itself
         if free:
             send_once(out, found, wandb=wandb, config=tree, encoders=encoders)
+
+
+def send_matrix_left(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Send a finished benchmark that was killed after its tables were written and before the mirror got them.
+
+    Args:
+        out: its folder.
+        rows: of ``matrix.csv``.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    from medseg_ssl.train.recorder import mirror_mode
+    from medseg_ssl.train.run_folder import locked
+
+    if sent(out):
+        return
+    tree, wandb = _written(out)
+    if mirror_mode(wandb) == "disabled":
+        return
+    with locked(out) as free:
+        if free:
+            send_matrix_once(out, rows, wandb=wandb, config=tree)
+
+
+def _written(out: Path) -> tuple[dict[str, Any], WandbConfig]:
+    """The config in a folder, and how it is mirrored."""
+    from medseg_ssl.train.settings import WandbConfig
+
+    try:
+        tree = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")) or {}
+        return tree, WandbConfig.model_validate(tree.get("wandb") or {})
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"the folder {out} is damaged: {error}") from error
 
 
 def _mark(out: Path) -> dict[str, Any]:
@@ -180,3 +227,27 @@ def send_comparison(
             recorder.artifact(f"{task}-{init}", "encoder", {ENCODER: file}, about={"init": init})
         if (out / BUDGETS).is_file():
             recorder.artifact(f"{task}-budgets", "budgets", {BUDGETS: out / BUDGETS})
+
+
+def send_matrix(
+    out: Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    wandb: WandbConfig,
+    config: Mapping[str, Any],
+    known_id: str | None = None,
+) -> None:
+    """Write the matrix of a finished transfer benchmark into the mirror.
+
+    Args:
+        out: folder of the benchmark; the comparison on every target goes to the mirror on its own.
+        rows: of ``matrix.csv``.
+        wandb: how to mirror.
+        config: resolved; its ``task`` names what is sent.
+        known_id: of the run in the mirror; None draws one.
+    """
+    from medseg_ssl.train.recorder import Recorder
+
+    with Recorder(out, wandb=wandb, config=config, tags=("transfer", config["task"])) as recorder:
+        recorder.load_state_dict({"wandb_id": known_id})
+        recorder.table("matrix", MATRIX_COLUMNS, [[row[c] for c in MATRIX_COLUMNS] for row in rows])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.analysis.tables import write_json
-from medseg_ssl.analysis.transfer import MATRIX_COLUMNS, Source, Target
+from medseg_ssl.analysis.transfer import Source, Target
 from medseg_ssl.commandline import Parser, find_config
 from medseg_ssl.config import ConfigError, UserError, override, parse, read_yaml
 from medseg_ssl.fanout import map_tasks
@@ -30,8 +30,9 @@ from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
 from .flags import add_flags, check_names, check_workers, read_named, show
 from .matrix import MatrixConfig, comparison_of, expand, files_of, resolve
 from .matrix_planning import check_sources, notes_of, pretrain_tasks, source_facts, target_of
+from .mirror import send_matrix_left, send_matrix_once
 from .planning import EncoderKey, fit_grid
-from .transfer_tables import REPORT, write_transfer
+from .transfer_tables import REPORT, Found, write_transfer
 
 if TYPE_CHECKING:
     from medseg_ssl.nets.encoder_file import Card
@@ -119,12 +120,13 @@ def transfer(
                 raise
             except UserError as error:  # the other targets are worth having
                 failures.append(UserError(f"target {target.name}: {error}"))
-        report = _conclude(out, config, failures)
+        found = _tables(out, failures)
         # only of whole targets: a look that was made without an init would be kept as it is
         if config.similarity or config.missing_modalities:
             _look_at_segmenters(crew, config, out, targets, paths, files)
-            write_transfer(out)
-    return report
+            found = write_transfer(out)
+        send_matrix_once(out, found.matrix, wandb=config.wandb, config=config.model_dump(mode="json"))
+    return out / REPORT
 
 
 def _today(written: Mapping[str, Any]) -> MatrixConfig:
@@ -132,25 +134,17 @@ def _today(written: Mapping[str, Any]) -> MatrixConfig:
     return resolve(parse(MatrixConfig, written))
 
 
-def _conclude(out: Path, config: MatrixConfig, failures: Sequence[UserError]) -> Path:
+def _tables(out: Path, failures: Sequence[UserError]) -> Found:
+    """Of what is finished; raises the first failure once they are written."""
     try:
-        matrix = write_transfer(out)
+        found = write_transfer(out)
     except UserError:
         if failures:
             raise failures[0] from None
         raise
     if failures:
         raise failures[0]
-    _mirror(out, config, matrix)
-    return out / REPORT
-
-
-def _mirror(out: Path, config: MatrixConfig, matrix: Sequence[Mapping[str, Any]]) -> None:
-    from medseg_ssl.train.recorder import Recorder
-
-    tree = config.model_dump(mode="json")
-    with Recorder(out, wandb=config.wandb, config=tree, tags=("transfer", config.task)) as recorder:
-        recorder.table("matrix", MATRIX_COLUMNS, [[row[c] for c in MATRIX_COLUMNS] for row in matrix])
+    return found
 
 
 # -- what goes in --------------------------------------------------------------------------------------------
@@ -320,7 +314,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     given = parser().parse_intermixed_args(argv)
     if given.report_only:
-        write_transfer(given.out)
+        found = write_transfer(given.out)
+        if found.page.finished == found.page.planned:
+            send_matrix_left(given.out, found.matrix)
         report = given.out / REPORT
     else:
         report = _run(given)

@@ -70,8 +70,8 @@ def _has_fits(folder: Path) -> bool:
     return (folder / PLAN).is_file() and any(folder.glob(f"fits/*/*/*/{DONE}"))
 
 
-def write_transfer(out: Path) -> list[dict[str, Any]]:
-    """Write every table and the page from what is finished; returns the rows of ``matrix.csv``.
+def write_transfer(out: Path) -> Found:
+    """Write every table and the page from what is finished; returns what they say.
 
     Raises:
         UserError: the folder holds no benchmark, or none of its fits has finished.
@@ -97,7 +97,7 @@ def write_transfer(out: Path) -> list[dict[str, Any]]:
     write_json(out / "summary.json", without_nan({**head, **facts, **shown.summary}))
     write_bytes(out / "matrix.png", shown.picture)
     write_text(out / REPORT, transfer_page(shown))
-    return found.matrix
+    return found
 
 
 def read_transfer(out: Path, read: Mapping[str, Read]) -> Found:

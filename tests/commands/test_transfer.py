@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from finetune import looks, report, transfer_tables
+from finetune import looks, mirror, report, transfer_tables
 from finetune import matrix as plans
 from finetune import matrix_planning as planning
 from finetune import transfer as command
@@ -225,6 +225,35 @@ def test_interrupted_and_continued_gives_the_uninterrupted_tables(tmp_path, fini
 
 
 @pytest.mark.usefixtures("stand_ins")
+def test_a_matrix_goes_to_the_mirror_once_and_whole(tmp_path, monkeypatch):
+    def send(out, rows, *, wandb, config, known_id):
+        sends.append((known_id, len(rows), config["task"]))
+        if len(sends) == 1:
+            raise KeyboardInterrupt
+
+    def stop(task):
+        if task.target == "MR":
+            raise KeyboardInterrupt
+        return fakes.fake_fit(task)
+
+    sends, out = [], tmp_path / "out"
+    config = fakes.config(wandb={"mode": "offline"}, budgets=[1], low_budgets=[1], draws=1)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(mirror, "send_comparison", lambda *given, **more: None)
+    monkeypatch.setattr(mirror, "send_matrix", send)
+    with pytest.raises(Interrupted):
+        run(out, config=config, fit=stop)
+    command.main([str(out), "--report-only", "--quiet"])
+    assert sends == [], "a part is not sent"
+    with pytest.raises(KeyboardInterrupt):
+        run(out, config=config)
+    command.main([str(out), "--report-only", "--quiet"])
+    run(out, config=config)
+    assert sends == [sends[0]] * 2, "cut off and sent again, as the same run"
+    assert sends[0][1:] == (len(rows_of(out / "matrix.csv")), config.task)
+
+
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.slow
 def test_killed_and_continued_gives_the_uninterrupted_tables(tmp_path, finished):
     out = tmp_path / "out"
@@ -293,7 +322,7 @@ def test_missing_channels_are_scored_as_the_fit_was(tmp_path, monkeypatch):
     )
     assert asked == [
         ("kept.safetensors", {"device": "cuda", "precision": "bf16", "flips": True}),
-        ("kept.safetensors", {"device": "cpu", "precision": "fp32", "flips": False}),
+        ("kept.safetensors", {"device": "cpu", "precision": "bf16", "flips": False}),
     ]
     assert [p._flips for p in scored] == [predictor._flips] * 6, "every subset keeps them"
     assert len(predictor._flips) == 2
