@@ -162,7 +162,7 @@ def check_forgetting(out: Path, identity: str) -> None:
         UserError: it cannot be read.
     """
     path = out / FORGETTING
-    if path.is_file() and {str(row["earlier"]) for row in read_rows(path)} != {identity}:
+    if path.is_file() and {str(row["earlier"]) for row in read_rows(path)} - {identity}:
         raise ConfigError(f"{path} compares with another segmenter; choose another folder")
 
 

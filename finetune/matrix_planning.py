@@ -43,6 +43,18 @@ def pretrain_tasks(config: MatrixConfig, out: Path, archives: Mapping[str, Path]
     return tasks
 
 
+def check_archives(archives: Mapping[str, Archive]) -> None:
+    """No archive goes under two names: a source of one would pass for other data than a target of the other.
+
+    Raises:
+        ConfigError: names both.
+    """
+    by_content: dict[str, str] = {}
+    for name, opened in archives.items():
+        if (other := by_content.setdefault(opened.fingerprint, name)) != name:
+            raise ConfigError(f"--archive {other}= and {name}= are one archive; give it one name")
+
+
 def check_sources(config: MatrixConfig, archives: Mapping[str, Archive]) -> None:
     """Every source has training scans of every modality it names.
 
@@ -124,15 +136,21 @@ def notes_of(
     targets: Sequence[Target],
 ) -> list[str]:
     """Conditions a reader of the matrix must know."""
+    made = list(config.own_sources())
+    alike = "Every source is pretrained with the same network, steps and batch; every"
+    if len(made) < len(config.sources):
+        given = ", ".join(name for name in config.sources if name not in made)
+        of_made = f"{', '.join(made)}: pretrained with the same network, steps and batch; " if made else ""
+        alike = f"{of_made}{given}: as the files given by hand were made, which need not be alike. Every"
     notes = [
-        "Every source is pretrained with the same network, steps and batch; every init of a target is fine-tuned on the"
-        " same subsets with the same steps and seeds.",
+        f"{alike} init of a target is fine-tuned on the same subsets with the same steps and seeds.",
         f"Scored on subset '{config.subset}' of split '{config.split}'; no source that is pretrained here sees a test"
         " subject of a target, nor a copy of one of their scans.",
     ]
     if config.pretrainings > 1:
         notes.append(f"{', '.join(config.own_sources())}: pretrained {config.pretrainings} times, with seeds that"
-                     " follow one another; every draw is fine-tuned from each.")  # fmt: skip
+                     " follow one another; every draw is fine-tuned from each. Features are compared, and"
+                     " transferability estimated, for the first of them.")  # fmt: skip
     for name, card in cards.items():
         where = "an encoder file given by hand"
         if source := config.own_sources().get(name):
@@ -160,10 +178,28 @@ def notes_of(
             notes.append(f"Target {target.name}: {', '.join(entering)} come from another number of channels; the first"
                          f" layer's weights are spread over its {len(target.modalities)}, so that equal channels are"
                          " answered as before (audit.txt of every fit).")  # fmt: skip
+        if apart := _not_joined(target, archive, config):
+            first, *others = target.modalities
+            notes.append(f"Target {target.name}: {apart} more subject(s) with a labeled {first} scan have no"
+                         f" {' and '.join(others)} on its coordinates; they are not scored.")  # fmt: skip
         if target.beside:
             notes.append(f"Target {target.name}, beside its sources: {', '.join(target.beside)}, which no pretraining"
                          " has made; no gain, control or asymmetry is made of it.")  # fmt: skip
     return notes
+
+
+def _not_joined(target: Target, archive: Archive, config: MatrixConfig) -> int:
+    """Subjects that would be scored if their scans could be joined."""
+    if len(target.modalities) < 2:
+        return 0
+    lists = archive.split(config.split)
+    subset = set(lists.test if config.subset == "test" else lists.development)
+    first = {
+        row.subject
+        for row in archive.cases.values()
+        if row.labeled and archive.scans[row.scans[0]].modality == target.modalities[0]
+    }
+    return len((first & subset) - set(target.subjects.values()))
 
 
 def _triple(values: Sequence[float]) -> str:

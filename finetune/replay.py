@@ -244,7 +244,11 @@ def drawn(
             f"replay.cases is {wanted.cases}, and there are {available} old cases to keep{more}"
         )
     chosen = nested_budgets(
-        {s: c for s, c in by_subject.items() if c}, [int(count)], seed=config.seed, draw=0
+        {s: c for s, c in by_subject.items() if c},
+        [int(count)],
+        # a purpose of its own: else these would be the first draw of a label budget
+        seed=draws.key(config.seed, 0, "replayed cases"),
+        draw=0,
     )
     return tuple(sorted(chosen[int(count)])), available
 

@@ -29,7 +29,7 @@ from .crew import Crew, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
 from .flags import add_flags, check_names, check_workers, read_named, show
 from .matrix import MatrixConfig, comparison_of, expand, files_of, resolve
-from .matrix_planning import check_sources, notes_of, pretrain_tasks, source_facts, target_of
+from .matrix_planning import check_archives, check_sources, notes_of, pretrain_tasks, source_facts, target_of
 from .mirror import send_matrix_left, send_matrix_once
 from .planning import EncoderKey, fit_grid
 from .transfer_tables import REPORT, Found, write_transfer
@@ -79,6 +79,7 @@ def transfer(
     paths = check_names("archive", config.archives, archives)
     given = check_names("encoder", config.given_sources(), encoders or {})
     opened = {name: Archive.open(path) for name, path in paths.items()}
+    check_archives(opened)
     check_sources(config, opened)
     targets = [target_of(config, name, opened) for name in config.targets]
     inputs = {

@@ -348,6 +348,31 @@ def test_missing_channels_are_counted_by_subject(tmp_path):
 
 
 @pytest.mark.usefixtures("stand_ins")
+def test_subjects_whose_scans_cannot_be_joined_are_counted(tmp_path):
+    """Of two test subjects one lost its pair: it is not scored, and the page says so."""
+    archive = write_archive(tmp_path / "archive")
+    lonely = archive.split("default").test[0]
+    pairs = [pair for pair in archive.pairs if lonely not in pair.scan_a]
+    told = {}
+    for name, some in (("whole", archive.pairs), ("less", pairs)):
+        archive.pairs = some
+        config = fakes.config(
+            archives=["balls"],
+            sources={"CT": {"archives": {"balls": ["CT"]}}},
+            targets={"both": {"archive": "balls", "modalities": ["CT", "MR"]}},
+        )
+        target = planning.target_of(config, "both", {"balls": archive})
+        conditions = planning.notes_of(config, {"balls": archive}, {}, [target])
+        told[name] = (len(target.subjects), [note for note in conditions if "not scored" in note])
+    scored = len(archive.split("default").test)
+    assert told["whole"] == (scored, [])
+    assert told["less"][0] == scored - 1
+    assert told["less"][1] == [
+        "Target both: 1 more subject(s) with a labeled CT scan have no MR on its coordinates; they are not scored."
+    ]
+
+
+@pytest.mark.usefixtures("stand_ins")
 def test_another_config_is_refused(tmp_path, finished):
     with pytest.raises(ConfigError, match="seed: 0 -> 1"):
         run(finished, config=fakes.config(seed=1))
@@ -370,6 +395,11 @@ def test_archives_and_encoders_go_with_their_names(tmp_path):
     run(tmp_path / "out", config=given, encoders={"file": tmp_path / "file"})
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {c["kind"] for c in summary["cells"] if c["source"] == "file"} == {"unknown"}
+    assert summary["conditions"][0].startswith(
+        "CT, MR: pretrained with the same network, steps and batch; file: as the files given by hand were made"
+    )
+    with pytest.raises(ConfigError, match="--archive organs= and lesions= are one archive; give it one name"):
+        run(tmp_path / "twice", archives={"organs": Path("ct"), "lesions": Path("ct")})
 
 
 @pytest.mark.usefixtures("stand_ins")
