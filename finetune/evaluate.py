@@ -107,11 +107,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     load = partial(Predictor.load, device=args.device, precision=args.precision, flips=args.flips)
     predictor = load(args.segmenter)
     archive = Archive.open(args.archive)
-    if (
-        predictor.card.channels_in > 1
-    ):  # its cases may be joined from registered scans, as ``compare`` joins them
+    if predictor.card.channels_in > 1:  # its cases may be joined from registered scans
         archive = archive.limited(Access(channels=predictor.card.modalities))
     cases = labeled_cases(archive, split=args.split, subset=args.subset)
+    cases = _known_cases(console, predictor, archive, cases)
     if args.subset != "train":
         check_seen(
             "the segmenter, or the encoder it began with,",
@@ -119,6 +118,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
             archive,
             split=args.split,
             subset=args.subset,
+        )
+    chosen = predictor.card.chosen_by
+    if (
+        chosen
+        and chosen["subset"] == args.subset
+        and archive.fingerprint == predictor.card.archive_fingerprint
+    ):
+        console.print(
+            f"these weights were chosen by {chosen['score']} on the {args.subset} subjects of this archive: what they"
+            " score here flatters them; report --subset test"
         )
     earlier, before = None, ""
     if args.before is not None:
@@ -225,6 +234,21 @@ def _check(
     if wrong:
         kind = ConfigError if any(error.code == ConfigError.code for error in wrong) else UserError
         raise kind("; ".join(dict.fromkeys(map(str, wrong))))
+
+
+def _known_cases(console: Any, predictor: Predictor, archive: Archive, cases: list[str]) -> list[str]:
+    """Without those of one scan whose modality the segmenter does not know, where it knows some of the others."""
+    held = {case: [archive.scans[key].modality for key in archive.cases[case].scans] for case in cases}
+    known = predictor.card.intensity
+    left = [case for case in cases if len(held[case]) > 1 or held[case][0] in known]
+    if not left or len(left) == len(cases):
+        return cases
+    others = sorted({held[case][0] for case in cases} - set(known))
+    console.print(
+        f"{len(cases) - len(left)} case(s) of {', '.join(others)} are not scored: the segmenter knows"
+        f" {', '.join(sorted(known))}"
+    )
+    return left
 
 
 def _score(

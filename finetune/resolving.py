@@ -82,6 +82,8 @@ def resolve(config: CompareConfig) -> CompareConfig:
         raise ConfigError(
             "finetune.replay has no place in a comparison, where no fit goes on from a segmenter"
         )
+    if finetune.data.modalities:
+        raise ConfigError("finetune.data.modalities has no place in a comparison; set its modalities")
     inits = dict(config.inits)
     for name in pretrains:
         pretraining = found["pretrain", name]

@@ -28,7 +28,7 @@ from medseg_ssl.train.session import (
 from .seen import inherited, warning
 from .segmenters import heads, make_card, predictor
 from .settings import SHELVES, FinetuneConfig, TransferConfig, complete_config
-from .training_data import loader, steps_per_epoch, subset, training_cases
+from .training_data import loader, steps_per_epoch, subset, training_cases, with_channels
 from .tuning import keeper, ship_plain, tune
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run_finetune(
     from .continuing import previous
     from .replay import RECORD, plan_replay
 
-    access = access or Access()
+    access = with_channels(config, access)
     opened = Archive.open(archive).limited(access)
     grown = None
     if continue_from is not None:
@@ -178,7 +178,9 @@ def run_finetune(
         # scans of the segmenter's first archive stay readable
         known = {} if grown is None else grown.loaded.card.intensity
         seen = {"checked_against": (*inherited(before.values()), *checked)}
-        return made.model_copy(update={"classes": classes, "intensity": {**known, **made.intensity}, **seen})
+        # of chosen modalities it knows no others: what it is not made for is not scored with it
+        own = {m: p for m, p in made.intensity.items() if m in (config.data.modalities or made.intensity)}
+        return made.model_copy(update={"classes": classes, "intensity": {**known, **own}, **seen})
 
     inputs = {
         "archive": opened.fingerprint[:16],
@@ -262,8 +264,11 @@ def run_finetune(
             runtime=machine,
         )
         if machine.is_main:
-            if best is not None:
+            described = card()
+            if best is not None and best.step is not None:
                 best.settle(objective)
+                chosen = best.record(subset="development", steps=steps)
+                described = card(steps=best.step).model_copy(update={"chosen_by": chosen})
             ship_plain(objective, config.tune)
             parts = objective.export()
             encoder_file.save(
@@ -271,7 +276,7 @@ def run_finetune(
                 encoder=parts.encoder,
                 decoder=parts.decoder,
                 head=heads(parts.head),
-                card=card() if best is None or best.step is None else card(steps=best.step),
+                card=described,
             )
         machine.barrier()
     return Path(run) / SHIPS

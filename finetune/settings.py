@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,6 +23,8 @@ class FinetuneData(Record):
         workers: loader processes per process; 0 loads in the training process.
         split: name of the archive's split; the labeled cases of its train list are used.
         foreground_share: share of crops centred on a labeled voxel.
+        modalities: of a case, in channel order: cases of exactly these, joined from a subject's registered scans where
+            the archive holds each scan as a case of its own; empty takes every labeled case as it is.
         class_balance: the class of that voxel is drawn among those of the case, each as likely; without it every
             labeled voxel is as likely, and small structures are seldom met.
     """
@@ -30,6 +32,7 @@ class FinetuneData(Record):
     batch_size: int = Field(ge=1)
     workers: int = Field(default=0, ge=0)
     split: str = "default"
+    modalities: tuple[Literal["CT", "MR", "PT"], ...] = ()
     foreground_share: float = Field(default=0.33, ge=0, le=1)
     class_balance: bool = True
 

@@ -18,6 +18,26 @@ if TYPE_CHECKING:
     from medseg_ssl.types import ViewPlan
 
 
+def with_channels(config: FinetuneConfig, access: Access | None = None) -> Access:
+    """How the archive of a run is read: as ``access`` says, its cases of the config's modalities where it has some."""
+    from medseg_ssl.data.partial import Access
+
+    access = access or Access()
+    asked = config.data.modalities
+    return access.model_copy(update={"channels": asked}) if asked else access
+
+
+def open_archive(config: FinetuneConfig, path: Path, access: Access | None = None) -> Archive:
+    """The archive as a run reads it.
+
+    Raises:
+        UserError: no archive there, or no labeled case of the config's modalities.
+    """
+    from medseg_ssl.data.archive import Archive
+
+    return Archive.open(path).limited(with_channels(config, access))
+
+
 def steps_per_epoch(config: FinetuneConfig, archive: Archive, cases: Sequence[str] | None = None) -> int:
     """Optimizer steps in which each case is drawn once on average; None counts all that may be trained on.
 
@@ -112,7 +132,6 @@ def subset(
     Raises:
         ConfigError: no budget is named, or the file does not go with config and archive.
     """
-    from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.budget_file import chosen_cases, difference, read_budgets
 
     if budget is None:
@@ -120,7 +139,13 @@ def subset(
     budgets = read_budgets(file)
     if budgets.split != config.data.split:
         raise ConfigError(f"{file.name} is of split '{budgets.split}', data.split is '{config.data.split}'")
-    opened, where = Archive.open(archive), f"the budgets {file.name}"
+    asked = config.data.modalities
+    if budgets.modalities not in ((), asked) and (asked or len(budgets.modalities) > 1):
+        raise ConfigError(
+            f"{file.name} names cases of {'+'.join(budgets.modalities)}; set data.modalities="
+            f"[{', '.join(budgets.modalities)}]"
+        )
+    opened, where = open_archive(config, archive), f"the budgets {file.name}"
     cases, access = chosen_cases(budgets, opened, budget=budget, draw=draw, fold=fold, where=where)
     apart = difference(budgets, opened, where=where)
     return Drawn(cases, access, budgets.archive if apart else None, apart)

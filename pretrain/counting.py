@@ -45,7 +45,8 @@ def build(
     relations = cls.relations(options)  # pyright: ignore[reportAttributeAccessIssue]
     opened = None
     if archive is None:
-        facts = Facts(1, ("background", "made-up"), ("CT", "MR"), relations or ("registered",))
+        channels = len(config.data.modalities) if kind == "finetune" else 1
+        facts = Facts(channels or 1, ("background", "made-up"), ("CT", "MR"), relations or ("registered",))
     else:
         opened = _open(config, kind, archive)
         facts = opened.facts()
@@ -108,12 +109,10 @@ def plan_of(config: Any, kind: str, archive: Path | None) -> dict[str, Any]:
 
 
 def _open(config: Any, kind: str, archive: Path) -> Any:
-    """The archive as the command opens it: pretraining may take some of its modalities alone."""
+    """The archive as the command opens it: either may take some of its modalities alone."""
     if kind == "pretrain":
         return import_module(locate("pretrain.run")).open_archives(config.data, [archive])
-    from medseg_ssl.data.archive import Archive
-
-    return Archive.open(archive)
+    return import_module(locate("finetune.training_data")).open_archive(config, archive)
 
 
 def tuned_of(config: Any, kind: str) -> str:

@@ -249,3 +249,72 @@ def test_unlabeled_scans_are_used_and_their_labels_never_read(world, tmp_path, m
     assert (card.objective, card.kind) == (name, "segmenter")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any("train/certain_share" in line or "train/confident_share" in line for line in lines)
+
+
+def test_channels_are_joined_as_an_archive_of_such_cases_holds_them(tmp_path, capsys):
+    """Cases of CT and MR joined when read train the same weights as an archive that was prepared with them."""
+    from finetune import evaluate
+
+    single = write_archive(tmp_path / "single").path
+    both = write_archive(tmp_path / "both", channels=("CT", "MR")).path
+    joined = finetune(single, tmp_path / "joined", "data.modalities=[CT, MR]")
+    stored = finetune(both, tmp_path / "stored")
+    card = encoder_file.load_card(joined)
+    assert (card.modalities, card.channels_in, set(card.intensity)) == (("CT", "MR"), 2, {"CT", "MR"})
+    ours, theirs = (encoder_file.build(p).encoder.state_dict() for p in (joined, stored))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for name, archive in (("joined", single), ("stored", both)):
+        evaluate.main([str(tmp_path / name / "segmenter.safetensors"), str(tmp_path / f"{name}-scores"),
+                       "--archive", str(archive), "--task", "t"])  # fmt: skip
+    scores = [(tmp_path / f"{name}-scores" / "cases.csv").read_text() for name in ("joined", "stored")]
+    assert scores[0] == scores[1]
+
+
+def test_what_a_segmenter_of_one_modality_does_not_know_is_not_scored(tmp_path, capsys):
+    from finetune import evaluate
+
+    archive = write_archive(tmp_path / "archive", labeled_mr=True).path
+    shipped = finetune(archive, tmp_path / "run", "data.modalities=[CT]")
+    assert set(encoder_file.load_card(shipped).intensity) == {"CT"}
+    assert json.loads((tmp_path / "run" / "inputs.json").read_text())["cases"].startswith("4 (")
+    evaluate.main([str(shipped), str(tmp_path / "scores"), "--archive", str(archive)])
+    assert "2 case(s) of MR are not scored: the segmenter knows CT" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    with pytest.raises(UserError, match="has no labeled case of PT"):
+        finetune(archive, tmp_path / "none", "data.modalities=[PT]")
+
+
+def test_budgets_of_joined_cases_ask_for_their_modalities(tmp_path):
+    from finetune.compare import main as compare
+
+    single = write_archive(tmp_path / "single").path
+    tree = {
+        "task": "balls",
+        "modalities": ["CT", "MR"],
+        "budgets": [1],
+        "draws": 1,
+        "inits": {"scratch": "scratch", "size_only": {"baseline": "size_only"}},
+        "finetune": {"base": "segmentation", "data": {"batch_size": 2}, "wandb": {"mode": "disabled"},
+                     "objective": {"size": [16, 16, 16]}, "train": {"steps": "1 steps", "accelerator": "cpu"}},
+        "wandb": {"mode": "disabled"},
+    }  # fmt: skip
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    words = [
+        str(tmp_path / "c.yaml"),
+        str(tmp_path / "out"),
+        "--archive",
+        str(single),
+        "--quiet",
+        "--workers",
+        "1",
+    ]
+    with pytest.raises(ConfigError, match=r"finetune\.data\.modalities has no place in a comparison"):
+        compare([*words, "finetune.data.modalities=[CT, MR]"])
+    compare(words)
+    drawn = ["--cases", str(tmp_path / "out" / "budgets.json"), "--budget", "1"]
+    with pytest.raises(ConfigError, match=r"names cases of CT\+MR; set data\.modalities=\[CT, MR\]"):
+        finetune(single, tmp_path / "run", *drawn)
+    shipped = finetune(single, tmp_path / "run", *drawn, "data.modalities=[CT, MR]", "train.steps=1")
+    assert encoder_file.load_card(shipped).channels_in == 2
+    assert json.loads((tmp_path / "run" / "inputs.json").read_text())["cases"].startswith("1 (")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from finetune import evaluate
 from finetune.compare import main as compare
 from finetune.run import FinetuneConfig, build, complete_config, main
 from finetune.tuning import TuneConfig, keeper, ship_plain, tune
@@ -158,7 +159,7 @@ def test_a_broken_run_continues_exactly_and_ships_a_plain_network(name, world, t
 BEST = ["evaluations={segmentation: {}}", "train.evaluate_every=1"]
 
 
-def test_the_best_weights_ship_and_the_run_ends_early(world, tmp_path, monkeypatch):
+def test_the_best_weights_ship_and_the_run_ends_early(world, tmp_path, monkeypatch, capsys):
     from medseg_ssl.evaluations.segmentation import Segmentation
     from medseg_ssl.types import Score
 
@@ -181,7 +182,24 @@ def test_the_best_weights_ship_and_the_run_ends_early(world, tmp_path, monkeypat
         "optim.lr=0.05",
     )
     assert subsets == ["development"] * 5
-    assert encoder_file.load_card(shipped).steps == 2
+    card = encoder_file.load_card(shipped)
+    assert card.steps == 2
+    assert card.chosen_by == {
+        "score": "segmentation/dice",
+        "mode": "max",
+        "value": 0.5,
+        "subset": "development",
+        "step": 2,
+        "of_steps": 9,
+        "candidates": 4,
+    }
+    monkeypatch.undo()
+    evaluate.main(
+        [str(shipped), str(tmp_path / "scores"), "--archive", str(world), "--subset", "development"]
+    )
+    assert "chosen by segmentation/dice on the development subjects" in " ".join(
+        capsys.readouterr().out.split()
+    )
     weights = encoder_file.build(shipped).encoder.state_dict()
     assert all(torch.equal(v, weights[n]) for n, v in seen[2].items())
     assert not all(torch.equal(v, weights[n]) for n, v in seen[4].items())

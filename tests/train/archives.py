@@ -46,10 +46,12 @@ def write_archive(
     stating: tuple[str, ...] = (),
     classes: tuple[str, str] = ("background", "organ"),
     channels: tuple[str, ...] = ("CT",),
+    labeled_mr: bool = False,
 ) -> Archive:
     """Eight subjects; the scan named ``broken`` (such as ``s1-MR``) holds no data anywhere; a case has these channels.
 
-    The annotator stated the classes ``known``, in the subjects ``stating`` all of them.
+    The annotator stated the classes ``known``, in the subjects ``stating`` all of them. ``labeled_mr`` gives the
+    label to the MR scan as a case of its own too.
     """
     writer = ArchiveWriter.open(path, RECIPE, classes if labels else ())
     scans, cases, pairs = [], [], []
@@ -74,7 +76,11 @@ def write_archive(
             label_args = {"original_DHW": label, "original_affine_44": affine, "recipe": RECIPE, "stamp": ""}
             write_label(path, case.case, label, **label_args)
         cases.append(case)
-        cases.append(CaseRow(case=f"mr-{subject}", subject=subject, scans=(f"{subject}-MR",), labeled=False))
+        known_mr = {"labeled": True, "known_classes": stated} if labeled_mr else {"labeled": False}
+        mr_case = CaseRow(case=f"mr-{subject}", subject=subject, scans=(f"{subject}-MR",), **known_mr)
+        if labeled_mr:
+            write_label(path, mr_case.case, label, **label_args)
+        cases.append(mr_case)
         pairs.append(PairRow(scan_a=f"{subject}-CT", scan_b=f"{subject}-MR", relation="registered"))
     split = Split(name="default", seed=0, train=TRAIN, development=DEVELOPMENT, test=TEST)
     return writer.commit(scans, cases, pairs, splits=[split])
