@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
 
 
-def budget_file(config: CompareConfig, archive: Archive, folds: Sequence[Fold], *, given: BudgetFile | None):
+def budget_file(
+    config: CompareConfig, archive: Archive, folds: Sequence[Fold], *, given: BudgetFile | None
+) -> BudgetFile:
     """What ``OUT/budgets.json`` holds."""
     settings: dict[str, Any] = {
         "split": config.split,

@@ -199,7 +199,8 @@ def _check_seen(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], s
                 f"the encoder of {name!r} was pretrained on this archive, and folds score all of its subjects; make it "
                 "{pretrain: …}, which pretrains once per fold, or leave out folds"
             )
-        if (chosen := card.get("chosen_by")) and chosen["subset"] == config.subset:
+        chosen = card.get("chosen_by") if scored.fingerprint in own else None
+        if chosen and chosen["subset"] == config.subset:
             raise ConfigError(
                 f"the encoder of {name!r} was chosen by {chosen['score']} on {chosen['subset']} subjects of this "
                 "archive, who are scored; score another subset"

@@ -1,10 +1,10 @@
-"""What a comparison is: its config, read and checked; ``planning`` has the fits that follow from it."""
+"""What a comparison is: the records of its config; ``resolving`` reads them, ``planning`` has the fits that follow."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,9 +21,6 @@ from .inits import (
     of_kind,
 )
 
-if TYPE_CHECKING:
-    pass
-
 Budget = int | str
 """Labeled training cases, or their share as a text such as ``10%``."""
 
@@ -34,10 +31,12 @@ class Metrics(Record):
     Attributes:
         nsd_tolerance_mm: distance up to which a surface counts as right.
         flips: average predictions over every mirroring that training used (``objective.mirror_axes``).
+        precision: of every init's predictions; null is fp32 on a CPU and that of training on a GPU.
     """
 
     nsd_tolerance_mm: float = Field(default=2.0, ge=0)
     flips: bool = False
+    precision: Literal["fp32", "bf16"] | None = None
 
 
 class Stratify(Record):

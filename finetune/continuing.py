@@ -116,13 +116,21 @@ def check_card(card: Card, archive: Archive, *, where: str = "the archive") -> N
     wrong = []
     channels = archive.facts().channels
     if card.channels_in != channels:
-        wrong.append(f"the segmenter takes {card.channels_in} channel(s), a case of {where} has {channels}")
+        hint = (
+            f"; data.modalities=[{', '.join(card.modalities)}] joins registered scans"
+            if card.channels_in > 1
+            else ""
+        )
+        wrong.append(
+            f"the segmenter takes {card.channels_in} channel(s), a case of {where} has {channels}{hint}"
+        )
     orders = {tuple(archive.scans[s].modality for s in c.scans) for c in archive.cases.values() if c.labeled}
     for order in sorted(orders - {card.modalities}):
         if sorted(order) == sorted(card.modalities):
             wrong.append(
                 f"a case of {where} has the channels {'+'.join(order)}, the segmenter's order is "
-                f"{'+'.join(card.modalities)}; prepare the archive in that order"
+                f"{'+'.join(card.modalities)}; set data.modalities=[{', '.join(card.modalities)}], or prepare {where} "
+                "in that order"
             )
     here = archive.recipe.spacing_mm
     if not _same_spacing(here, card.spacing_mm):

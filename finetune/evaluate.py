@@ -18,6 +18,7 @@ from medseg_ssl.analysis.metrics import summarize
 from medseg_ssl.analysis.tables import claim, write_csv, write_json
 from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.data.channels import told_left_out
 from medseg_ssl.data.partial import Access
 from medseg_ssl.train.run_folder import hash_file
 
@@ -106,11 +107,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     load = partial(Predictor.load, device=args.device, precision=args.precision, flips=args.flips)
     predictor = load(args.segmenter)
-    archive = Archive.open(args.archive)
+    archive = whole = Archive.open(args.archive)
     if predictor.card.channels_in > 1:  # its cases may be joined from registered scans
         archive = archive.limited(Access(channels=predictor.card.modalities))
     cases = labeled_cases(archive, split=args.split, subset=args.subset)
-    cases = _known_cases(console, predictor, archive, cases)
+    cases, apart = known_cases(predictor, archive, cases)
+    listed = set(getattr(archive.split(args.split), args.subset))
+    told = [apart, told_left_out(whole, archive, predictor.card.modalities, listed)]
+    conditions = [f"{sentence}." for sentence in told if sentence]
     if args.subset != "train":
         check_seen(
             "the segmenter, or the encoder it began with,",
@@ -125,10 +129,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         and chosen["subset"] == args.subset
         and archive.fingerprint == predictor.card.archive_fingerprint
     ):
-        console.print(
-            f"these weights were chosen by {chosen['score']} on the {args.subset} subjects of this archive: what they"
-            " score here flatters them; report --subset test"
+        conditions.append(
+            f"These weights were chosen by {chosen['score']} on the {args.subset} subjects of this archive: what they"
+            " score here flatters them; report --subset test."
         )
+    for condition in conditions:
+        console.print(condition, markup=False, highlight=False)
     earlier, before = None, ""
     if args.before is not None:
         earlier, before = load(args.before), hash_file(args.before)
@@ -158,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         console.print(f"{args.out} already holds these results")
         return args.out
     if not complete:
-        _score(console, args, archive, predictor, cases, identity)
+        _score(console, args, archive, predictor, cases, identity, conditions=conditions)
     with _progress(console) as progress:
 
         def began(title: str, total: int) -> Callable[[str], object]:
@@ -177,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 args.out,
                 earlier,
                 archive,
-                cases,
+                known_cases(earlier, archive, cases)[0],
                 identity=before,
                 nsd_tolerance_mm=args.nsd_tolerance_mm,
                 progress=began,
@@ -218,7 +224,7 @@ def _check(
 
     checks: list[Callable[[], object]] = [lambda: check_predictor(predictor, archive, cases)]
     if earlier is not None:
-        checks.append(lambda: check_predictor(earlier, archive, cases))
+        checks.append(lambda: check_predictor(earlier, archive, known_cases(earlier, archive, cases)[0]))
         checks.append(lambda: beside.check_forgetting(args.out, before))
     if args.calibration:
         checks.append(lambda: check_classes(predictor.classes, archive.classes))
@@ -236,19 +242,21 @@ def _check(
         raise kind("; ".join(dict.fromkeys(map(str, wrong))))
 
 
-def _known_cases(console: Any, predictor: Predictor, archive: Archive, cases: list[str]) -> list[str]:
-    """Without those of one scan whose modality the segmenter does not know, where it knows some of the others."""
+def known_cases(predictor: Predictor, archive: Archive, cases: Sequence[str]) -> tuple[list[str], str]:
+    """Without those of one scan whose modality the segmenter does not know, where it knows others; and how many.
+
+    The number is in a sentence without its full stop, empty where none is left out.
+    """
     held = {case: [archive.scans[key].modality for key in archive.cases[case].scans] for case in cases}
     known = predictor.card.intensity
-    left = [case for case in cases if len(held[case]) > 1 or held[case][0] in known]
-    if not left or len(left) == len(cases):
-        return cases
+    kept = [case for case in cases if len(held[case]) > 1 or held[case][0] in known]
+    if not kept or len(kept) == len(cases):
+        return list(cases), ""
     others = sorted({held[case][0] for case in cases} - set(known))
-    console.print(
-        f"{len(cases) - len(left)} case(s) of {', '.join(others)} are not scored: the segmenter knows"
+    return kept, (
+        f"{len(cases) - len(kept)} case(s) of {', '.join(others)} are not scored: the segmenter knows"
         f" {', '.join(sorted(known))}"
     )
-    return left
 
 
 def _score(
@@ -258,6 +266,8 @@ def _score(
     predictor: Predictor,
     cases: Sequence[str],
     identity: Mapping[str, Any],
+    *,
+    conditions: Sequence[str],
 ) -> None:
     """Write ``cases.csv`` and ``summary.json``, and show the means."""
     from medseg_ssl.evaluations.segmentation import evaluate_cases
@@ -275,7 +285,10 @@ def _score(
     write_csv(args.out / "cases.csv", ({**origin, **row} for row in rows), columns=CASE_COLUMNS)
     summary = _summary(rows, archive.classes)
     # last, since its presence says that all is there
-    write_json(args.out / "summary.json", {**identity, **origin, "cases": len(cases), **summary})
+    write_json(
+        args.out / "summary.json",
+        {**identity, **origin, "cases": len(cases), "conditions": list(conditions), **summary},
+    )
     _show(console, summary, title=f"{len(cases)} cases, {args.subset} of {args.split!r}")
 
 

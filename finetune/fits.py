@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from medseg_ssl.cli import locate
 from medseg_ssl.config import Block, ConfigError, UserError, parse
@@ -61,6 +61,7 @@ class FitTask:
             scored whole.
         baseline: block on the shelf of baselines, None for a network.
         flips: predict with test-time mirroring.
+        precision: of the predictions; None is that of ``load_segmenter``.
     """
 
     folder: Path
@@ -86,6 +87,7 @@ class FitTask:
     access: Access = field(default_factory=Access)
     baseline: Mapping[str, Any] | None = None
     flips: bool = False
+    precision: Literal["fp32", "bf16"] | None = None
 
     @property
     def name(self) -> str:
@@ -188,7 +190,9 @@ def fit_and_score(task: FitTask) -> Path:
         if task.baseline is not None:
             rows = _score(task, _learn(task))
         else:
-            predictor = load_segmenter(_fit(task), train=task.config["train"], flips=task.flips)
+            predictor = load_segmenter(
+                _fit(task), train=task.config["train"], flips=task.flips, precision=task.precision
+            )
             rows = _score(task, predictor, explained=predictor)
     except UserError:
         raise
@@ -240,13 +244,20 @@ def _learn(task: FitTask) -> Baseline:
     return learned
 
 
-def load_segmenter(segmenter: Path, *, train: Mapping[str, Any], flips: bool) -> Predictor:
+def load_segmenter(
+    segmenter: Path,
+    *,
+    train: Mapping[str, Any],
+    flips: bool,
+    precision: Literal["fp32", "bf16"] | None = None,
+) -> Predictor:
     """The segmenter of a fit, as all of its scores are made: on the device, in the precision, with the flips.
 
     Args:
         segmenter: its file.
         train: ``train`` block of its fine-tuning.
         flips: average over the mirrorings of training.
+        precision: of prediction; None is fp32 on a CPU and that of training on a GPU.
     """
     import torch
 
@@ -254,8 +265,8 @@ def load_segmenter(segmenter: Path, *, train: Mapping[str, Any], flips: bool) ->
 
     wants_gpu = train.get("accelerator", "auto") != "cpu"
     device = "cuda" if wants_gpu and torch.cuda.is_available() else "cpu"
-    # the same for every init; on a CPU trained in bf16, fp32 windows take twice as long and score the same (LOG.md)
-    return Predictor.load(segmenter, device=device, precision=train.get("precision", "fp32"), flips=flips)
+    trained: Any = train.get("precision", "fp32") if device == "cuda" else "fp32"
+    return Predictor.load(segmenter, device=device, precision=precision or trained, flips=flips)
 
 
 def _score(

@@ -12,7 +12,8 @@ Kind = Literal["scratch", "scratch_long", "encoder", "pretrain", "network", "bas
 BLOCKS: tuple[Kind, ...] = ("pretrain", "network", "baseline")
 """Kinds that are written as ``{KIND: …}``; the others are one word."""
 
-FIXED_KEYS = ("seed", "encoder", "decoder", "train.steps", "train.accumulate", "data.batch_size", "keep_best")
+FIXED_KEYS = ("seed", "encoder", "decoder", "train.steps", "train.accumulate", "data.batch_size", "data.modalities",
+              "keep_best", "replay")  # fmt: skip
 """What no init may have for itself: with them a comparison compares something else than the init."""
 
 

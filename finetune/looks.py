@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from medseg_ssl.analysis.metrics import METRICS
 from medseg_ssl.analysis.tables import write_csv, write_json
@@ -147,6 +147,7 @@ class MissingTask:
         nsd_tolerance_mm: of the metric.
         train: ``train`` block of its fine-tuning, which names device and precision.
         flips: average over the mirrorings of training.
+        precision: of the predictions, as the fit was scored.
     """
 
     file: Path
@@ -161,6 +162,7 @@ class MissingTask:
     train: Mapping[str, Any]
     flips: bool
     pretraining: int = 0
+    precision: Literal["fp32", "bf16"] | None = None
 
     @property
     def name(self) -> str:
@@ -176,7 +178,7 @@ def score_missing(task: MissingTask) -> Path:
 
     if task.file.is_file():
         return task.file
-    predictor = load_segmenter(task.segmenter, train=task.train, flips=task.flips)
+    predictor = load_segmenter(task.segmenter, train=task.train, flips=task.flips, precision=task.precision)
     archive = Archive.open(task.archive).limited(Access(channels=predictor.card.modalities))
     rows = missing_rows(predictor, archive, task.cases, nsd_tolerance_mm=task.nsd_tolerance_mm)
     head = {key: getattr(task, key) for key in ("target", "init", "budget", "draw", "pretraining")}

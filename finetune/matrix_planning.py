@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from medseg_ssl.analysis.transfer import Source, Target
 from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.data.channels import told_left_out
 
 from .fits import PretrainTask
 from .labeling import scored_cases, training_subsets
@@ -149,8 +150,10 @@ def notes_of(
     ]
     if config.pretrainings > 1:
         notes.append(f"{', '.join(config.own_sources())}: pretrained {config.pretrainings} times, with seeds that"
-                     " follow one another; every draw is fine-tuned from each. Features are compared, and"
-                     " transferability estimated, for the first of them.")  # fmt: skip
+                     " follow one another; every draw is fine-tuned from each.")  # fmt: skip
+        looks = ["similarity of features"] * config.similarity + ["transferability"] * config.estimate
+        if looks:
+            notes.append(f"Looked at for the first pretraining alone: {' and '.join(looks)}.")
     for name, card in cards.items():
         where = "an encoder file given by hand"
         if source := config.own_sources().get(name):
@@ -178,28 +181,14 @@ def notes_of(
             notes.append(f"Target {target.name}: {', '.join(entering)} come from another number of channels; the first"
                          f" layer's weights are spread over its {len(target.modalities)}, so that equal channels are"
                          " answered as before (audit.txt of every fit).")  # fmt: skip
-        if apart := _not_joined(target, archive, config):
-            first, *others = target.modalities
-            notes.append(f"Target {target.name}: {apart} more subject(s) with a labeled {first} scan have no"
-                         f" {' and '.join(others)} on its coordinates; they are not scored.")  # fmt: skip
+        lists = archive.split(config.split)
+        whom = {*lists.train, *(lists.test if config.subset == "test" else lists.development)}
+        if told := told_left_out(archive, archive.limited(plan.access()), plan.modalities, whom):
+            notes.append(f"Target {target.name}: {told}.")
         if target.beside:
             notes.append(f"Target {target.name}, beside its sources: {', '.join(target.beside)}, which no pretraining"
                          " has made; no gain, control or asymmetry is made of it.")  # fmt: skip
     return notes
-
-
-def _not_joined(target: Target, archive: Archive, config: MatrixConfig) -> int:
-    """Subjects that would be scored if their scans could be joined."""
-    if len(target.modalities) < 2:
-        return 0
-    lists = archive.split(config.split)
-    subset = set(lists.test if config.subset == "test" else lists.development)
-    first = {
-        row.subject
-        for row in archive.cases.values()
-        if row.labeled and archive.scans[row.scans[0]].modality == target.modalities[0]
-    }
-    return len((first & subset) - set(target.subjects.values()))
 
 
 def _triple(values: Sequence[float]) -> str:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ENCODER, BUDGETS = "encoder.safetensors", "budgets.json"
 MARK = "mirror.json"
-"""Says under which id a comparison goes to the mirror, and whether it is there."""
+"""Says under which id a comparison or a matrix goes to the mirror, and whether it is there."""
 DIFFERENCES = ("init", "baseline", "scope", "mean", "low", "high", "p", "p_holm", "cases", "draws")
 
 
@@ -99,7 +99,7 @@ def _once(out: Path, wandb: WandbConfig, send: Callable[[str | None], None]) -> 
 
 
 def send_left(out: Path, found: Comparison, *, encoders: Mapping[str, Path]) -> None:
-    """Send a finished comparison was killed after its tables were written and before the mirror got them.
+    """Send a finished comparison that was killed after its tables were written and before the mirror got them.
 
     Args:
         out: its folder.
@@ -179,7 +179,7 @@ def _mark(out: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot read {out / MARK}: {error}; delete it to send the comparison again"
+            f"cannot read {out / MARK}: {error}; delete it to send what the folder holds again"
         ) from error
 
 

@@ -40,9 +40,10 @@ def notes_of(
     """
     steps = {task.init: task.steps for task in tasks if task.baseline is None}
     flips = " averaged over mirrored copies," if config.metrics.flips else ""
+    precision = f" predicted in {config.metrics.precision}," if config.metrics.precision else ""
     notes = [
         f"Scored on {sum(len(f.scored) for f in folds)} cases, subset '{config.subset}' of split '{config.split}'"
-        f"{_folded(config)};{flips} NSD tolerance {config.metrics.nsd_tolerance_mm:g} mm.",
+        f"{_folded(config)};{flips}{precision} NSD tolerance {config.metrics.nsd_tolerance_mm:g} mm.",
         "Every init sees the same subsets, nested by budget and drawn by subject, with the same seeds; the "
         "weights at the last step are scored, none is chosen by its score.",
         "Steps per fit: " + ", ".join(f"{init} {n}" for init, n in steps.items()) + ".",

@@ -198,6 +198,7 @@ def fit_tasks(
                 access=folds[fold].access_of(draw, budget).model_copy(update={"channels": channels}),
                 baseline=baselines.get(init),
                 flips=config.metrics.flips,
+                precision=config.metrics.precision,
             )
         )
     return tasks

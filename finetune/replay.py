@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medseg_ssl import draws
 from medseg_ssl.config import ConfigError, resolved
+from medseg_ssl.data.partial import Access
 
 from .continuing import Previous, check_card
 
@@ -144,14 +145,18 @@ def plan_replay(
             "replay keeps cases that a segmenter learned from before; name it by --continue-from, or set replay=null"
         )
     wanted = config.replay
+    asked = wanted.modalities or config.data.modalities
     opened = archive if old is None else Archive.open(old)
     same = opened.fingerprint == archive.fingerprint
-    source = archive if same else opened
+    if asked != config.data.modalities:
+        source = Archive.open(old or archive.path).limited(Access(channels=asked))
+    else:
+        source = archive if same else opened.limited(Access(channels=asked))
     checks: list[Callable[[], Any]] = [
         lambda: samples_of(config, world),
         lambda: drawn(config, source, used if same else ()),
     ]
-    if not same:
+    if not same or asked != config.data.modalities:
         checks.append(lambda: check_card(previous.card, source, where="the old archive"))
     samples, (cases, available), *_ = resolved(*checks)
     if same:
@@ -238,7 +243,7 @@ def drawn(
         more = (
             ""
             if free or not taken
-            else "; all labeled ones are trained on as new: name the old --replay-archive"
+            else "; all labeled ones are trained on as new: name the old --replay-archive, or other replay.modalities"
         )
         raise ConfigError(
             f"replay.cases is {wanted.cases}, and there are {available} old cases to keep{more}"

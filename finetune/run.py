@@ -81,6 +81,7 @@ def run_finetune(
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.augment import prepare_batch
     from medseg_ssl.data.budgets import unstated_classes
+    from medseg_ssl.data.channels import told_left_out
     from medseg_ssl.data.joining import joined
     from medseg_ssl.data.leakage import guard, with_lists
     from medseg_ssl.nets import encoder_file
@@ -92,7 +93,8 @@ def run_finetune(
     from .replay import RECORD, plan_replay
 
     access = with_channels(config, access)
-    opened = Archive.open(archive).limited(access)
+    whole = Archive.open(archive)
+    opened = whole.limited(access)
     grown = None
     if continue_from is not None:
         if encoder is not None:
@@ -219,6 +221,9 @@ def run_finetune(
         for name, known in before.items() if machine.is_main and not quiet else ():
             if told := warning(name, known, opened, split=config.data.split):
                 logger.warning("%s", told)
+        whom = {*opened.split(config.data.split).train, *opened.split(config.data.split).development}
+        if machine.is_main and not quiet and (told := told_left_out(whole, opened, access.channels, whom)):
+            logger.warning("%s", told)
         looked_s = looked_s if anew else look_once()
         machine.barrier()
         if replay is not None and machine.is_main:

@@ -62,12 +62,14 @@ class ReplayConfig(Record):
         among: keys of the cases to draw from, such as those that the segmenter was trained on; empty draws from all
             labeled ones that are not trained on as new.
         split: of the archive that holds them, ``--replay-archive`` or the archive itself.
+        modalities: of the old cases, in channel order; empty takes those of ``data.modalities``.
     """
 
     cases: int | float = Field(gt=0)
     share: float = Field(default=0.25, gt=0, lt=1)
     among: tuple[str, ...] = ()
     split: str = "default"
+    modalities: tuple[Literal["CT", "MR", "PT"], ...] = ()
 
     @field_validator("cases")
     @classmethod

@@ -132,7 +132,9 @@ def subset(
     Raises:
         ConfigError: no budget is named, or the file does not go with config and archive.
     """
+    from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.budget_file import chosen_cases, difference, read_budgets
+    from medseg_ssl.data.partial import Access
 
     if budget is None:
         raise ConfigError("--cases needs --budget, the number of labeled cases")
@@ -145,7 +147,10 @@ def subset(
             f"{file.name} names cases of {'+'.join(budgets.modalities)}; set data.modalities="
             f"[{', '.join(budgets.modalities)}]"
         )
-    opened, where = open_archive(config, archive), f"the budgets {file.name}"
+    # as the comparison read it, or folds would be dealt anew; the run takes its cases of ``data.modalities`` from it
+    channels = budgets.modalities if len(budgets.modalities) > 1 else ()
+    opened = Archive.open(archive).limited(Access(channels=channels))
+    where = f"the budgets {file.name}"
     cases, access = chosen_cases(budgets, opened, budget=budget, draw=draw, fold=fold, where=where)
     apart = difference(budgets, opened, where=where)
     return Drawn(cases, access, budgets.archive if apart else None, apart)

@@ -256,6 +256,7 @@ def _look_at_segmenters(
                         train=plan.finetune["train"],
                         flips=plan.metrics.flips,
                         pretraining=cell.pretraining,
+                        precision=plan.metrics.precision,
                     )
                 )
     _look(crew, looks.compare_features, alike)

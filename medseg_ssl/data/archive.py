@@ -127,10 +127,16 @@ class Archive:
         if access.channels:
             other.cases = cases_of(self.cases, self.scans, self.pairs, access.channels)
             if not any(row.labeled for row in other.cases.values()):
-                wanted = "+".join(access.channels)
+                first, *others = access.channels
+                labeled = [row for row in self.cases.values() if row.labeled]
+                kinds = {"+".join(self.scans[key].modality for key in row.scans) for row in labeled}
+                join = (
+                    f", and no labeled {first} scan to join with one scan each of {' and '.join(others)} in the same"
+                    " coordinates"
+                )
                 raise UserError(
-                    f"archive {self.path} has no labeled case of {wanted}, and no labeled {access.channels[0]} scan to"
-                    " join with one scan each of the others in the same coordinates"
+                    f"archive {self.path} has no labeled case of {'+'.join(access.channels)}{join if others else ''};"
+                    f" it has labeled cases of {', '.join(sorted(kinds)) or 'nothing'}"
                 )
         other.cases = dict(limited_cases(other.cases, self.classes, access))
         return other

@@ -6,10 +6,14 @@ with CT, and all three. Scans are joined as they lie: they must share physical c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from medseg_ssl.data.manifest import CaseRow, PairRow, ScanRow
 from medseg_ssl.types import ALIGNED
+
+if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
 
 
 def cases_of(
@@ -48,3 +52,33 @@ def cases_of(
                 channels = (row.scans[0], *(keys[0] for keys in there))
                 joined[case] = row.model_copy(update={"scans": channels})
     return joined
+
+
+def told_left_out(
+    whole: Archive, joined: Archive, modalities: Sequence[str], subjects: Collection[str]
+) -> str:
+    """How many labeled cases could not be joined, in words; empty where none was to be, or all were.
+
+    Args:
+        whole: the archive as it is.
+        joined: the one with cases of these modalities.
+        modalities: in channel order.
+        subjects: whose cases count.
+    """
+    if len(modalities) < 2 or any(row.scans == whole.cases[case].scans for case, row in joined.cases.items()):
+        return ""
+    first = [
+        case
+        for case, row in whole.cases.items()
+        if row.labeled
+        and row.subject in subjects
+        and tuple(whole.scans[k].modality for k in row.scans) == modalities[:1]
+    ]
+    left = sum(case not in joined.cases for case in first)
+    if not left:
+        return ""
+    others = " and ".join(modalities[1:])
+    return (
+        f"{left} of {len(first)} labeled cases of {modalities[0]} are left out, having not exactly one scan of {others}"
+        " each on their coordinates"
+    )

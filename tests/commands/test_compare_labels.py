@@ -508,6 +508,13 @@ def test_wrong_kinds_are_named(tmp_path, shelf, changes, message):
         read(tmp_path, **changes)
 
 
+@pytest.mark.parametrize("override", [{"data": {"modalities": ["CT"]}}, {"replay": {"cases": 2}}])
+def test_no_init_has_data_of_its_own(tmp_path, override):
+    inits = {"scratch": "scratch", "other": "scratch_long"}
+    with pytest.raises(ConfigError, match="would make the comparison unequal"):
+        read(tmp_path, inits=inits, finetune=FINETUNE, init_overrides={"other": override})
+
+
 def test_flips_reach_the_fits_that_mirrored(tmp_path):
     mirrored = {**FINETUNE, "objective": {"size": [8, 16, 24], "mirror_axes": [2]}}
     config = read(tmp_path, inits={"scratch": "scratch"}, finetune=mirrored, metrics={"flips": True})

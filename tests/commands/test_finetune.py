@@ -278,10 +278,11 @@ def test_what_a_segmenter_of_one_modality_does_not_know_is_not_scored(tmp_path, 
     assert set(encoder_file.load_card(shipped).intensity) == {"CT"}
     assert json.loads((tmp_path / "run" / "inputs.json").read_text())["cases"].startswith("4 (")
     evaluate.main([str(shipped), str(tmp_path / "scores"), "--archive", str(archive)])
-    assert "2 case(s) of MR are not scored: the segmenter knows CT" in " ".join(
-        capsys.readouterr().out.split()
-    )
-    with pytest.raises(UserError, match="has no labeled case of PT"):
+    told = "2 case(s) of MR are not scored: the segmenter knows CT."
+    assert told in " ".join(capsys.readouterr().out.split())
+    summary = json.loads((tmp_path / "scores" / "summary.json").read_text())
+    assert (summary["cases"], summary["conditions"]) == (2, [told])
+    with pytest.raises(UserError, match="has no labeled case of PT; it has labeled cases of CT, MR"):
         finetune(archive, tmp_path / "none", "data.modalities=[PT]")
 
 

@@ -1,10 +1,12 @@
 """Replay: which old cases stay in training, how often they are met, and that nobody who is tested is among them."""
 
+import csv
 import json
 
 import pytest
 import torch
 
+from finetune import evaluate
 from finetune.continuing import previous
 from finetune.replay import drawn, plan_replay, samples_of
 from finetune.run import main
@@ -12,6 +14,7 @@ from finetune.settings import FinetuneConfig
 from finetune.training_data import steps_per_epoch
 from medseg_ssl.config import ConfigError, parse
 from medseg_ssl.data.archive import Archive
+from medseg_ssl.data.budgets import nested_budgets
 from medseg_ssl.data.joining import BEHIND
 from medseg_ssl.data.partial import Access
 from medseg_ssl.nets import encoder_file
@@ -70,6 +73,38 @@ def test_cases_are_drawn_once_from_the_train_list(world):
         ConfigError, match="all labeled ones are trained on as new: name the old --replay-archive"
     ):
         drawn(config(), archive, taken)
+
+
+def test_draws_are_not_those_of_a_label_budget(world):
+    """Else the first cases that a comparison labels would be those that are replayed."""
+    archive = Archive.open(world[0])
+    by_subject = {subject: [f"case-{subject}"] for subject in TRAIN}
+
+    def budget(seed):
+        return tuple(sorted(nested_budgets(by_subject, [2], seed=seed, draw=0)[2]))
+
+    replayed = [drawn(config().model_copy(update={"seed": seed}), archive)[0] for seed in range(8)]
+    assert replayed != [budget(seed) for seed in range(8)]
+
+
+def test_one_archive_replays_cases_of_another_modality(tmp_path):
+    """A scanner of another kind joins, with a few scans of the old one; forgetting is told of the old ones alone."""
+    archive = write_archive(tmp_path / "archive", labeled_mr=True).path
+    words = ["--archive", str(archive), "train.steps=1", *COMMON]
+    old = main(["segmentation", str(tmp_path / "ct"), *words, "data.modalities=[CT]"])
+    asked = ["data.modalities=[MR]", "replay.cases=2", "--continue-from", str(old)]
+    with pytest.raises(ConfigError, match=r"or other replay\.modalities"):
+        main(["replay", str(tmp_path / "none"), *words, *asked])
+    new = main(["replay", str(tmp_path / "mr"), *words, *asked, "replay.modalities=[CT]"])
+    kept = json.loads((tmp_path / "mr" / "replay.json").read_text())["cases"]
+    assert len(kept) == 2
+    assert all(case.startswith("case-") for case in kept), "CT, not mr-"
+    assert set(encoder_file.load_card(new).intensity) == {"CT", "MR"}
+    evaluate.main([str(new), str(tmp_path / "scores"), "--archive", str(archive), "--before", str(old)])
+    with (tmp_path / "scores" / "forgetting.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["cases"] for row in rows} == {str(len(TEST))}, "those of CT"
+    assert json.loads((tmp_path / "scores" / "summary.json").read_text())["cases"] == 2 * len(TEST)
 
 
 @pytest.mark.parametrize(

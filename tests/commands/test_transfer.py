@@ -320,11 +320,17 @@ def test_missing_channels_are_scored_as_the_fit_was(tmp_path, monkeypatch):
     looks.score_missing(
         looks.MissingTask(tmp_path / "b.csv", "t", *shared, {**train, "accelerator": "cpu"}, False)
     )
+    looks.score_missing(
+        looks.MissingTask(
+            tmp_path / "c.csv", "t", *shared, {**train, "accelerator": "cpu"}, False, precision="bf16"
+        )
+    )
     assert asked == [
         ("kept.safetensors", {"device": "cuda", "precision": "bf16", "flips": True}),
+        ("kept.safetensors", {"device": "cpu", "precision": "fp32", "flips": False}),
         ("kept.safetensors", {"device": "cpu", "precision": "bf16", "flips": False}),
     ]
-    assert [p._flips for p in scored] == [predictor._flips] * 6, "every subset keeps them"
+    assert [p._flips for p in scored] == [predictor._flips] * 9, "every subset keeps them"
     assert len(predictor._flips) == 2
 
 
@@ -363,12 +369,13 @@ def test_subjects_whose_scans_cannot_be_joined_are_counted(tmp_path):
         )
         target = planning.target_of(config, "both", {"balls": archive})
         conditions = planning.notes_of(config, {"balls": archive}, {}, [target])
-        told[name] = (len(target.subjects), [note for note in conditions if "not scored" in note])
-    scored = len(archive.split("default").test)
+        told[name] = (len(target.subjects), [note for note in conditions if "left out" in note])
+    scored, trained = len(archive.split("default").test), len(archive.split("default").train)
     assert told["whole"] == (scored, [])
     assert told["less"][0] == scored - 1
     assert told["less"][1] == [
-        "Target both: 1 more subject(s) with a labeled CT scan have no MR on its coordinates; they are not scored."
+        f"Target both: 1 of {scored + trained} labeled cases of CT are left out, having not exactly one scan of MR each"
+        " on their coordinates."
     ]
 
 
