@@ -96,9 +96,11 @@ def _ends(
         start, end = int(possible[0]), int(possible[-1])
         below = low_G if low_G[start - 1] > 0 else high_G  # which end of the difference touches 0 there
         above = high_G if high_G[min(end + 1, len(high_G) - 1)] < 0 else low_G
+        # a bound lies beyond the baseline's budgets, and so does that end: the set may have a gap next to it where a
+        # budget of few draws has a wide interval, and an interval that leaves out its estimate would say nonsense
         return (
-            _crossing(labels_G, below, start) if start > 0 else None,
-            _crossing(labels_G, above, end + 1) if end < len(labels_G) - 1 else None,
+            _crossing(labels_G, below, start) if start > 0 and first != 0 else None,
+            _crossing(labels_G, above, end + 1) if end < len(labels_G) - 1 and first is not None else None,
         )
     if first is None:  # better than the baseline with every number of labels, significantly
         return float(labels_G[-1]), None

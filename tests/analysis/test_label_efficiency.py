@@ -316,3 +316,20 @@ def test_cases_of_one_subject_are_one_piece_of_evidence():
     np.testing.assert_allclose(table.scores_NDP[:, :, 0], [[0.3, 0.3], [0.9, 0.9]])
     without = [{k: v for k, v in r.items() if k != "subject"} for r in rows]
     assert scores.tables(without)["scratch", 1].cases == ("c0", "c1", "c2")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "first", "expected"),
+    [
+        # below the baseline's fewest labels, and a noisy budget further on allows what lies there
+        ([-0.3, -0.3, -0.2], [-0.1, 0.1, 0.1], 0, (None, None)),
+        # never reached, and a noisy budget before allows what lies there
+        ([-0.1, -0.1, 0.1], [0.2, 0.2, 0.3], None, (None, None)),
+        ([0.1, -0.1, -0.3], [0.3, 0.1, -0.1], 1, (pytest.approx(2**1.5), pytest.approx(2**2.5))),
+    ],
+)
+def test_an_interval_of_savings_holds_its_bound(low, high, first, expected):
+    labels = np.array([2.0, 4.0, 8.0])
+    low_G, high_G = np.array(low), np.array(high)
+    possible = np.flatnonzero((low_G <= 0) & (high_G >= 0))
+    assert savings._ends(labels, low_G, high_G, possible, first=first) == expected
