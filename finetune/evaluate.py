@@ -112,9 +112,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         archive = archive.limited(Access(channels=predictor.card.modalities))
     cases = labeled_cases(archive, split=args.split, subset=args.subset)
     cases, apart = known_cases(predictor, archive, cases)
-    listed = set(getattr(archive.split(args.split), args.subset))
-    told = [apart, told_left_out(whole, archive, predictor.card.modalities, listed)]
-    conditions = [f"{sentence}." for sentence in told if sentence]
     if args.subset != "train":
         check_seen(
             "the segmenter, or the encoder it began with,",
@@ -123,16 +120,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
             split=args.split,
             subset=args.subset,
         )
-    chosen = predictor.card.chosen_by
-    if (
-        chosen
-        and chosen["subset"] == args.subset
-        and archive.fingerprint == predictor.card.archive_fingerprint
-    ):
-        conditions.append(
-            f"These weights were chosen by {chosen['score']} on the {args.subset} subjects of this archive: what they"
-            " score here flatters them; report --subset test."
-        )
+    listed = set(getattr(archive.split(args.split), args.subset))
+    joined = told_left_out(whole, archive, predictor.card.modalities, listed)
+    told = (apart, joined, _chosen_here(predictor.card, archive, args.subset))
+    conditions = [f"{sentence}." for sentence in told if sentence]
     for condition in conditions:
         console.print(condition, markup=False, highlight=False)
     earlier, before = None, ""
@@ -256,6 +247,16 @@ def known_cases(predictor: Predictor, archive: Archive, cases: Sequence[str]) ->
     return kept, (
         f"{len(cases) - len(kept)} case(s) of {', '.join(others)} are not scored: the segmenter knows"
         f" {', '.join(sorted(known))}"
+    )
+
+
+def _chosen_here(card: Card, archive: Archive, subset: str) -> str:
+    chosen = card.chosen_by
+    if not chosen or chosen["subset"] != subset or archive.fingerprint != card.archive_fingerprint:
+        return ""
+    return (
+        f"These weights were chosen by {chosen['score']} on the {subset} subjects of this archive: what they score here"
+        " flatters them; report --subset test"
     )
 
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.cli import locate
 from medseg_ssl.config import Block, ConfigError, UserError, parse
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from medseg_ssl.analysis.pictures import Slice
     from medseg_ssl.baselines.base import Baseline
     from medseg_ssl.data.archive import Archive
+    from medseg_ssl.inference.inputs import Precision
     from medseg_ssl.inference.predictor import Predictor
 
 DONE = "cases.csv"
@@ -87,7 +88,7 @@ class FitTask:
     access: Access = field(default_factory=Access)
     baseline: Mapping[str, Any] | None = None
     flips: bool = False
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Precision | None = None
 
     @property
     def name(self) -> str:
@@ -249,7 +250,7 @@ def load_segmenter(
     *,
     train: Mapping[str, Any],
     flips: bool,
-    precision: Literal["fp32", "bf16"] | None = None,
+    precision: Precision | None = None,
 ) -> Predictor:
     """The segmenter of a fit, as all of its scores are made: on the device, in the precision, with the flips.
 

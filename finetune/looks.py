@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.analysis.metrics import METRICS
 from medseg_ssl.analysis.tables import write_csv, write_json
@@ -25,6 +25,7 @@ from .planning import fit_folder
 from .resolving import finetune_config
 
 if TYPE_CHECKING:
+    from medseg_ssl.inference.inputs import Precision
     from medseg_ssl.nets.encoders.base import Encoder
     from medseg_ssl.types import ViewSpec
 
@@ -162,7 +163,7 @@ class MissingTask:
     train: Mapping[str, Any]
     flips: bool
     pretraining: int = 0
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Precision | None = None
 
     @property
     def name(self) -> str:

@@ -146,21 +146,19 @@ def plan_replay(
         )
     wanted = config.replay
     asked = wanted.modalities or config.data.modalities
-    opened = archive if old is None else Archive.open(old)
+    alike = asked == config.data.modalities
+    opened = archive if old is None and alike else Archive.open(old or archive.path)
     same = opened.fingerprint == archive.fingerprint
-    if asked != config.data.modalities:
-        source = Archive.open(old or archive.path).limited(Access(channels=asked))
-    else:
-        source = archive if same else opened.limited(Access(channels=asked))
+    source = archive if same and alike else opened.limited(Access(channels=asked))
     checks: list[Callable[[], Any]] = [
         lambda: samples_of(config, world),
         lambda: drawn(config, source, used if same else ()),
     ]
-    if not same or asked != config.data.modalities:
+    if source is not archive:
         checks.append(lambda: check_card(previous.card, source, where="the old archive"))
     samples, (cases, available), *_ = resolved(*checks)
     if same:
-        _check_kept_back(source, cases, split=config.data.split)
+        _check_kept_back(archive, {source.cases[case].subject for case in cases}, split=config.data.split)
     else:
         # both ways: who tests the new task must not be trained on, nor who shows what was forgotten of the old one
         _check_copies(source, cases, archive, split=config.data.split, where="the archive")
@@ -176,10 +174,9 @@ def plan_replay(
     return Replay(source, cases, available, samples, Relabeling(known, place))
 
 
-def _check_kept_back(archive: Archive, cases: Sequence[str], *, split: str) -> None:
+def _check_kept_back(archive: Archive, subjects: Collection[str], *, split: str) -> None:
     """Within one archive, who is kept back by the split that is trained with is not replayed by way of another."""
-    kept = {*archive.split(split).test, *archive.split(split).development}
-    wrong = {archive.cases[case].subject for case in cases} & kept
+    wrong = {*archive.split(split).test, *archive.split(split).development} & set(subjects)
     if wrong:
         raise ConfigError(
             f"replay would train on {len(wrong)} subject(s) whom split '{split}' keeps for test or development; set "

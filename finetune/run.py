@@ -28,7 +28,7 @@ from medseg_ssl.train.session import (
 from .seen import inherited, warning
 from .segmenters import heads, make_card, predictor
 from .settings import SHELVES, FinetuneConfig, TransferConfig, complete_config
-from .training_data import loader, steps_per_epoch, subset, training_cases, with_channels
+from .training_data import guarded, loader, steps_per_epoch, subset, training_cases, with_channels
 from .tuning import keeper, ship_plain, tune
 
 if TYPE_CHECKING:
@@ -83,7 +83,6 @@ def run_finetune(
     from medseg_ssl.data.budgets import unstated_classes
     from medseg_ssl.data.channels import told_left_out
     from medseg_ssl.data.joining import joined
-    from medseg_ssl.data.leakage import guard, with_lists
     from medseg_ssl.nets import encoder_file
     from medseg_ssl.nets.segmenter import silence
     from medseg_ssl.train import runtime
@@ -156,21 +155,11 @@ def run_finetune(
         old = replay.batches(config, views, steps=steps, first=first, workers=workers, **rank)
         return joined(map(grown.relabeling.batch, new), old)
 
-    load(
-        steps=1
-    )  # says now, before the run folder is touched, what in the config does not go with the archive
+    load(steps=1)  # says now, before the run folder is touched, what does not go with the archive
     if replay is not None:
         replay.batches(config, views, steps=1, rank=machine.rank, world=machine.world)
 
-    learned_from = {opened.cases[case].subject for case in used}
-    if any(not view.labeled for view in views.values()):
-        learned_from |= set(opened.split(config.data.split).train)
-    kept = () if replay is None else replay.subjects
-    within = replay is not None and replay.archive.fingerprint == opened.fingerprint
-    learned_from |= set(kept if within else ())
-    checked = with_lists(guard(opened, learned_from, split=config.data.split), access)
-    if replay is not None and config.replay is not None and not within:
-        checked = (*checked, *guard(replay.archive, set(kept), split=config.replay.split))
+    checked = guarded(config, opened, views, used, access=access, replay=replay)
     cards = {} if encoder is None else {"the given encoder": encoder_file.load_card(encoder)}
     cards |= {} if grown is None else {"the given segmenter": grown.loaded.card}
     before = {name: known.model_dump(mode="json") for name, known in cards.items()}
@@ -180,9 +169,7 @@ def run_finetune(
         # scans of the segmenter's first archive stay readable
         known = {} if grown is None else grown.loaded.card.intensity
         seen = {"checked_against": (*inherited(before.values()), *checked)}
-        # of chosen modalities it knows no others: what it is not made for is not scored with it
-        own = {m: p for m, p in made.intensity.items() if m in (config.data.modalities or made.intensity)}
-        return made.model_copy(update={"classes": classes, "intensity": {**known, **own}, **seen})
+        return made.model_copy(update={"classes": classes, "intensity": {**known, **made.intensity}, **seen})
 
     inputs = {
         "archive": opened.fingerprint[:16],

@@ -37,6 +37,8 @@ def make_card(
     assert config.encoder is not None
     first = next(iter(views.values()))
     scans = [archive.scans[key] for key in archive.cases[cases[0]].scans]
+    # of chosen modalities it knows no others: what it is not made for is not scored with it
+    known = config.data.modalities or tuple(archive.intensity)
     return Card(
         kind="segmenter",
         encoder=config.encoder.model_dump(mode="json"),
@@ -47,7 +49,11 @@ def make_card(
         spacing_mm=first.spacing_mm or archive.recipe.spacing_mm,
         crop_size=first.size,
         mirror_axes=first.mirror_axes,
-        intensity={name: policy.model_dump(mode="json") for name, policy in archive.intensity.items()},
+        intensity={
+            name: policy.model_dump(mode="json")
+            for name, policy in archive.intensity.items()
+            if name in known
+        },
         modalities=tuple(row.modality for row in scans),
         archive_fingerprint=archive.fingerprint,
         code_version=__version__,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medseg_ssl.config import ConfigError, UserError
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from medseg_ssl.data.partial import Access
     from medseg_ssl.types import ViewPlan
 
+    from .replay import Replay
+
 
 def with_channels(config: FinetuneConfig, access: Access | None = None) -> Access:
     """How the archive of a run is read: as ``access`` says, its cases of the config's modalities where it has some."""
@@ -27,7 +29,7 @@ def with_channels(config: FinetuneConfig, access: Access | None = None) -> Acces
     return access.model_copy(update={"channels": asked}) if asked else access
 
 
-def open_archive(config: FinetuneConfig, path: Path, access: Access | None = None) -> Archive:
+def open_archive(config: FinetuneConfig, path: Path) -> Archive:
     """The archive as a run reads it.
 
     Raises:
@@ -35,7 +37,7 @@ def open_archive(config: FinetuneConfig, path: Path, access: Access | None = Non
     """
     from medseg_ssl.data.archive import Archive
 
-    return Archive.open(path).limited(with_channels(config, access))
+    return Archive.open(path).limited(with_channels(config))
 
 
 def steps_per_epoch(config: FinetuneConfig, archive: Archive, cases: Sequence[str] | None = None) -> int:
@@ -81,6 +83,34 @@ def loader(
         foreground_share=config.data.foreground_share,
         class_balance=config.data.class_balance,
     )
+
+
+def guarded(
+    config: FinetuneConfig,
+    archive: Archive,
+    views: ViewPlan,
+    used: Sequence[str],
+    *,
+    access: Access,
+    replay: Replay | None,
+) -> tuple[dict[str, Any], ...]:
+    """See that nobody who is tested is trained on, nor a copy of one; entries for the card.
+
+    Raises:
+        ConfigError: a training scan repeats one of a test or development subject.
+    """
+    from medseg_ssl.data.leakage import guard, with_lists
+
+    learned_from = {archive.cases[case].subject for case in used}
+    if any(not view.labeled for view in views.values()):
+        learned_from |= set(archive.split(config.data.split).train)
+    kept = set() if replay is None else set(replay.subjects)
+    within = replay is not None and replay.archive.fingerprint == archive.fingerprint
+    learned_from |= kept if within else set()
+    checked = with_lists(guard(archive, learned_from, split=config.data.split), access)
+    if replay is not None and config.replay is not None and not within:
+        checked = (*checked, *guard(replay.archive, kept, split=config.replay.split))
+    return checked
 
 
 def training_cases(archive: Archive, split: str, cases: Sequence[str] | None) -> list[str]:

@@ -207,6 +207,27 @@ def test_another_split_of_one_archive_replays_nobody_who_is_tested(world):
         plan_replay(config(split="other"), both, ["case-s0"], previous=previous(world[2], plain), old=None)
 
 
+def test_a_fold_replays_nobody_whom_it_tests(tmp_path):
+    """The old modality is read anew, with the archive's own split; who is tested is said by the run's."""
+    path = write_archive(tmp_path / "archive", labeled_mr=True).path
+    segmenter = main(["segmentation", str(tmp_path / "ct"), "--archive", str(path), "data.modalities=[CT]",
+                      "train.steps=1", *COMMON])  # fmt: skip
+    split = Archive.open(path).split("default")
+    fold = split.model_copy(update={"train": split.test, "test": split.train})
+    tree = config(modalities=["CT"]).model_dump(mode="json")
+    asked = parse(FinetuneConfig, {**tree, "data": {**tree["data"], "modalities": ["MR"]}})
+    for splits, refused in (((), False), ((fold,), True)):
+        archive = Archive.open(path).limited(Access(splits=splits, channels=("MR",)))
+        used = [f"mr-{subject}" for subject in archive.split("default").train]
+        went_before = previous(segmenter, archive)
+        if not refused:
+            kept = plan_replay(asked, archive, used, previous=went_before, old=None)
+            assert set(kept.subjects) <= set(TRAIN)
+            continue
+        with pytest.raises(ConfigError, match="replay would train on 2 subject"):
+            plan_replay(asked, archive, used, previous=went_before, old=None)
+
+
 def test_what_does_not_go_together_is_refused(world, tmp_path):
     old, new, segmenter = world
     words = [str(tmp_path / "run"), "--archive", str(new), *COMMON]
