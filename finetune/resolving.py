@@ -52,7 +52,7 @@ def resolve(config: CompareConfig) -> CompareConfig:
     Raises:
         ConfigError: all wrong keys of all nested configs; fine-tuning steps that are no number of steps; an
             encoder that differs between pretraining and fine-tuning; pretraining on the subjects that are
-            scored; flips of what was never mirrored.
+            scored; flips of what was never mirrored; several precisions of training and none for scoring.
     """
     pretrains, networks = blocks(config.inits, "pretrain"), blocks(config.inits, "network")
     baselines = blocks(config.inits, "baseline")
@@ -84,6 +84,12 @@ def resolve(config: CompareConfig) -> CompareConfig:
         )
     if finetune.data.modalities:
         raise ConfigError("finetune.data.modalities has no place in a comparison; set its modalities")
+    trained = {tree.train.precision for (kind, _), tree in found.items() if kind in ("finetune", "override")}
+    if len(trained) > 1 and config.metrics.precision is None:
+        raise ConfigError(
+            f"init_overrides train in {' and '.join(sorted(trained))}, and on a GPU each would be scored in its own; set"
+            " metrics.precision, which is every init's (fp32, bf16)"
+        )
     inits = dict(config.inits)
     for name in pretrains:
         pretraining = found["pretrain", name]

@@ -51,6 +51,8 @@ def build(
         opened = _open(config, kind, archive)
         facts = opened.facts()
     objective, options = command.build(config, facts)
+    if kind == "finetune":  # teachers, and the earlier segmenter that answers every crop, are part of a step
+        objective.begin((0, 1) if objective.needs_previous else ())
     views: ViewPlan = type(objective).views(options)
     if objective.takes_templates:
         extent = max(

@@ -128,15 +128,15 @@ def prepare_batch(batch: Batch, plan: ViewPlan, *, recipes: Mapping[str, Intensi
         recipes: intensity recipes by name.
 
     Returns:
-        A batch whose augmented views hold the untouched image in ``clean_BCDHW``; others are unchanged.
+        A batch whose augmented views hold the untouched image in ``clean_BCDHW``, which restoration and teachers look
+        at. Labeled views do not: no supervised loss reads the image, and a second one costs time and memory.
     """
     views = {}
+    indices = batch.sample_index_B.tolist()
     for name, many in batch.views.items():
         recipe = recipes[plan[name].augment]
+        common = {"seed": batch.seed, "indices": indices, "keep_clean": not plan[name].labeled}
         views[name] = [
-            augmented(
-                view, recipe, seed=batch.seed, indices=batch.sample_index_B.tolist(), purpose=f"{name}/{k}"
-            )
-            for k, view in enumerate(many)
+            augmented(view, recipe, purpose=f"{name}/{k}", **common) for k, view in enumerate(many)
         ]
     return replace(batch, views=views)

@@ -58,7 +58,6 @@ class Intensity(Record):
         inversion: dark becomes bright (strength unused); pushes contrastive features from intensity to shape.
         channel_dropout: a channel becomes zero, as where there is no data (strength unused); one always stays, so that
             a network learns to do with the modalities it is given.
-        keep_clean: keep the image before augmentation as ``View.clean_BCDHW``.
     """
 
     bias_field: Chance | None = None
@@ -71,7 +70,6 @@ class Intensity(Record):
     gamma: Chance | None = None
     inversion: Chance | None = None
     channel_dropout: Chance | None = None
-    keep_clean: bool = True
 
 
 SEGMENTATION = Intensity(
@@ -82,8 +80,6 @@ SEGMENTATION = Intensity(
     low_resolution=Chance(p=0.25, low=0.5, high=1.0, channel_p=0.5),
     gamma_inverted=Chance(p=0.1, low=0.7, high=1.5),
     gamma=Chance(p=0.3, low=0.7, high=1.5),
-    # a supervised loss never looks at the image, and keeping a second copy of it costs time and memory
-    keep_clean=False,
 )
 
 INTENSITY: dict[str, Intensity] = {
@@ -113,20 +109,23 @@ INTENSITY: dict[str, Intensity] = {
 """Intensity recipe by the name in ``ViewSpec.augment``."""
 
 
-def augmented(view: View, recipe: Intensity, *, seed: int, indices: Sequence[int], purpose: str) -> View:
+def augmented(
+    view: View, recipe: Intensity, *, seed: int, indices: Sequence[int], purpose: str, keep_clean: bool = True
+) -> View:
     """A view with augmented intensities; the same object where nothing was drawn.
 
     Args:
-        view: on any device. Its image is changed in place unless ``recipe.keep_clean``.
+        view: on any device. Its image is changed in place unless ``keep_clean``.
         recipe: what may happen.
         seed: of the run.
         indices: global sample index per sample.
         purpose: names the view among those of a sample.
+        keep_clean: keep the image before augmentation as ``View.clean_BCDHW``.
     """
     plans = [_draw(recipe, seed, index, purpose, view.image_BCDHW.shape[1]) for index in indices]
     if not any(plans):
         return view
-    image_BCDHW = view.image_BCDHW.clone() if recipe.keep_clean else view.image_BCDHW
+    image_BCDHW = view.image_BCDHW.clone() if keep_clean else view.image_BCDHW
     for sample, (plan, index) in enumerate(zip(plans, indices, strict=True)):
         if not plan:
             continue
@@ -137,7 +136,7 @@ def augmented(view: View, recipe: Intensity, *, seed: int, indices: Sequence[int
             transform(image_BCDHW[sample, channel], valid_DHW, strength, _Source(seed, index, salt))
             if not full:
                 image_BCDHW[sample, channel].mul_(valid_DHW)
-    return replace(view, image_BCDHW=image_BCDHW, clean_BCDHW=view.image_BCDHW if recipe.keep_clean else None)
+    return replace(view, image_BCDHW=image_BCDHW, clean_BCDHW=view.image_BCDHW if keep_clean else None)
 
 
 class _Source:

@@ -501,6 +501,13 @@ def test_another_network_and_a_baseline_share_all_but_themselves(tmp_path, shelf
             {"inits": {"scratch": "scratch"}, "metrics": {"flips": True}},
             "metrics.flips averages over the mirrorings of training, and finetune.objective.mirror_axes names none",
         ),
+        (
+            {
+                "inits": {"scratch": "scratch", "coarse": "scratch"},
+                "init_overrides": {"coarse": {"train": {"precision": "bf16"}}},
+            },
+            "init_overrides train in bf16 and fp32, and on a GPU each would be scored in its own; set metrics.precision",
+        ),
     ],
 )
 def test_wrong_kinds_are_named(tmp_path, shelf, changes, message):

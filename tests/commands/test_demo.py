@@ -1,4 +1,4 @@
-"""The demo end to end, with a handful of steps: phantom, archive, five inits, report; and going on after that."""
+"""The demo end to end, with a handful of steps: phantom, archives, five inits, matrix; and going on after that."""
 
 import csv
 
@@ -16,10 +16,21 @@ SHORT = [
 ]
 
 
+SHORT_TRANSFER = """
+base: phantom
+draws: 1
+pretrain: {train: {steps: "2 steps"}}
+finetune: {train: {steps: "2 steps"}}
+wandb: {mode: disabled}
+"""
+
+
 @pytest.mark.slow
 def test_the_story_ends_in_a_report_of_every_init(tmp_path):
-    out = tmp_path / "demo"
-    report = main([str(out), "--subjects", "14", *SHORT])
+    out, transfer = tmp_path / "demo", tmp_path / "short.yaml"
+    transfer.write_text(SHORT_TRANSFER, encoding="utf-8")
+    command = [str(out), "--subjects", "14", "--transfer", str(transfer), *SHORT]
+    report = main(command)
     assert report == out / "comparison" / "report.html"
     page = report.read_text(encoding="utf-8")
     with open(out / "comparison" / "curve.csv", encoding="utf-8") as stream:
@@ -29,5 +40,8 @@ def test_the_story_ends_in_a_report_of_every_init(tmp_path):
     assert (out / "comparison" / "curve.png").read_bytes().startswith(b"\x89PNG")
     written = {path: path.stat().st_mtime_ns for path in (out / "comparison" / "fits").rglob("cases.csv")}
     assert len(written) == 10
-    assert main([str(out), "--subjects", "14", *SHORT]) == report
+    with open(out / "transfer" / "matrix.csv", encoding="utf-8") as stream:
+        cells = {(row["source"], row["target"]) for row in csv.DictReader(stream)}
+    assert {(source, target) for source in ("CT", "MR", "CT+MR") for target in ("CT", "MR")} <= cells
+    assert main(command) == report
     assert written == {path: path.stat().st_mtime_ns for path in written}, "finished fits are not repeated"

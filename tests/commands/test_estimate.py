@@ -82,6 +82,15 @@ def test_a_frozen_encoder_has_no_backward_pass_and_other_modalities_cost_nothing
         assert counting.plan_of(config, kind, archive)["steps"] == steps
 
 
+def test_the_earlier_segmenter_counts():
+    counted = {}
+    for name in ("segmentation", "distillation"):
+        words = [*SMALL, "train.steps=2", "objective.deep_supervision=false"]
+        config, kind = estimate.read(name, words, archive=None)
+        counted[name] = counting.plan_of(config, kind, None)["weights"]
+    assert counted["distillation"] == 2 * counted["segmentation"], "the earlier segmenter answers every crop"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -44,13 +46,29 @@ def test_every_name_has_both_recipes():
     assert set(SPATIAL) == set(INTENSITY) == set(AUGMENTS)
     assert SPATIAL["none"] == Spatial()
     assert all(not recipe.mirror_axes for recipe in SPATIAL.values())
-    assert set(TRANSFORMS) == set(Intensity.model_fields) - {"keep_clean"}
+    assert set(TRANSFORMS) == set(Intensity.model_fields)
 
 
 def test_none_changes_nothing():
     batch = batch_of(image_of())
     done = prepare_batch(batch, plan_of("none")).views["crop"][0]
     assert done is batch.views["crop"][0]
+    assert done.clean_BCDHW is None
+
+
+@pytest.mark.parametrize("recipe", sorted(set(AUGMENTS) - {"none"}))
+def test_what_is_restored_is_the_clean_image_whatever_the_recipe(recipe):
+    """A restoration whose target were the noisy, blurred image would learn to restore noise and blur."""
+    image = image_of(32)
+    before = image.clone()
+    done = prepare_batch(batch_of(image), plan_of(recipe)).views["crop"][0]
+    assert not torch.equal(done.image_BCDHW, before)
+    assert torch.equal(done.target_BCDHW, before)
+
+
+def test_a_labeled_view_keeps_no_second_image():
+    plan = {name: replace(spec, labeled=True) for name, spec in plan_of("segmentation").items()}
+    done = prepare_batch(batch_of(image_of(32)), plan).views["crop"][0]
     assert done.clean_BCDHW is None
 
 
