@@ -90,6 +90,8 @@ def compare(
         raise ConfigError("folds score the cases of the archive itself; leave out --test-archive or folds")
     opened = Archive.open(archive).limited(config.access())
     test = opened if test_archive is None else Archive.open(test_archive).limited(config.access())
+    labeling.check_held(config, opened)
+    labeling.check_held(config, test, what="the test archive")
     _check_seen(config, {key.label: _card(path) for key, path in given.items()}, test)
     reused = None if budgets is None else read_budgets(budgets)
     splits = labeling.splits_of(config, opened, given=reused)

@@ -99,7 +99,7 @@ def read_comparison(out: Path, *, volumes_bytes: int = VOLUMES_BYTES) -> Read:
         losses=_comparison_losses(out, plan, finished),
         configs=configs,
         command=plan["command"],
-        made=_made(out, rows),
+        made=made_of(out, rows),
         finished=len(finished),
         planned=len(plan["fits"]),
     )
@@ -127,7 +127,7 @@ def _read_plan(out: Path) -> dict[str, Any]:
         raise UserError(f"{out} holds no comparison ({PLAN} is missing or broken)") from error
 
 
-def _made(out: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def made_of(out: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What else decides the numbers: seeds, fingerprints of what went in, versions, machine."""
     seeds = {(row["draw"], row["budget"]): row["seed"] for row in rows}
     config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")) or {}

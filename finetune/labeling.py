@@ -70,6 +70,25 @@ def balanced_by(config: CompareConfig) -> str | None:
     return None if config.stratify is None else config.stratify.by
 
 
+def held_channels(archive: Archive) -> list[str]:
+    """What labeled cases of an archive consist of, such as ``MR`` or ``CT+PT``."""
+    labeled = [row for row in archive.cases.values() if row.labeled]
+    return sorted({"+".join(archive.scans[key].modality for key in row.scans) for row in labeled})
+
+
+def check_held(config: CompareConfig, archive: Archive, *, what: str = "the archive") -> None:
+    """See that an archive has labeled cases of the modalities that a config asks for.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    held, wanted = held_channels(archive), "+".join(config.modalities)
+    if not held:
+        raise ConfigError(f"{what} has no labeled case; prepare it from a source with labels")
+    if wanted and wanted not in held:
+        raise ConfigError(f"{what} has labeled cases of {', '.join(held)}; modalities asks for {wanted}")
+
+
 def is_wanted(config: CompareConfig, archive: Archive, case: CaseRow) -> bool:
     """Whether a case is labeled and of the modalities that the config asks for."""
     return case.labeled and (

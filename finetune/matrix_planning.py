@@ -11,7 +11,7 @@ from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.channels import told_left_out
 
 from .fits import PretrainTask
-from .labeling import scored_cases, training_subsets
+from .labeling import held_channels, scored_cases, training_subsets
 from .matrix import MatrixConfig, SourceConfig, comparison_of, pretrain_tree
 from .planning import EncoderKey, pretrain_folder
 
@@ -108,8 +108,7 @@ def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) 
         archive = archive.limited(plan.access())
     except UserError as error:
         raise ConfigError(f"targets.{name}: {error}") from error
-    labeled = [row for row in archive.cases.values() if row.labeled]
-    held = sorted({"+".join(archive.scans[key].modality for key in row.scans) for row in labeled})
+    held = held_channels(archive)
     wanted = "+".join(plan.modalities)
     if (wanted and wanted not in held) or (not wanted and len(held) != 1):
         asked = f"asks for {wanted}" if wanted else "must name one of these"

@@ -10,28 +10,49 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from medseg_ssl.analysis.figures import curve_figure
+from medseg_ssl.analysis.figures import curve_figure, heat_map
 from medseg_ssl.analysis.label_efficiency import CURVE_COLUMNS
 from medseg_ssl.analysis.tables import write_json
 from medseg_ssl.analysis.transfer import MATRIX_COLUMNS
+from medseg_ssl.analysis.transfer_page import gain_cells
 from medseg_ssl.config import ConfigError, UserError
 
 if TYPE_CHECKING:
     from medseg_ssl.analysis.report import Comparison
     from medseg_ssl.train.settings import WandbConfig
 
+    from .transfer_tables import Found
+
 logger = logging.getLogger(__name__)
 
 ENCODER, BUDGETS = "encoder.safetensors", "budgets.json"
 MARK = "mirror.json"
 """Says under which id a comparison or a matrix goes to the mirror, and whether it is there."""
-DIFFERENCES = ("init", "baseline", "scope", "mean", "low", "high", "p", "p_holm", "cases", "draws")
+DIFFERENCES = (
+    "init", "baseline", "scope", "mean", "low", "high", "p", "p_holm", "wilcoxon_p", "wilcoxon_p_holm", "cases",
+    "draws", "pretrainings",
+)  # fmt: skip
+SAVINGS = ("init", "baseline", "budget", "labels", "savings", "ci_low", "ci_high", "censored", "at_most")
+GAINS = (
+    "source",
+    "target",
+    "kind",
+    "baseline",
+    "mean",
+    "low",
+    "high",
+    "p",
+    "p_holm",
+    "cases",
+    "draws",
+    "pretrainings",
+)
 
 
 def group_in(out: Path) -> str | None:
@@ -72,15 +93,13 @@ def send_once(
     _once(out, wandb, lambda known_id: send_comparison(out, found, **what, known_id=known_id))
 
 
-def send_matrix_once(
-    out: Path, rows: Sequence[Mapping[str, Any]], *, wandb: WandbConfig, config: Mapping[str, Any]
-) -> None:
+def send_matrix_once(out: Path, found: Found, *, wandb: WandbConfig, config: Mapping[str, Any]) -> None:
     """``send_matrix`` where it was not sent yet.
 
     Raises:
         UserError: the mark cannot be read or written.
     """
-    _once(out, wandb, lambda known_id: send_matrix(out, rows, wandb=wandb, config=config, known_id=known_id))
+    _once(out, wandb, lambda known_id: send_matrix(out, found, wandb=wandb, config=config, known_id=known_id))
 
 
 def _once(out: Path, wandb: WandbConfig, send: Callable[[str | None], None]) -> None:
@@ -138,12 +157,12 @@ def send_left(out: Path, found: Comparison, *, encoders: Mapping[str, Path]) -> 
             send_once(out, found, wandb=wandb, config=tree, encoders=encoders)
 
 
-def send_matrix_left(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def send_matrix_left(out: Path, found: Found) -> None:
     """Send a finished benchmark that was killed after its tables were written and before the mirror got them.
 
     Args:
         out: its folder.
-        rows: of ``matrix.csv``.
+        found: what its fits say.
 
     Raises:
         UserError: the folder is damaged.
@@ -158,7 +177,7 @@ def send_matrix_left(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         return
     with locked(out) as free:
         if free:
-            send_matrix_once(out, rows, wandb=wandb, config=tree)
+            send_matrix_once(out, found, wandb=wandb, config=tree)
 
 
 def _written(out: Path) -> tuple[dict[str, Any], WandbConfig]:
@@ -219,6 +238,12 @@ def send_comparison(
         compared = found.summary.get("comparisons", ())
         if compared:
             recorder.table("differences", DIFFERENCES, [[c[name] for name in DIFFERENCES] for c in compared])
+        saved = [s for about in found.summary.get("inits", {}).values() for s in about.get("savings", ())]
+        if saved:
+            recorder.table("savings", SAVINGS, [[s[name] for name in SAVINGS] for s in saved])
+        lines = found.summary.get("verdicts", ())
+        if lines:
+            recorder.table("verdicts", ("verdict",), [[line] for line in lines])
         areas = {f"area/{init}": about["area"] for init, about in found.summary.get("inits", {}).items()}
         recorder.summary(areas)
         own = {f.parent.name: f for f in sorted(out.glob(f"pretrain/*/{ENCODER}"))}
@@ -231,23 +256,48 @@ def send_comparison(
 
 def send_matrix(
     out: Path,
-    rows: Sequence[Mapping[str, Any]],
+    found: Found,
     *,
     wandb: WandbConfig,
     config: Mapping[str, Any],
     known_id: str | None = None,
 ) -> None:
-    """Write the matrix of a finished transfer benchmark into the mirror.
+    """Write a finished transfer benchmark into the mirror: matrix, curves, verdicts, its encoders and budgets.
+
+    It is in one group with its pretrainings. The comparison on a target is part of it and no run of its own.
 
     Args:
-        out: folder of the benchmark; the comparison on every target goes to the mirror on its own.
-        rows: of ``matrix.csv``.
+        out: folder of the benchmark.
+        found: what its fits say.
         wandb: how to mirror.
         config: resolved; its ``task`` names what is sent.
         known_id: of the run in the mirror; None draws one.
     """
     from medseg_ssl.train.recorder import Recorder
 
-    with Recorder(out, wandb=wandb, config=config, tags=("transfer", config["task"])) as recorder:
+    task, page = config["task"], found.page
+    with Recorder(out, wandb=wandb, config=config, tags=("transfer", task), group=group_in(out)) as recorder:
         recorder.load_state_dict({"wandb_id": known_id})
-        recorder.table("matrix", MATRIX_COLUMNS, [[row[c] for c in MATRIX_COLUMNS] for row in rows])
+        for name, columns, rows in (
+            ("matrix", MATRIX_COLUMNS, found.matrix),
+            ("curve", CURVE_COLUMNS, found.curve),
+            ("gains", GAINS, page.summary["cells"]),
+        ):
+            recorder.table(name, columns, [[row[c] for c in columns] for row in rows])
+        recorder.table("verdicts", ("verdict",), [[line] for line in page.summary["verdicts"]])
+        shown = heat_map(gain_cells(page.summary), columns=page.sources, targets=page.targets, gain=True)
+        recorder.chart("transfer_matrix", shown)
+        for target in page.targets:
+            rows = [row for row in found.curve if row["target"] == target]
+            scratch = [init for init, role in page.roles[target].items() if role == "scratch"]
+            if rows:
+                drawn = curve_figure(rows, metric="dice", baselines=scratch, label="Dice")
+                recorder.chart(f"label_efficiency/{target}", drawn)
+        for file in sorted(out.glob(f"pretrain/*/{ENCODER}")):
+            source = file.parent.name.replace("@", "-").replace("+", "-")
+            recorder.artifact(
+                f"{task}-{source}", "encoder", {ENCODER: file}, about={"source": file.parent.name}
+            )
+        for file in sorted(out.glob(f"targets/*/{BUDGETS}")):
+            target = file.parent.name.replace("+", "-")
+            recorder.artifact(f"{task}-{target}-budgets", "budgets", {BUDGETS: file})

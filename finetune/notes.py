@@ -64,6 +64,10 @@ def notes_of(
     for number in sorted(set(times.values()) - {1}):
         repeated = ", ".join(init for init in config.inits if times.get(init) == number)
         notes.append(f"{repeated}: pretrained {number} times; every draw is fine-tuned from each.")
+    if once := [init for init in config.inits if init in cards and times.get(init) == 1]:
+        notes.append(
+            f"One pretraining of {', '.join(once)}: another one of it would differ, and no interval knows it."
+        )
     notes += _channel_notes(tasks, cards=cards, archive=archive)
     notes += _init_notes(config, cards=cards, archive=archive, test=test or archive)
     notes += _cost_notes(folds)
@@ -102,7 +106,7 @@ def _init_notes(
         if kind == SCRATCH_LONG:
             notes.append(
                 f"{init}: trains from scratch for the steps of fine-tuning and of the longest pretraining "
-                "together."
+                "together, all in batches of fine-tuning."
             )
         elif init in networks:
             parts = [networks[init].get(part) for part in ("encoder", "decoder")]

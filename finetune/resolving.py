@@ -87,8 +87,8 @@ def resolve(config: CompareConfig) -> CompareConfig:
     trained = {tree.train.precision for (kind, _), tree in found.items() if kind in ("finetune", "override")}
     if len(trained) > 1 and config.metrics.precision is None:
         raise ConfigError(
-            f"init_overrides train in {' and '.join(sorted(trained))}, and on a GPU each would be scored in its own; set"
-            " metrics.precision, which is every init's (fp32, bf16)"
+            f"init_overrides train in {' and '.join(sorted(trained))}, and on a GPU each would be scored in its own;"
+            " set metrics.precision, which is every init's (fp32, bf16)"
         )
     inits = dict(config.inits)
     for name in pretrains:

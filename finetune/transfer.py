@@ -126,7 +126,7 @@ def transfer(
         if config.similarity or config.missing_modalities:
             _look_at_segmenters(crew, config, out, targets, paths, files)
             found = write_transfer(out)
-        send_matrix_once(out, found.matrix, wandb=config.wandb, config=config.model_dump(mode="json"))
+        send_matrix_once(out, found, wandb=config.wandb, config=config.model_dump(mode="json"))
     return out / REPORT
 
 
@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if given.report_only:
         found = write_transfer(given.out)
         if found.page.finished == found.page.planned:
-            send_matrix_left(given.out, found.matrix)
+            send_matrix_left(given.out, found)
         report = given.out / REPORT
     else:
         report = _run(given)

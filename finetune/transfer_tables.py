@@ -27,7 +27,7 @@ from medseg_ssl.analysis.transfer_verdicts import transfer_verdicts
 from medseg_ssl.config import UserError
 
 from . import looks
-from .comparison_tables import PLAN, Read, read_comparison, without_nan, write_tables
+from .comparison_tables import PLAN, Read, made_of, read_comparison, without_nan, write_tables
 from .fits import DONE
 
 MATRIX = "matrix.csv"
@@ -134,6 +134,7 @@ def read_transfer(out: Path, read: Mapping[str, Read]) -> Found:
         missing=_missing(out, task, targets, names),
         configs={"benchmark": (out / "config.yaml").read_text(encoding="utf-8")},
         command=plan["command"],
+        made=made_of(out, rows),
         finished=sum(comparison.finished for comparison, _ in read.values()),
         planned=sum(plan["planned"].values()),
     )

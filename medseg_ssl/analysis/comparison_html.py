@@ -66,14 +66,29 @@ def differences_table(summary: Mapping[str, Any]) -> str:
         for (init, baseline), own in pairs.items()
     ]
     tests = [
-        [f"{text(c['init'])} − {text(c['baseline'])}", scopes[c["scope"]], f"{c['cases']} × {c['draws']}"]
-        + [_p(c[name]) for name in ("p", "p_holm", "t_p", "wilcoxon_p")]
+        [f"{text(c['init'])} − {text(c['baseline'])}", scopes[c["scope"]], _counts(c)]
+        + [_p(c[name]) for name in ("p", "p_holm", "t_p", "wilcoxon_p", "wilcoxon_p_holm")]
         for c in found
     ]
     told = any(not math.isnan(c.get("detectable", math.nan)) for c in found)
-    head = ["pair", "labels", "cases × draws", "p", "p (Holm)", "p, paired t", "p, Wilcoxon"]
+    head = [
+        "pair",
+        "labels",
+        "cases × draws",
+        "p",
+        "p (Holm)",
+        "p, paired t",
+        "p, Wilcoxon",
+        "p, Wilcoxon (Holm)",
+    ]
+    several = any(c["pretrainings"] > 1 for c in found)
+    new = (
+        "new cases, new draws and, where there are several, new pretrainings"
+        if several
+        else "new cases and new draws"
+    )
     note = (
-        '<p class="caption">Same cases, same draws, same seeds; 95 % intervals for new cases and new draws. Green and '
+        f'<p class="caption">Same cases, same draws, same seeds; 95 % intervals for {new}. Green and '
         "red: the interval excludes zero."
         + (
             " Detectable: the smallest true difference that this many cases and draws would find."
@@ -83,7 +98,7 @@ def differences_table(summary: Mapping[str, Any]) -> str:
         + "</p>"
     )
     about = (
-        '<p class="caption">p belongs to the interval: new cases and new draws. Holm corrects it within a column of '
+        f'<p class="caption">p belongs to the interval: {new}. Holm corrects it within a column of '
         "the table above, over all pairs. t and Wilcoxon test case means over draws: new cases under these very draws, "
         "so they are smaller where draws differ much.</p>"
     )
@@ -92,6 +107,11 @@ def differences_table(summary: Mapping[str, Any]) -> str:
         + note
         + details("p-values", table(head, tests) + about)
     )
+
+
+def _counts(c: Row) -> str:
+    more = f" × {c['pretrainings']} pretrainings" if c["pretrainings"] > 1 else ""
+    return f"{c['cases']} × {c['draws']}{more}"
 
 
 def _scope(comparison: Row) -> str:

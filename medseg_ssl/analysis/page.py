@@ -54,6 +54,13 @@ def section(title: str, body: str) -> str:
     return f"<section><h2>{text(title)}</h2>{body}</section>" if body else ""
 
 
+def made_again(command: str, made: Mapping[str, Any]) -> str:
+    """How to make a result again: the command, then everything else that another machine must share."""
+    shown = f"<pre>{text(command)}</pre>" if command else ""
+    rows = [[text(name), text(value)] for name, value in made.items()]
+    return shown + (table(["", ""], rows) if rows else "")
+
+
 def details(summary: str, body: str) -> str:
     """A part that opens on a click."""
     return f"<details><summary>{text(summary)}</summary>{body}</details>"

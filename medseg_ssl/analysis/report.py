@@ -17,7 +17,18 @@ from medseg_ssl.analysis.comparison_html import (
     savings_table,
 )
 from medseg_ssl.analysis.figures import curve_figure, loss_figure, series
-from medseg_ssl.analysis.page import Picture, details, figure, gallery, inline, page, section, table, text
+from medseg_ssl.analysis.page import (
+    Picture,
+    details,
+    figure,
+    gallery,
+    inline,
+    made_again,
+    page,
+    section,
+    table,
+    text,
+)
 from medseg_ssl.analysis.scores import Row
 from medseg_ssl.analysis.viewer import Viewer, viewer_html
 
@@ -136,7 +147,7 @@ def comparison_sections(comparison: Comparison, *, prefix: str = "curve") -> lis
         section(
             "Configs", "".join(details(name, f"<pre>{text(yaml)}</pre>") for name, yaml in c.configs.items())
         ),
-        section("How to make this again", _recipe(c)),
+        section("How to make this again", made_again(c.command, c.made)),
     ]
 
 
@@ -158,13 +169,6 @@ def _case_parts(c: Comparison, prefix: str) -> list[str]:
             "What the networks are sensitive to", gallery(c.saliency) + SALIENCY_NOTE if c.saliency else ""
         ),
     ]
-
-
-def _recipe(c: Comparison) -> str:
-    """Command, then everything else that another machine must share."""
-    command = f"<pre>{text(c.command)}</pre>" if c.command else ""
-    rows = [[text(name), text(value)] for name, value in c.made.items()]
-    return command + (table(["", ""], rows) if rows else "")
 
 
 def runs_page(
@@ -231,7 +235,8 @@ def _curves(c: Comparison, prefix: str) -> str:
         picture = f'<noscript><img alt="label-efficiency curve" src="{inline(c.picture)}"></noscript>'
     caption = (
         '<p class="caption">Mean over classes, then cases, then draws. Bars are 95 % intervals for new '
-        "cases and new draws together (crossed random effects). Points of one budget are moved apart a "
-        "little. Two bars that overlap say little about a difference: the paired table below does.</p>"
+        "cases and new draws, and new pretrainings where there were several, together (crossed random effects). "
+        "Points of one budget are moved apart a little. Two bars that overlap say little about a difference: the "
+        "paired table below does.</p>"
     )
     return figure(prefix, figures) + picture + caption

@@ -20,7 +20,7 @@ import numpy as np
 
 from medseg_ssl.analysis.metrics import METRICS
 from medseg_ssl.analysis.scores import Row, Table, Tables, budgets_of, common, tables
-from medseg_ssl.analysis.statistics import Interval, crossed_interval, holm
+from medseg_ssl.analysis.statistics import Interval, crossed_interval, detectable_difference, holm
 
 MATRIX_COLUMNS = (
     "task", "source", "target", "budget", "metric", "mean", "ci_low", "ci_high",
@@ -253,7 +253,11 @@ def _gains(known: Sequence[Cells], sources: Sequence[Source]) -> list[dict[str, 
                     "kind": kind_of(source, cells.target),
                 }
                 head |= {"budgets": cells.budgets, "baseline": cells.baseline(cells.budgets)}
-                out.append(head | asdict(crossed_interval(gain.scores_NDP)))
+                found = crossed_interval(gain.scores_NDP)
+                least = math.nan
+                if found.covers in JUDGED:
+                    least = detectable_difference(found.standard_error, found.freedom)
+                out.append(head | asdict(found) | {"detectable": least})
     return _with_holm(out)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from medseg_ssl.analysis.comparison_html import interval_cell
 from medseg_ssl.analysis.figures import heat_map
-from medseg_ssl.analysis.page import details, figure, inline, page, section, table, text
+from medseg_ssl.analysis.page import details, figure, inline, made_again, page, section, table, text
 from medseg_ssl.analysis.report import MANY, MAP
 
 Row = Mapping[str, Any]
@@ -67,6 +67,7 @@ class Transfer:
         missing: rows of ``missing.csv``.
         configs: name to YAML text.
         command: how to make it again.
+        made: what else that takes: seeds, versions, what went in.
         links: target to the page of its comparison, relative to this one.
         finished: fits that are done.
         planned: fits that were asked for.
@@ -84,6 +85,7 @@ class Transfer:
     missing: Sequence[Row] = ()
     configs: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
+    made: Mapping[str, Any] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
     finished: int = 0
     planned: int = 0
@@ -121,7 +123,7 @@ def transfer_sections(found: Transfer, *, name: str = "matrix") -> list[str]:
         section("Curves, examples and losses of each target", f"<ul>{links}</ul>" if links else ""),
         section("Conditions", f"<ul>{notes}</ul>" if notes else ""),
         section("Configs", configs),
-        section("How to make this again", f"<pre>{text(found.command)}</pre>" if found.command else ""),
+        section("How to make this again", made_again(found.command, found.made)),
     ]
 
 

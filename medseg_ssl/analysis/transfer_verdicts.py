@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from medseg_ssl.analysis.transfer import JUDGED, is_found
+from medseg_ssl.analysis.verdicts import few_levels
 
 ONE_PRETRAINING = "One pretraining per source: differences between pretrainings are not in the intervals."
 
@@ -39,7 +40,27 @@ def transfer_verdicts(summary: Mapping[str, Any]) -> list[str]:
         )
     for item in summary.get("estimates", {}).get("ranking", ()):
         lines.append(_ranking_verdict(item))
-    return lines + _pretraining_verdict(summary["cells"])
+    return lines + _limits(summary["cells"]) + _pretraining_verdict(summary["cells"])
+
+
+def _limits(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the noise of every target hides at 80 % power, whatever the gains turned out to be."""
+    least: dict[str, list[float]] = {}
+    for cell in cells:
+        if not math.isnan(cell["detectable"]):
+            least.setdefault(cell["target"], []).append(cell["detectable"])
+    lines = []
+    if least:
+        told = [
+            f"{target} {min(values):.3f}" + (f" to {max(values):.3f}" if len(values) > 1 else "")
+            for target, values in least.items()
+        ]
+        lines.append(
+            "More than one in five such benchmarks would miss, even before the correction, a true gain below: "
+            f"{'; '.join(told)}."
+        )
+    few = few_levels(cells)
+    return [*lines, few] if few else lines
 
 
 def _pretraining_verdict(cells: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -188,11 +188,23 @@ def test_verdict_names_both_baselines_and_numbers():
     assert "12 cases × 4 draws" in line
     pooled = [c for c in summary["comparisons"] if c["scope"] == "low budgets"]
     (size,) = {f"{c['detectable']:.3f}" for c in pooled}
-    assert line.endswith(
-        f"). More than one in five such comparisons would miss a true difference below {size}."
-    )
+    limit = f"). More than one in five such comparisons would miss a true difference below {size}. Labels saved ("
+    assert limit in line
+    told = {s["budget"]: s for s in summary["inits"]["better"]["savings"]}
+    assert f"{told[1]['savings']:.2f} times with 1 label (95 % interval " in line
+    assert line.endswith("significant at 1, 2 and 4."), line
     assert [c["mean"] for c in pooled] == pytest.approx([0.08, 0.1], abs=0.01)
     assert all(c["p_holm"] >= c["p"] for c in summary["comparisons"])
+
+
+def test_a_verdict_says_that_no_saving_is_shown_and_that_two_draws_are_few():
+    rows = rows_of({"scratch": SCRATCH, "mae": SCRATCH}, noise=0.05)
+    line = le.summarise(rows, baselines=["scratch"])["verdicts"][0]
+    assert line.endswith("; no saving is shown, as no interval lies above 1.")
+    assert "two draws" not in line
+    few = [row for row in rows if row["draw"] < 2]
+    line = le.summarise(few, baselines=["scratch"])["verdicts"][0]
+    assert "Over two draws such intervals hold the truth in 88 to 90 of 100 cases, not in 95." in line
 
 
 def test_verdict_says_when_nothing_is_significant_or_worse():
@@ -302,7 +314,7 @@ def test_verdict_names_the_limit_of_each_baseline_where_they_differ():
     rows = rows_of({"scratch": SCRATCH, "long": BETTER, "mae": SCRATCH}, noise=0.03)
     (line,) = le.summarise(pretrained_thrice(rows, "mae"), baselines=["scratch", "long"])["verdicts"]
     assert "no significant difference from scratch and is significantly worse than long at" in line
-    assert re.search(r"true difference below 0\.\d{3} \(scratch\) or 0\.\d{3} \(long\)\.$", line)
+    assert re.search(r"true difference below 0\.\d{3} \(scratch\) or 0\.\d{3} \(long\)\. ", line)
 
 
 def test_cases_of_one_subject_are_one_piece_of_evidence():

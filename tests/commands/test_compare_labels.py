@@ -506,13 +506,28 @@ def test_another_network_and_a_baseline_share_all_but_themselves(tmp_path, shelf
                 "inits": {"scratch": "scratch", "coarse": "scratch"},
                 "init_overrides": {"coarse": {"train": {"precision": "bf16"}}},
             },
-            "init_overrides train in bf16 and fp32, and on a GPU each would be scored in its own; set metrics.precision",
+            "init_overrides train in bf16 and fp32, .* each would be scored in its own; set metrics.precision",
         ),
     ],
 )
 def test_wrong_kinds_are_named(tmp_path, shelf, changes, message):
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("labeled", "modalities", "message"),
+    [
+        (True, ("PT",), "the archive has labeled cases of MR; modalities asks for PT"),
+        (False, (), "the archive has no labeled case; prepare it from a source with labels"),
+    ],
+)
+def test_modalities_that_no_labeled_case_has_are_named(labeled, modalities, message):
+    archive = fakes.archive()
+    for row in archive.cases.values():
+        row.labeled = labeled
+    with pytest.raises(ConfigError, match=message):
+        labeling.check_held(fakes.config(modalities=modalities), archive)
 
 
 @pytest.mark.parametrize("override", [{"data": {"modalities": ["CT"]}}, {"replay": {"cases": 2}}])

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from finetune import matrix as plans
 from finetune import matrix_planning as planning
 from finetune import transfer as command
 from finetune.matrix import MatrixConfig
+from finetune.transfer_tables import write_transfer
 from medseg_ssl.analysis.statistics import paired_interval
 from medseg_ssl.analysis.tables import write_csv
 from medseg_ssl.analysis.transfer import Target
@@ -28,7 +30,9 @@ from medseg_ssl.data.archive import Archive
 from medseg_ssl.evaluations import missing_modalities
 from medseg_ssl.inference.predictor import Predictor
 from medseg_ssl.train.interrupt import Interrupted
+from medseg_ssl.train.settings import WandbConfig
 from tests.evaluations.fakes import Threshold, card
+from tests.train import offline
 from tests.train.archives import write_archive
 
 from . import fake_transfer as fakes
@@ -226,8 +230,8 @@ def test_interrupted_and_continued_gives_the_uninterrupted_tables(tmp_path, fini
 
 @pytest.mark.usefixtures("stand_ins")
 def test_a_matrix_goes_to_the_mirror_once_and_whole(tmp_path, monkeypatch):
-    def send(out, rows, *, wandb, config, known_id):
-        sends.append((known_id, len(rows), config["task"]))
+    def send(out, found, *, wandb, config, known_id):
+        sends.append((known_id, len(found.matrix), config["task"]))
         if len(sends) == 1:
             raise KeyboardInterrupt
 
@@ -251,6 +255,36 @@ def test_a_matrix_goes_to_the_mirror_once_and_whole(tmp_path, monkeypatch):
     run(out, config=config)
     assert sends == [sends[0]] * 2, "cut off and sent again, as the same run"
     assert sends[0][1:] == (len(rows_of(out / "matrix.csv")), config.task)
+
+
+@pytest.mark.slow
+def test_the_matrix_and_its_curves_stand_in_the_offline_run(tmp_path, finished, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "pretrain" / "CT+MR").mkdir(parents=True, exist_ok=True)
+    (out / "pretrain" / "CT+MR" / "encoder.safetensors").write_bytes(b"weights")
+    found = write_transfer(out)
+    mirror.send_matrix(out, found, wandb=WandbConfig(), config={"task": "fake"})
+    recorded = offline.records(out)
+    history = offline.history(recorded)
+    names = ("tables/matrix", "tables/curve", "tables/gains", "tables/verdicts")
+    charts = ("charts/transfer_matrix", "charts/label_efficiency/organs", "charts/label_efficiency/lesions")
+    assert {*names, *charts} <= set(history)
+    (files,) = (out / "wandb").glob("offline-run-*/files")
+    table = json.loads((files / history["tables/matrix"]["path"]).read_text())
+    gains = [row[table["columns"].index("gain")] for row in table["data"]]
+    assert gains == pytest.approx([row["gain"] for row in found.matrix], nan_ok=True)
+    chart = json.loads((files / history["charts/transfer_matrix"]["path"]).read_text())
+    assert chart["data"][0]["x"] == ["CT", "MR", "CT+MR"]
+    (group,) = {r.run.run_group for r in recorded if r.WhichOneof("record_type") == "run"}
+    assert group == mirror.group_in(out), "the group of its pretrainings"
+    artifacts = {
+        r.artifact.name: r.artifact.type for r in recorded if r.WhichOneof("record_type") == "artifact"
+    }
+    assert artifacts["fake-CT-MR"] == "encoder"
 
 
 @pytest.mark.usefixtures("stand_ins")

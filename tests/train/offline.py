@@ -1,7 +1,9 @@
 """Offline runs of the mirror, read back from their own files."""
 
+import json
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,17 @@ def records(run: Path) -> list[Any]:
             return [record for found in runs for record in found]
         assert time.monotonic() < deadline, "the offline run was never written out"
         time.sleep(0.2)
+
+
+def history(recorded: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """What was logged, by its name: the parts of its value."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in recorded:
+        if record.WhichOneof("record_type") == "history":
+            for item in record.history.item:
+                name, *rest = item.nested_key or [item.key]
+                found.setdefault(name, {})["/".join(rest)] = json.loads(item.value_json)
+    return found
 
 
 def _read(file: Path) -> list[Any]:

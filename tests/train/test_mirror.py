@@ -12,6 +12,7 @@ from finetune.mirror import sent as sent_already
 from medseg_ssl.train.settings import WandbConfig
 from tests.commands.fake_folder import write_folder
 
+from .offline import history as history_of
 from .offline import records
 
 
@@ -49,13 +50,15 @@ def test_the_run_has_its_group_and_config(sent):
 @pytest.mark.slow
 def test_the_curve_stands_in_the_offline_run(sent):
     out, found, recorded = sent
-    history: dict[str, dict] = {}
-    for record in recorded:
-        if record.WhichOneof("record_type") == "history":
-            for item in record.history.item:
-                name, *rest = item.nested_key or [item.key]
-                history.setdefault(name, {})["/".join(rest)] = json.loads(item.value_json)
-    keys = {"tables/curve", "tables/label_efficiency", "tables/differences", "charts/label_efficiency"}
+    history = history_of(recorded)
+    keys = {
+        "tables/curve",
+        "tables/label_efficiency",
+        "tables/differences",
+        "tables/savings",
+        "tables/verdicts",
+    }
+    keys |= {"charts/label_efficiency"}
     assert keys <= set(history)
     (files,) = (out / "wandb").glob("offline-run-*/files")
     table = json.loads((files / history["tables/curve"]["path"]).read_text())
