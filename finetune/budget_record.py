@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from medseg_ssl.data.budget_file import BudgetFile, Subsets, describe
+from medseg_ssl.data.budget_file import BudgetFile, Subsets, describe, scored_names
 
 from .comparison import CompareConfig
 from .labeling import Fold, balanced_by
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def budget_file(
-    config: CompareConfig, archive: Archive, folds: Sequence[Fold], *, given: BudgetFile | None
+    config: CompareConfig, archive: Archive, folds: Sequence[Fold], *, given: BudgetFile | None, test: Archive
 ) -> BudgetFile:
-    """What ``OUT/budgets.json`` holds."""
+    """What ``OUT/budgets.json`` holds; ``test`` is the archive that is scored."""
     settings: dict[str, Any] = {
         "split": config.split,
         "subset": config.subset,
@@ -28,6 +28,7 @@ def budget_file(
         "modalities": config.modalities,
         "labels": None if config.labels is None else config.labels.model_dump(mode="json"),
         "folds": config.folds,
+        "scored": scored_names(test, [fold.scored for fold in folds]),
     }
     if given is not None:
         settings |= {

@@ -82,7 +82,7 @@ def compare(
         UserError: fits failed; what finished is in the tables all the same.
     """
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.budget_file import difference, read_budgets, write_budgets
+    from medseg_ssl.data.budget_file import difference, other_scored, read_budgets, write_budgets
 
     given = planning.given_encoders(config, encoders or {})
     hashes = {key.label: hash_file(path) for key, path in given.items() if key.fold == 0}
@@ -99,6 +99,8 @@ def compare(
     folds = labeling.folds_of(counted, opened, test, given=reused)
     cases = [case for fold in folds for case in fold.scored]
     apart = "" if reused is None else difference(reused, opened)
+    record = budget_record.budget_file(counted, opened, folds, given=reused, test=test)
+    others = "" if reused is None else other_scored(reused, record.scored)
     inputs = {
         "archive": opened.fingerprint,
         "test_archive": test.fingerprint,
@@ -110,11 +112,13 @@ def compare(
         inputs["budgets_drawn_from"] = reused.archive
         if not quiet:
             logger.warning("%s", apart)
+    if others and not quiet:
+        logger.warning("%s", others)
     gpus = visible_gpus(config)
     crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
     device = f"{len(gpus)} GPUs" if gpus else "cpu"
     with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device, today=_today):
-        write_budgets(out / BUDGETS, budget_record.budget_file(counted, opened, folds, given=reused))
+        write_budgets(out / BUDGETS, record)
         protect = () if test_archive is None else (_protected(config, test_archive, test),)
         pretrains = planning.pretrain_tasks(config, out, archive=archive, protect=protect, folds=folds)
         files = crew.pretrain(pretrain, pretrains) | given
@@ -140,6 +144,7 @@ def compare(
             keep=keep,
         )
         notes = [*notes_of(counted, tasks, folds=folds, cards=cards, archive=opened, test=test), *shares]
+        notes += [f"{others}."] if others else []
         if reused is not None:
             notes.append("The labeled cases are those of a file of budgets; none was drawn here.")
         if apart:
@@ -223,10 +228,9 @@ def target_of(archive: Archive, cases: Sequence[str]) -> str:
     return "/".join(sorted(kinds))
 
 
-def shared_subjects(archive: Archive, cases: Sequence[str]) -> dict[str, str]:
-    """Case to subject where a subject has several of the cases; nothing where each has one."""
-    subjects = {case: archive.cases[case].subject for case in cases}
-    return subjects if len(set(subjects.values())) < len(subjects) else {}
+def subjects_of(archive: Archive, cases: Sequence[str]) -> dict[str, str]:
+    """Case to subject, the unit of every interval; also where each has one: another task may score the same people."""
+    return {case: archive.cases[case].subject for case in cases}
 
 
 def _card(path: Path) -> dict[str, Any]:
@@ -259,7 +263,7 @@ def _write_plan(
         "notes": list(notes),
         "command": command,
         "test_cases": [case for fold in folds for case in fold.scored],
-        "subjects": shared_subjects(test, [case for fold in folds for case in fold.scored]),
+        "subjects": subjects_of(test, [case for fold in folds for case in fold.scored]),
         "subsets": subsets[0] if len(subsets) == 1 else {str(f): of for f, of in enumerate(subsets)},
     }
     write_json(out / PLAN, plan)

@@ -63,6 +63,7 @@ class BudgetFile(Record):
         classes: label classes of the archive, background first; None in files that do not state them.
         subjects: the named cases, those of a subject together.
         known_classes: of the named cases in which not every class was stated.
+        scored: cases that are scored, of every fold; empty in files that do not state them.
     """
 
     format: Literal[1] = 1
@@ -79,6 +80,7 @@ class BudgetFile(Record):
     classes: tuple[str, ...] | None = None
     subjects: tuple[tuple[str, ...], ...] = ()
     known_classes: dict[str, tuple[bool, ...]] = Field(default_factory=dict)
+    scored: tuple[tuple[str, ...], ...] = ()
 
     @property
     def named(self) -> list[str]:
@@ -286,6 +288,28 @@ def difference(file: BudgetFile, archive: Archive, *, where: str = "the budgets"
             f"{apart}, and {len(wrong)} of {len(file.named)} named cases differ, the first {wrong[0]}"
         )
     return f"{apart}; all {len(file.named)} named cases are the same, of the same subjects and label classes"
+
+
+def scored_names(archive: Archive, folds: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """Scored cases of every fold, named by content."""
+    ids = case_ids(archive)
+    return tuple(tuple(sorted(ids[case] for case in cases)) for cases in folds)
+
+
+def other_scored(file: BudgetFile, scored: Sequence[Sequence[str]]) -> str:
+    """A sentence where other cases are scored than those of the file; scores of the two are no comparison then.
+
+    Args:
+        file: as it was read.
+        scored: of every fold, named by content (``scored_names``).
+    """
+    theirs, ours = ({name for fold in folds for name in fold} for folds in (file.scored, scored))
+    if not file.scored or theirs == ours:
+        return ""
+    return (
+        f"Not the test cases of the budgets: {len(ours)} are scored here and {len(theirs)} there, of which"
+        f" {len(ours & theirs)} are the same; the scores of the two do not compare"
+    )
 
 
 def _other_cases(file: BudgetFile, archive: Archive, keys: Mapping[str, str]) -> list[str]:

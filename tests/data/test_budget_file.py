@@ -14,8 +14,10 @@ from medseg_ssl.data.budget_file import (
     describe,
     difference,
     fold_splits,
+    other_scored,
     read_budgets,
     resolve_budgets,
+    scored_names,
     write_budgets,
 )
 from tests.commands import fake_comparison as fakes
@@ -107,6 +109,15 @@ def test_an_archive_that_was_prepared_anew_may_use_the_file():
     )
     (fold,) = resolve_budgets(file, prepared_anew())
     assert fold.subsets == {0: {2: ["other-c3", "other-c1"]}}
+
+
+def test_other_test_cases_than_those_of_the_file_are_told():
+    theirs = scored_names(fakes.archive(), [["c6", "c7"]])
+    file = drawn(fakes.archive(), "c3").model_copy(update={"scored": theirs})
+    assert other_scored(file, scored_names(prepared_anew(), [["other-c7", "other-c6"]])) == ""
+    said = other_scored(file, scored_names(prepared_anew(), [["other-c7", "other-c8", "other-c9"]]))
+    assert "3 are scored here and 2 there, of which 1 are the same" in said
+    assert other_scored(drawn(fakes.archive(), "c3"), theirs) == "", "a file of before states none"
 
 
 def test_an_archive_with_other_cases_subjects_or_classes_may_not():
