@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from pydantic import PositiveInt
+
 from medseg_ssl.config import Block, Record, overlay
 
 SCRATCH, SCRATCH_LONG, FROM_FILE = "scratch", "scratch_long", "encoder"
@@ -18,17 +20,20 @@ FIXED_KEYS = ("seed", "encoder", "decoder", "train.steps", "train.accumulate", "
 
 
 class Network(Record):
-    """Another network than the one of ``finetune``, trained from scratch with the same steps, batches and seeds.
+    """Another network than the one of ``finetune``, trained from scratch with the same steps and seeds.
 
     Attributes:
         encoder: block on the shelf of encoders, in place of the one of ``finetune``.
         decoder: likewise; None keeps it.
         objective: options laid over those of ``finetune``.
+        batch_size: samples of a step, for a network whose sample is less, such as a slice; None keeps the
+            comparison's.
     """
 
     encoder: Block
     decoder: Block | None = None
     objective: dict[str, Any] | None = None
+    batch_size: PositiveInt | None = None
 
     def over(self, finetune: Mapping[str, Any]) -> dict[str, Any]:
         """The fine-tuning tree with this network: encoder and decoder replaced as wholes, the objective overlaid."""
@@ -37,6 +42,8 @@ class Network(Record):
             tree["decoder"] = self.decoder.model_dump(mode="json")
         if self.objective is not None:
             tree["objective"] = overlay(tree.get("objective", {}), self.objective)
+        if self.batch_size is not None:
+            tree["data"] = overlay(tree.get("data", {}), {"batch_size": self.batch_size})
         return tree
 
 

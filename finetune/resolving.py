@@ -97,7 +97,9 @@ def resolve(config: CompareConfig) -> CompareConfig:
         inits[name] = {"pretrain": pretraining.model_dump(mode="json")}
     for name in networks:
         tree = found["network", name].model_dump(mode="json")
-        inits[name] = {"network": {key: tree[key] for key in ("encoder", "decoder", "objective")}}
+        own = {key: tree[key] for key in ("encoder", "decoder", "objective")}
+        batch = {"batch_size": given} if (given := networks[name].get("batch_size")) is not None else {}
+        inits[name] = {"network": own | batch}
     for name in baselines:
         inits[name] = {"baseline": found["baseline", name]}
     if config.metrics.flips:

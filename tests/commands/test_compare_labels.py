@@ -467,6 +467,11 @@ def test_another_network_and_a_baseline_share_all_but_themselves(tmp_path, shelf
     same = ("data", "train", "optim", "objective", "decoder", "seed")
     assert {key: wide.config[key] for key in same} == {key: scratch.config[key] for key in same}
     assert (scratch.baseline, named.baseline) == (None, {"name": "named_outside", "level": 3})
+    slices = {"network": {**inits["wide"]["network"], "batch_size": 64}}
+    more = read(tmp_path, inits={**inits, "flat": slices})
+    assert plans.resolve(more) == more
+    flat = tasks_of(more)[-1]
+    assert (flat.config["data"]["batch_size"], scratch.config["data"]["batch_size"]) == (64, 2)
     run(tmp_path / "out", config)
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["kinds"]["named"] == "baseline"
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
