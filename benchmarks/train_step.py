@@ -10,7 +10,7 @@ other's memory pages. Networks (--network), the same architecture on both sides 
     swin     Swin UNETR of 24 features; MONAI's SwinUNETR
     vit      a transformer of 6 blocks of 384 on 16³ patches, ours of Primus' kind; MONAI's ViTAutoEnc of the same size
 
-    python benchmarks/train_step.py --network resenc --runs 7 [--peer-python PYTHON] [--dtype bf16] [--json FILE]
+    python benchmarks/train_step.py --network all --runs 7 [--peer-python PYTHON] [--device cuda --dtype bf16]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+NETWORKS = ("resenc", "primus", "swin", "vit")
 FEATURES, BLOCKS, CLASSES = (32, 64, 128, 256), (1, 2, 2, 2), 3
 PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "134217728"}
 """Freed blocks stay with the process, as training sets it (see medseg_ssl/train/runtime.py)."""
@@ -156,7 +157,7 @@ def build(network: str, side: str, size: int):
 
 
 def make_step(
-    network: str, side: str, *, size: int, batch: int, dtype: str
+    network: str, side: str, *, size: int, batch: int, dtype: str, device: str
 ) -> tuple[Callable[[], None], dict[str, object]]:
     """One optimizer step as a function, and what it runs on."""
     import torch
@@ -164,12 +165,13 @@ def make_step(
 
     torch.manual_seed(0)
     model, logits_of, source = build(network, side, size)
+    model.to(device)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
-    image = torch.randn(batch, 1, size, size, size)
-    label = torch.randint(0, CLASSES, (batch, 1, size, size, size))
+    image = torch.randn(batch, 1, size, size, size).to(device)
+    label = torch.randint(0, CLASSES, (batch, 1, size, size, size)).to(device)
 
     def loss_of(logits):
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         for level, out in enumerate(logits):
             target = F.interpolate(label.float(), out.shape[2:], mode="nearest")[:, 0].long()
             out = out.float()
@@ -182,15 +184,18 @@ def make_step(
         return total
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bf16"):
             logits = logits_of(image)
         optimizer.zero_grad(set_to_none=True)
         loss_of(logits).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 12.0)
         optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     parameters = sum(p.numel() for p in model.parameters())
-    return step, {"source": source, "torch": torch.__version__, "parameters": parameters}
+    card = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return step, {"source": source, "torch": torch.__version__, "parameters": parameters, "device": card}
 
 
 def worker(arguments: argparse.Namespace) -> None:
@@ -198,9 +203,8 @@ def worker(arguments: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(arguments.threads)
-    step, facts = make_step(
-        arguments.network, arguments.worker, size=arguments.size, batch=arguments.batch, dtype=arguments.dtype
-    )
+    given = {name: getattr(arguments, name) for name in ("size", "batch", "dtype", "device")}
+    step, facts = make_step(arguments.network, arguments.worker, **given)
     for _ in range(arguments.warmup):
         step()
     sys.stdout.write(json.dumps(facts) + "\n")
@@ -218,7 +222,7 @@ class Side:
     def __init__(self, name: str, python: str, arguments: argparse.Namespace) -> None:
         passed = [
             f"--{k}={getattr(arguments, k)}"
-            for k in ("network", "size", "batch", "threads", "dtype", "warmup")
+            for k in ("network", "size", "batch", "threads", "dtype", "device", "warmup")
         ]
         self.process = subprocess.Popen(
             [python, __file__, f"--worker={name}", *passed],
@@ -258,7 +262,8 @@ class Side:
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Interleave the two sides' steps, the order alternating, and sum up."""
     sides = {"ours": Side("ours", sys.executable, arguments)}
-    sides["peer"] = Side("peer", arguments.peer_python or sys.executable, arguments)
+    other = arguments.peer_python if arguments.network == "resenc" else None
+    sides["peer"] = Side("peer", other or sys.executable, arguments)
     for run in range(arguments.runs):
         for name in sorted(sides, reverse=bool(run % 2)):
             sides[name].step()
@@ -269,7 +274,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     return {
         "settings": {
             k: getattr(arguments, k)
-            for k in ("network", "size", "batch", "threads", "dtype", "runs", "pages")
+            for k in ("network", "size", "batch", "threads", "dtype", "device", "runs", "pages")
         },
         "facts": {name: side.facts for name, side in sides.items()},
         "seconds": {name: side.seconds for name, side in sides.items()},
@@ -287,13 +292,14 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--network", choices=("resenc", "primus", "swin", "vit"), default="resenc")
+    parser.add_argument("--network", choices=(*NETWORKS, "all"), default="resenc")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--pages", choices=("kept", "default"), default="kept", help="freed memory, both sides"
     )
@@ -304,11 +310,13 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     if arguments.worker:
         worker(arguments)
         return {}
-    result = measure(arguments)
-    _show(result)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    return result
+    results = {}
+    for network in NETWORKS if arguments.network == "all" else (arguments.network,):
+        results[network] = measure(argparse.Namespace(**{**vars(arguments), "network": network}))
+        _show(results[network])
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return results
 
 
 def _show(result: dict) -> None:
@@ -317,7 +325,7 @@ def _show(result: dict) -> None:
 
     s = result["settings"]
     what = f"{s['network']}, {s['size']}³, batch {s['batch']}, {s['dtype']}"
-    title = f"training step of {what}, {s['threads']} threads, {s['runs']} runs"
+    title = f"training step of {what}, {s['threads']} threads, {s['runs']} runs, {result['facts']['ours']['device']}"
     table = Table("side", "network from", "torch", "parameters", "median s", "fastest s", title=title)
     for name, facts in result["facts"].items():
         seconds = result["seconds"][name]

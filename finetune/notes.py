@@ -112,7 +112,11 @@ def _init_notes(
             parts = [networks[init].get(part) for part in ("encoder", "decoder")]
             names = " and ".join(f"'{part['name']}'" for part in parts if part is not None)
             batch = networks[init].get("batch_size")
-            how = "the same steps and batches" if batch is None else f"the same steps, in batches of {batch} samples"
+            how = (
+                "the same steps and batches"
+                if batch is None
+                else f"the same steps, in batches of {batch} samples"
+            )
             notes.append(
                 f"{init}: another network ({names}) from scratch, with {how}; it is no measure of what pretraining"
                 " saves."

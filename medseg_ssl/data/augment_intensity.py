@@ -200,9 +200,9 @@ def _bias_field(x_DHW: Tensor, valid_DHW: Tensor, strength: np.ndarray, source: 
     grid = torch.from_numpy(
         (source.numpy().random((1, 1, 4, 4, 4)) * 2 - 1).astype(np.float32) * float(strength[0])
     )
-    gain = interpolate(grid.to(x_DHW.device), size=x_DHW.shape, mode="trilinear", align_corners=True)[
-        0, 0
-    ].exp_()
+    gain = interpolate(
+        grid.to(x_DHW.device, non_blocking=True), size=x_DHW.shape, mode="trilinear", align_corners=True
+    )[0, 0].exp_()
     # intensities are centred on 0; the field multiplies what lies above the darkest voxel
     floor = x_DHW.amin()
     x_DHW.sub_(floor).mul_(gain).add_(floor)
@@ -227,7 +227,7 @@ def _blur(x_DHW: Tensor, valid_DHW: Tensor, strength: np.ndarray, source: _Sourc
         return
     blurred = x_DHW
     for axis, weights in enumerate(taps):
-        matrix = torch.from_numpy(_band(weights, x_DHW.shape[axis])).to(x_DHW.device)
+        matrix = torch.from_numpy(_band(weights, x_DHW.shape[axis])).to(x_DHW.device, non_blocking=True)
         blurred = (blurred.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
     x_DHW.copy_(blurred)
 

@@ -59,6 +59,8 @@ class Objective(nn.Module, ABC):
     needs: ClassVar[type[Encoder]] = Encoder
     may_recompute: ClassVar[bool] = True
     """Whether parts of the encoder may be called again in the backward pass (``train.recompute``)."""
+    may_compile: ClassVar[bool] = True
+    """Whether ``train.compile`` reaches the encoder; an objective that follows its layers one by one runs eagerly."""
     takes_templates: ClassVar[bool] = False
     """Whether ``use_templates`` is to be called before training."""
     needs_previous: ClassVar[bool] = False

@@ -95,6 +95,7 @@ class SparK(Objective):
 
     config: Config
     may_recompute = False  # a second call would be outside the pass over visible voxels
+    may_compile = False  # a pass over visible voxels follows the layers one by one
 
     def __init__(self, config: Config, encoder: Encoder, facts: Facts) -> None:
         super().__init__(config, encoder, facts)

@@ -18,12 +18,16 @@ from torch.utils.checkpoint import checkpoint
 
 from medseg_ssl import draws
 from medseg_ssl.config import ConfigError
+from medseg_ssl.nets.decoders.base import Decoder
+from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.objectives.base import Objective, StepOutput
 from medseg_ssl.train.settings import TrainConfig
 from medseg_ssl.types import Batch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+logger = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -107,8 +111,14 @@ class Runtime:
             share_statistics(objective)
         module, wrapped = self.fabric.setup(Step(objective), optimizer)
         if self.config.compile:
-            for name, part in objective.named_children():
-                if name in ("encoder", "decoder"):  # what takes tensors, not batches
+            if not objective.may_compile:
+                logger.warning(
+                    "train.compile compiles the decoder alone: this objective runs its encoder eagerly"
+                )
+            for part in list(objective.modules()):  # teachers' too
+                if isinstance(part, Encoder):
+                    part.compile_entrances()
+                elif isinstance(part, Decoder):
                     part.compile()
         return module, wrapped
 

@@ -188,7 +188,9 @@ def test_verdict_names_both_baselines_and_numbers():
     assert "12 cases × 4 draws" in line
     pooled = [c for c in summary["comparisons"] if c["scope"] == "low budgets"]
     (size,) = {f"{c['detectable']:.3f}" for c in pooled}
-    limit = f"). More than one in five such comparisons would miss a true difference below {size}. Labels saved ("
+    limit = (
+        f"). More than one in five such comparisons would miss a true difference below {size}. Labels saved ("
+    )
     assert limit in line
     told = {s["budget"]: s for s in summary["inits"]["better"]["savings"]}
     assert f"{told[1]['savings']:.2f} times with 1 label (95 % interval " in line

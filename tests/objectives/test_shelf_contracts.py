@@ -12,6 +12,7 @@ import torch
 from medseg_ssl.config import Block, parse
 from medseg_ssl.data.augment import prepare_batch
 from medseg_ssl.data.loader import Loader
+from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.train import runtime
 from medseg_ssl.train.settings import TrainConfig
 from pretrain.run import PretrainConfig, build, templates
@@ -136,3 +137,46 @@ def test_what_ships_is_live_and_was_trained(trained):
     if exported.decoder is not None:
         coarse = {n for n, p in exported.decoder.named_parameters() if p.grad is None}
         assert not coarse, coarse
+
+
+@pytest.mark.slow
+def test_compiling_reaches_what_the_objective_calls(trained, monkeypatch):
+    """``Module.compile`` alone misses ``encoder.tokens(…)``: token objectives would run as they were, silently."""
+    compiled = []
+
+    def compile_eagerly(function, **options):
+        def traced(module, inputs):
+            compiled.append(function)
+            return module.forward
+
+        return real(function, backend=traced, **options)
+
+    objective, batch = trained
+    expected = objective.eval()(batch, 0.5).loss
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    for part in list(objective.modules()):
+        if isinstance(part, Encoder):
+            part.compile_entrances()
+    copied = copy.deepcopy(objective.encoder)
+    assert not {*objective.encoder.entrances, "_compiled_call_impl"} & set(vars(copied)), (
+        "bound to other weights"
+    )
+    assert torch.allclose(objective(batch, 0.5).loss, expected, rtol=1e-4)
+    assert bool(compiled) == objective.may_compile
+    torch.compiler.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_says_what_a_cpu_says(trained, precision):
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    objective, batch = trained
+    expected = objective.eval()(batch, 0.5).loss
+    objective.to("cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        found = objective(batch.to("cuda"), 0.5).loss
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=0.01 if precision == "fp32" else 0.1)
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)

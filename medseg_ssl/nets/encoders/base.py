@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from medseg_ssl.config import Record
@@ -40,6 +41,8 @@ class Encoder(nn.Module, ABC):
     """
 
     Config: ClassVar[type[EncoderConfig]]
+    entrances: ClassVar[tuple[str, ...]] = ()
+    """Methods beside ``forward`` that objectives call; ``train.compile`` compiles these too."""
     channels_in: int
     channels: tuple[int, ...]
     strides: tuple[Triple, ...]
@@ -67,6 +70,16 @@ class Encoder(nn.Module, ABC):
         """
         return ()
 
+    def compile_entrances(self) -> None:
+        """Compile the network's methods: ``Module.compile`` compiles a call of the module alone."""
+        self.compile()
+        for name in self.entrances:
+            setattr(self, name, torch.compile(getattr(self, name)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a compiled method is bound to this network, whose weights a copy must not use
+        return {key: value for key, value in super().__getstate__().items() if key not in self.entrances}
+
     def recomputable(self) -> Iterable[nn.Module]:
         """Parts, called one after another, whose inner activations ``train.recompute`` drops and computes again."""
         return ()
@@ -80,6 +93,7 @@ class PatchEncoder(Encoder, ABC):
         embed_dim: length of a token's embedding.
     """
 
+    entrances = ("embed", "coarsest")
     patch: Triple
     embed_dim: int
 
@@ -111,6 +125,8 @@ class PatchEncoder(Encoder, ABC):
 
 class TokenEncoder(PatchEncoder, ABC):
     """An encoder made of patch tokens, for objectives that drop tokens: what is dropped costs nothing."""
+
+    entrances = (*PatchEncoder.entrances, "tokens")
 
     @abstractmethod
     def tokens(
