@@ -149,6 +149,8 @@ def test_wrong_words_name_the_right_ones(tmp_path, checkpoint, command, words, m
 
 def test_help_lists_the_formats(capsys):
     assert main(["import", "--help"]) == 0
-    assert "genesis, monai_swin, nnunet, openmind, timm" in " ".join(capsys.readouterr().out.split())
+    assert "genesis, monai_segresnet, monai_swin, nnunet, openmind, timm" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert main(["export", "--help"]) == 0
     assert "monai, nnunet, onnx, torchscript" in " ".join(capsys.readouterr().out.split())

@@ -468,6 +468,30 @@ def test_monai_self_supervised_transformer(tmp_path, prefix):
     assert reader("monai_swin").read(path).encoder["merging"] == "twice"
 
 
+@pytest.mark.parametrize(("blocks", "groups"), [((1, 2, 2, 4), 8), ((2, 1), 4)], ids=str)
+def test_monai_segresnet(tmp_path, blocks, groups):
+    from monai.networks.nets.segresnet import SegResNet
+
+    torch.manual_seed(0)
+    shape = {
+        "init_filters": 8,
+        "in_channels": 2,
+        "blocks_down": blocks,
+        "blocks_up": (1,) * (len(blocks) - 1),
+    }
+    net = shaken(SegResNet(norm=("GROUP", {"num_groups": groups}), **shape))
+    path = tmp_path / "model.pt"
+    torch.save({"state_dict": net.state_dict()}, path)
+    foreign, (encoder, decoder, audit) = bring("monai_segresnet", path, groups=groups)
+    assert (audit.coverage, decoder, foreign.channels_in) == (1.0, None, 2)
+    assert {name.split(".")[0] for name in foreign.unused} == {"up_layers", "up_samples", "conv_final"}
+    image = torch.randn(1, 2, 17, 24, 9)
+    with torch.no_grad():
+        assert_equal(encoder(image), net.encode(image)[1])
+    with pytest.raises(UserError, match="8 features in its first level, which 3 groups do not divide"):
+        reader("monai_segresnet", groups=3).read(path)
+
+
 def test_genesis_on_axes_as_ours(tmp_path):
     from tests.nets.test_cnn3d import Replica
 

@@ -1,0 +1,76 @@
+"""MONAI's SegResNet (arXiv 1810.11654): state dicts of ``SegResNet``, of which the encoder half is taken.
+
+Levels, blocks and features can be read from the weights; the number of groups of the group norm cannot.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pydantic import Field
+
+from medseg_ssl.config import UserError
+from medseg_ssl.nets.encoders.segresnet import monai_name
+from medseg_ssl.nets.imports._files import read
+from medseg_ssl.nets.imports.base import Foreign, Import, ImportConfig, parameter_names, renamed, state_dict
+
+
+class MonaiSegResNet(Import):
+    """The encoder of a SegResNet; its decoder and its layer of classes stay behind."""
+
+    class Config(ImportConfig):
+        """What the weights do not tell.
+
+        Attributes:
+            groups: of the group norm; MONAI's default is 8.
+        """
+
+        groups: int = Field(default=8, ge=1)
+
+    config: Config
+
+    def read(self, path: Path) -> Foreign:
+        """Read a state dict.
+
+        Raises:
+            UserError: another kind of file, or groups that do not divide its features.
+        """
+        tensors = state_dict(read(path), path, at=("state_dict", "model", "network_weights"))
+        first = tensors.get("convInit.conv.weight")
+        if first is None or first.ndim != 5:
+            raise UserError(
+                f"{path} is no 3D SegResNet of MONAI: it has no convInit.conv.weight of five axes"
+            )
+        block = re.compile(r"down_layers\.(\d+)\.(\d+)\.conv1\.conv\.weight")
+        found = sorted((int(m[1]), int(m[2])) for name in tensors if (m := block.fullmatch(name)))
+        levels = sorted({level for level, _ in found})
+        if len(levels) < 2 or levels != list(range(len(levels))):
+            raise UserError(
+                f"{path} has no residual blocks where MONAI's SegResNet has them (down_layers.0.1, down_layers.1.1, …)"
+            )
+        features = first.shape[0]
+        if features % self.config.groups:
+            raise UserError(
+                f"{path} has {features} features in its first level, which {self.config.groups} groups do not divide;"
+                " state the groups of its group norm by groups=…"
+            )
+        encoder = {
+            "name": "segresnet",
+            "features": features,
+            "blocks": tuple(sum(level == one for one, _ in found) for level in levels),
+            "groups": self.config.groups,
+        }
+        names = {name: monai_name(name.removeprefix("encoder.")) for name in parameter_names(encoder, None)}
+        mine, unused = renamed(tensors, names)
+        return Foreign(
+            encoder=encoder,
+            tensors=mine,
+            channels_in=first.shape[1],
+            unused=unused,
+            format="MONAI SegResNet",
+            notes=(
+                f"a group norm of {self.config.groups} groups, which no weight shows; state another by groups=…",
+                "MONAI's volumes usually have axes x, y, z and ours z, y, x; weights are not turned",
+            ),
+        )
