@@ -29,7 +29,7 @@ from .inits import SCRATCH_LONG
 from .mirror import send_left, send_once
 from .notes import notes_of
 from .planning import EncoderKey
-from .resolving import expand, resolve
+from .resolving import check_precision, expand, resolve
 from .seen import check_seen, scored_sides, trained_on
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def compare(
     if others and not quiet:
         logger.warning("%s", others)
     gpus = visible_gpus(config)
+    if gpus:
+        check_precision(config)
     crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
     device = f"{len(gpus)} GPUs" if gpus else "cpu"
     with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device, today=_today):

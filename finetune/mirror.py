@@ -264,7 +264,8 @@ def send_matrix(
 ) -> None:
     """Write a finished transfer benchmark into the mirror: matrix, curves, verdicts, its encoders and budgets.
 
-    It is in one group with its pretrainings. The comparison on a target is part of it and no run of its own.
+    It is in one group with its pretrainings. The comparison on a target is part of it and no run of its own. Encoder
+    files that came from elsewhere stay where they are.
 
     Args:
         out: folder of the benchmark.

@@ -52,7 +52,7 @@ def resolve(config: CompareConfig) -> CompareConfig:
     Raises:
         ConfigError: all wrong keys of all nested configs; fine-tuning steps that are no number of steps; an
             encoder that differs between pretraining and fine-tuning; pretraining on the subjects that are
-            scored; flips of what was never mirrored; several precisions of training and none for scoring.
+            scored; flips of what was never mirrored.
     """
     pretrains, networks = blocks(config.inits, "pretrain"), blocks(config.inits, "network")
     baselines = blocks(config.inits, "baseline")
@@ -84,12 +84,6 @@ def resolve(config: CompareConfig) -> CompareConfig:
         )
     if finetune.data.modalities:
         raise ConfigError("finetune.data.modalities has no place in a comparison; set its modalities")
-    trained = {tree.train.precision for (kind, _), tree in found.items() if kind in ("finetune", "override")}
-    if len(trained) > 1 and config.metrics.precision is None:
-        raise ConfigError(
-            f"init_overrides train in {' and '.join(sorted(trained))}, and on a GPU each would be scored in its own;"
-            " set metrics.precision, which is every init's (fp32, bf16)"
-        )
     inits = dict(config.inits)
     for name in pretrains:
         pretraining = found["pretrain", name]
@@ -115,6 +109,21 @@ def resolve(config: CompareConfig) -> CompareConfig:
                     f"{where}.objective.mirror_axes names none"
                 )
     return config.model_copy(update={"finetune": finetune.model_dump(mode="json"), "inits": inits})
+
+
+def check_precision(config: CompareConfig) -> None:
+    """See that every init is scored in one precision, where a GPU would take that of training.
+
+    Raises:
+        ConfigError: several precisions of training, and none for scoring.
+    """
+    trees = [overlay(config.finetune, tree) for tree in ({}, *config.init_overrides.values())]
+    trained = {tree.get("train", {}).get("precision", "fp32") for tree in trees}
+    if len(trained) > 1 and config.metrics.precision is None:
+        raise ConfigError(
+            f"init_overrides train in {' and '.join(sorted(trained))}, and on a GPU each would be scored in its own;"
+            " set metrics.precision, which is every init's (fp32, bf16)"
+        )
 
 
 def _check_pretraining(config: CompareConfig, name: str, pretraining: Any, finetune: FinetuneConfig) -> None:

@@ -73,7 +73,8 @@ class View:
             augmentation included.
         spacing_mm_B3: float32 voxel size (D, H, W).
         modality_B: modality of channel 0, one of ``MODALITIES``.
-        clean_BCDHW: the same crop before intensity augmentation; None while nothing was augmented.
+        clean_BCDHW: the same crop before intensity augmentation; None while nothing was augmented, and in labeled
+            views, where no loss reads it (``prepare_batch``).
         label_BDHW: uint8 classes; ``UNKNOWN_LABEL`` where unknown.
         known_classes_BK: bool, which classes (background first) the annotator stated in this case.
     """
@@ -90,7 +91,7 @@ class View:
 
     @property
     def target_BCDHW(self) -> Tensor:
-        """The image without intensity augmentation."""
+        """The image without intensity augmentation; of a labeled view the image as it is."""
         return self.image_BCDHW if self.clean_BCDHW is None else self.clean_BCDHW
 
     def to(self, device, non_blocking: bool = True) -> View:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
-    from medseg_ssl.types import Facts
+    from medseg_ssl.types import Facts, ViewPlan
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def run_pretrain(
         made = make_card(config, opened, views, steps=steps, channels=objective.encoder.channels_in)
         return made.model_copy(update={"checked_against": checked})
 
-    inputs: dict[str, Any] = {"archive": opened.fingerprint[:16], **access.identity()}
+    inputs: dict[str, Any] = {"archive": opened.fingerprint[:16], **access.identity(), **_targets(views)}
     if config.data.protect:
         inputs["protect"] = [protected_name(entry) for entry in checked[len(opened.members) :]]
     with open_run(run, config=config, inputs=inputs, ships=SHIPS, runtime=machine) as complete:
@@ -165,6 +165,11 @@ def run_pretrain(
             encoder_file.save(Path(run) / SHIPS, **parts, card=described)
         machine.barrier()
     return Path(run) / SHIPS
+
+
+def _targets(views: ViewPlan) -> dict[str, str]:
+    """Marks runs whose crops are restored clean and once were not, so that none goes on with another target."""
+    return {"targets": "clean"} if any(v.augment.startswith("segmentation") for v in views.values()) else {}
 
 
 def protected_name(entry: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ def savings(tables_: Tables, *, init: str, baseline: str) -> list[dict[str, Any]
         One dict per budget: ``savings``, ``ci_low``, ``ci_high`` (None = open), ``labels`` (what the baseline
         needs), ``censored`` (the baseline never gets there: a lower bound), ``at_most`` (it is there already
         at its smallest budget: an upper bound), ``gap`` (mean score of the init minus the baseline's at
-        ``labels``: 0 but for the two bounds).
+        ``labels``: 0 but for the two bounds), ``cases`` and ``draws`` that all of it rests on.
     """
     grid = budgets_of(tables_, baseline)
     out = []
@@ -54,6 +54,7 @@ def savings(tables_: Tables, *, init: str, baseline: str) -> list[dict[str, Any]
             | {"ci_high": None if ci_high is None else ci_high / budget}
             | {"censored": bool(censored), "at_most": bool(first == 0 and not censored and mean_G[0] < 0)}
             | {"gap": float(mean_G[first]) if censored or first == 0 else 0.0}
+            | {"cases": int(parts[0].shape[0]), "draws": int(parts[0].shape[1])}
         )
     return out
 

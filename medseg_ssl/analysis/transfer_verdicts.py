@@ -56,11 +56,13 @@ def _limits(cells: Sequence[Mapping[str, Any]]) -> list[str]:
             for target, values in least.items()
         ]
         lines.append(
-            "More than one in five such benchmarks would miss, even before the correction, a true gain below: "
-            f"{'; '.join(told)}."
+            "More than one in five such benchmarks would miss, even before the correction, a true gain below this (of"
+            f" the surest to the least sure source of a target): {'; '.join(told)}."
         )
-    few = few_levels(cells)
-    return [*lines, few] if few else lines
+    for target in dict.fromkeys(cell["target"] for cell in cells):
+        few = few_levels([cell for cell in cells if cell["target"] == target])
+        lines += [f"{target}: {few}"] if few else []
+    return lines
 
 
 def _pretraining_verdict(cells: Sequence[Mapping[str, Any]]) -> list[str]:

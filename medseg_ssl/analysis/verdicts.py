@@ -94,8 +94,13 @@ def _savings(found: Sequence[Mapping[str, Any]], low_budgets: Sequence[int]) -> 
         f" {_labels(item['budget'])} ({_ends(item)})"
         for item in told
     ]
-    sure = [item["budget"] for item in told if item["ci_low"] is not None and item["ci_low"] > 1]
-    claim = f"significant at {_and(sure)}" if sure else "no saving is shown, as no interval lies above 1"
+    judged = [item for item in told if min(item["cases"], item["draws"]) > 1]
+    sure = [item["budget"] for item in judged if item["ci_low"] is not None and item["ci_low"] > 1]
+    claim = "no saving is shown, as no interval lies above 1"
+    if sure:
+        claim = f"the interval lies above 1 at {_and(sure)}, each by itself and without a correction"
+    elif not judged:
+        claim = "a single draw or case shows none"
     return (
         f"Labels saved (those the better baseline needs, divided by those used): {', '.join(parts)}; {claim}."
     )

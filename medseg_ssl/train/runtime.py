@@ -111,14 +111,15 @@ class Runtime:
             share_statistics(objective)
         module, wrapped = self.fabric.setup(Step(objective), optimizer)
         if self.config.compile:
-            if not objective.may_compile:
+            if self.is_main and not objective.may_compile:
                 logger.warning(
                     "train.compile compiles the decoder alone: this objective runs its encoder eagerly"
                 )
+            own = dict(objective.named_children()).get("decoder")  # may be no pyramid's, but takes tensors
             for part in list(objective.modules()):  # teachers' too
                 if isinstance(part, Encoder):
                     part.compile_entrances()
-                elif isinstance(part, Decoder):
+                elif isinstance(part, Decoder) or part is own:
                     part.compile()
         return module, wrapped
 

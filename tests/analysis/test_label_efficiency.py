@@ -194,7 +194,9 @@ def test_verdict_names_both_baselines_and_numbers():
     assert limit in line
     told = {s["budget"]: s for s in summary["inits"]["better"]["savings"]}
     assert f"{told[1]['savings']:.2f} times with 1 label (95 % interval " in line
-    assert line.endswith("significant at 1, 2 and 4."), line
+    assert line.endswith(
+        "; the interval lies above 1 at 1, 2 and 4, each by itself and without a correction."
+    ), line
     assert [c["mean"] for c in pooled] == pytest.approx([0.08, 0.1], abs=0.01)
     assert all(c["p_holm"] >= c["p"] for c in summary["comparisons"])
 
@@ -204,6 +206,12 @@ def test_a_verdict_says_that_no_saving_is_shown_and_that_two_draws_are_few():
     line = le.summarise(rows, baselines=["scratch"])["verdicts"][0]
     assert line.endswith("; no saving is shown, as no interval lies above 1.")
     assert "two draws" not in line
+    better = rows_of({"scratch": SCRATCH, "mae": BETTER}, noise=0.01)
+    lone = [
+        row for row in better if row["draw"] == 0 or row["budget"] < 4
+    ]  # savings need every budget's draws
+    line = le.summarise(lone, baselines=["scratch"], low_budgets=[1, 2])["verdicts"][0]
+    assert line.endswith("; a single draw or case shows none.")
     few = [row for row in rows if row["draw"] < 2]
     line = le.summarise(few, baselines=["scratch"])["verdicts"][0]
     assert "Over two draws such intervals hold the truth in 88 to 90 of 100 cases, not in 95." in line

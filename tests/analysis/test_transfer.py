@@ -199,6 +199,12 @@ def test_verdicts_claim_what_is_shown_and_no_more():
     assert "far → lesions (-0.02" in lines[0].split("loss")[1]
     (union,) = [line for line in lines if line.startswith("CT+MR → organs against CT")]
     assert "it beats each of its single sources" in union
+    (limit,) = [line for line in lines if line.startswith("More than one in five such benchmarks")]
+    of_ct = [c["detectable"] for c in summary["cells"] if c["target"] == "organs"]
+    assert f"organs {min(of_ct):.3f} to {max(of_ct):.3f}" in limit
+    assert not any("two draws" in line for line in lines)
+    two = transfer_verdicts(transfer_summary(rows(draws=2), SOURCES, targets()))
+    assert sum("Over two draws" in line for line in two) == len(targets())
     noisy = transfer_verdicts(transfer_summary(rows(noise=0.4), SOURCES, targets()))
     assert "gain none; loss none" in noisy[0]
     assert any("no significant difference" in line for line in noisy)

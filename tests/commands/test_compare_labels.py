@@ -11,6 +11,7 @@ import yaml
 from finetune import budget_record, labeling, planning, report
 from finetune import compare as command
 from finetune import resolving as plans
+from finetune.comparison import Metrics
 from medseg_ssl.analysis import figures
 from medseg_ssl.config import ConfigError, parse, to_yaml
 from medseg_ssl.data import strata
@@ -506,18 +507,22 @@ def test_another_network_and_a_baseline_share_all_but_themselves(tmp_path, shelf
             {"inits": {"scratch": "scratch"}, "metrics": {"flips": True}},
             "metrics.flips averages over the mirrorings of training, and finetune.objective.mirror_axes names none",
         ),
-        (
-            {
-                "inits": {"scratch": "scratch", "coarse": "scratch"},
-                "init_overrides": {"coarse": {"train": {"precision": "bf16"}}},
-            },
-            "init_overrides train in bf16 and fp32, .* each would be scored in its own; set metrics.precision",
-        ),
     ],
 )
 def test_wrong_kinds_are_named(tmp_path, shelf, changes, message):
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, **changes)
+
+
+def test_on_a_gpu_every_init_is_scored_in_one_precision():
+    both = {"inits": {"scratch": "scratch", "coarse": "scratch"}}
+    config = fakes.config(**both, init_overrides={"coarse": {"train": {"precision": "bf16"}}})
+    with pytest.raises(
+        ConfigError, match=r"init_overrides train in bf16 and fp32, .* set metrics\.precision"
+    ):
+        plans.check_precision(config)
+    plans.check_precision(config.model_copy(update={"metrics": Metrics(precision="fp32")}))
+    plans.check_precision(fakes.config(**both))
 
 
 @pytest.mark.parametrize(

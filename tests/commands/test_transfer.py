@@ -284,7 +284,7 @@ def test_the_matrix_and_its_curves_stand_in_the_offline_run(tmp_path, finished, 
     artifacts = {
         r.artifact.name: r.artifact.type for r in recorded if r.WhichOneof("record_type") == "artifact"
     }
-    assert artifacts["fake-CT-MR"] == "encoder"
+    assert artifacts["fake-CT_MR"] == "encoder"
 
 
 @pytest.mark.usefixtures("stand_ins")

@@ -490,6 +490,10 @@ def test_monai_segresnet(tmp_path, blocks, groups):
         assert_equal(encoder(image), net.encode(image)[1])
     with pytest.raises(UserError, match="8 features in its first level, which 3 groups do not divide"):
         reader("monai_segresnet", groups=3).read(path)
+    for norm in ("batch", "instance"):
+        torch.save(SegResNet(norm=norm, **shape).state_dict(), path)
+        with pytest.raises(UserError, match="another norm than the group norm"):
+            reader("monai_segresnet").read(path)
 
 
 def test_genesis_on_axes_as_ours(tmp_path):

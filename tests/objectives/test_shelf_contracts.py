@@ -155,9 +155,14 @@ def test_compiling_reaches_what_the_objective_calls(trained, monkeypatch):
     expected = objective.eval()(batch, 0.5).loss
     real = torch.compile
     monkeypatch.setattr(torch, "compile", compile_eagerly)
-    for part in list(objective.modules()):
-        if isinstance(part, Encoder):
-            part.compile_entrances()
+    machine = runtime.start(parse(TrainConfig, {"steps": 1, "accelerator": "cpu", "compile": True}))
+    machine.setup(objective, torch.optim.SGD(objective.parameters(), lr=0.1))
+    encoders = [part for part in objective.modules() if isinstance(part, Encoder)]
+    decoders = [part for name, part in objective.named_children() if name == "decoder"]
+    assert all({*part.entrances, "_compiled_call_impl"} <= set(vars(part)) for part in encoders), (
+        "teachers' too"
+    )
+    assert all(part._compiled_call_impl is not None for part in (*encoders, *decoders))
     copied = copy.deepcopy(objective.encoder)
     assert not {*objective.encoder.entrances, "_compiled_call_impl"} & set(vars(copied)), (
         "bound to other weights"

@@ -34,7 +34,7 @@ class MonaiSegResNet(Import):
         """Read a state dict.
 
         Raises:
-            UserError: another kind of file, or groups that do not divide its features.
+            UserError: another kind of file, another norm, or groups that do not divide its features.
         """
         tensors = state_dict(read(path), path, at=("state_dict", "model", "network_weights"))
         first = tensors.get("convInit.conv.weight")
@@ -49,6 +49,8 @@ class MonaiSegResNet(Import):
             raise UserError(
                 f"{path} has no residual blocks where MONAI's SegResNet has them (down_layers.0.1, down_layers.1.1, …)"
             )
+        if "down_layers.0.1.norm1.weight" not in tensors or any(n.endswith("running_mean") for n in tensors):
+            raise UserError(f"{path} has another norm than the group norm that a SegResNet has here")
         features = first.shape[0]
         if features % self.config.groups:
             raise UserError(
