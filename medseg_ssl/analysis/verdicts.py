@@ -89,18 +89,17 @@ def _savings(found: Sequence[Mapping[str, Any]], low_budgets: Sequence[int]) -> 
     told = [item for item in found if item["budget"] in low_budgets] or list(found)
     if not told:
         return ""
-    parts = [
-        f"{'at least ' if item['censored'] else 'at most ' if item['at_most'] else ''}{item['savings']:.2f} times with"
-        f" {_labels(item['budget'])} ({_ends(item)})"
-        for item in told
-    ]
     judged = [item for item in told if min(item["cases"], item["draws"]) > 1]
     sure = [item["budget"] for item in judged if item["ci_low"] is not None and item["ci_low"] > 1]
-    claim = "no saving is shown, as no interval lies above 1"
-    if sure:
-        claim = f"the interval lies above 1 at {_and(sure)}, each by itself and without a correction"
-    elif not judged:
-        claim = "a single draw or case shows none"
+    parts = [
+        f"{'at least ' if item['censored'] else 'at most ' if item['at_most'] else ''}{item['savings']:.2f} times with"
+        f" {_labels(item['budget'])}" + (f" ({_ends(item)})" if sure else "")
+        for item in told
+    ]
+    if not sure:
+        why = "no interval lies above 1" if judged else "a single draw or case judges nothing"
+        return f"No label saving is shown: {', '.join(parts)}; {why}."
+    claim = f"the interval lies above 1 at {_and(sure)}, each by itself and without a correction"
     return (
         f"Labels saved (those the better baseline needs, divided by those used): {', '.join(parts)}; {claim}."
     )
