@@ -89,6 +89,15 @@ class Objective(nn.Module, ABC):
     def use_templates(self, templates: Mapping[str, Template], *, seed: int) -> None:
         """Take the templates of the training scans by modality: once, before training, if ``takes_templates``."""
 
+    def compile_networks(self) -> None:
+        """Compile what takes tensors, not batches: every encoder and decoder, teachers' too."""
+        own = dict(self.named_children()).get("decoder")  # may be no pyramid's
+        for part in list(self.modules()):
+            if isinstance(part, Encoder):
+                part.compile_entrances()
+            elif isinstance(part, Decoder) or part is own:
+                part.compile()
+
     def begin(self, kept: Sequence[int] = ()) -> None:
         """Copy what is to be copied of the networks: they hold the weights that fine-tuning starts from.
 

@@ -18,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from medseg_ssl import draws
 from medseg_ssl.config import ConfigError
-from medseg_ssl.nets.decoders.base import Decoder
-from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.objectives.base import Objective, StepOutput
 from medseg_ssl.train.settings import TrainConfig
 from medseg_ssl.types import Batch
@@ -115,12 +113,7 @@ class Runtime:
                 logger.warning(
                     "train.compile compiles the decoder alone: this objective runs its encoder eagerly"
                 )
-            own = dict(objective.named_children()).get("decoder")  # may be no pyramid's, but takes tensors
-            for part in list(objective.modules()):  # teachers' too
-                if isinstance(part, Encoder):
-                    part.compile_entrances()
-                elif isinstance(part, Decoder) or part is own:
-                    part.compile()
+            objective.compile_networks()
         return module, wrapped
 
     def seed_step(self, seed: int, step: int) -> None:
