@@ -295,10 +295,7 @@ def send_matrix(
                 drawn = curve_figure(rows, metric="dice", baselines=scratch, label="Dice")
                 recorder.chart(f"label_efficiency/{target}", drawn)
         for file in sorted(out.glob(f"pretrain/*/{ENCODER}")):
-            source = file.parent.name.replace("@", "-").replace("+", "-")
-            recorder.artifact(
-                f"{task}-{source}", "encoder", {ENCODER: file}, about={"source": file.parent.name}
-            )
+            source = file.parent.name
+            recorder.artifact(f"{task}-{source}", "encoder", {ENCODER: file}, about={"source": source})
         for file in sorted(out.glob(f"targets/*/{BUDGETS}")):
-            target = file.parent.name.replace("+", "-")
-            recorder.artifact(f"{task}-{target}-budgets", "budgets", {BUDGETS: file})
+            recorder.artifact(f"{task}-{file.parent.name}-budgets", "budgets", {BUDGETS: file})

@@ -168,7 +168,7 @@ def test_compiling_reaches_what_the_objective_calls(trained, monkeypatch):
         "bound to other weights"
     )
     assert torch.allclose(objective(batch, 0.5).loss, expected, rtol=1e-4)
-    assert bool(compiled) == objective.may_compile
+    assert compiled, "nothing was traced"
     torch.compiler.reset()
 
 
