@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from finetune.demo import main
+from medseg_ssl.commandline import find_config
 
 SHORT = [
     "budgets=[1]",
@@ -17,18 +18,19 @@ SHORT = [
 
 
 SHORT_TRANSFER = """
-base: phantom
+base: {base}
 draws: 1
-pretrain: {train: {steps: "2 steps"}}
-finetune: {train: {steps: "2 steps"}}
-wandb: {mode: disabled}
+pretrain: {{train: {{steps: "2 steps"}}}}
+finetune: {{train: {{steps: "2 steps"}}}}
+wandb: {{mode: disabled}}
 """
 
 
 @pytest.mark.slow
 def test_the_story_ends_in_a_report_of_every_init(tmp_path):
     out, transfer = tmp_path / "demo", tmp_path / "short.yaml"
-    transfer.write_text(SHORT_TRANSFER, encoding="utf-8")
+    base = find_config("phantom", kind="transfer")
+    transfer.write_text(SHORT_TRANSFER.format(base=base), encoding="utf-8")
     command = [str(out), "--subjects", "14", "--transfer", str(transfer), *SHORT]
     report = main(command)
     assert report == out / "comparison" / "report.html"
