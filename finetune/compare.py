@@ -82,7 +82,8 @@ def compare(
         UserError: fits failed; what finished is in the tables all the same.
     """
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.budget_file import difference, other_scored, read_budgets, write_budgets
+    from medseg_ssl.data.budget_file import read_budgets, write_budgets
+    from medseg_ssl.data.budget_matching import difference, other_scored
 
     given = planning.given_encoders(config, encoders or {})
     hashes = {key.label: hash_file(path) for key, path in given.items() if key.fold == 0}

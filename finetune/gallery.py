@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.analysis.cases import CaseScores, shortcomings
 from medseg_ssl.analysis.page import Picture
+from medseg_ssl.analysis.verdicts import labels_text
 from medseg_ssl.analysis.volumes import CasePrediction, CaseVolume, Predictions, read_volume
 from medseg_ssl.types import UNKNOWN_LABEL
 
@@ -43,7 +44,7 @@ class Gallery:
         self.out = out
         self.scores = scores
         self.budget = scores.budgets[0]
-        self.words = "1 label" if self.budget == 1 else f"{self.budget} labels"
+        self.words = labels_text(self.budget)
         from medseg_ssl.analysis.pictures import read_slices
 
         self._rows: dict[tuple[str, int, str], list[Row]] = {}

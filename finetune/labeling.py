@@ -13,8 +13,8 @@ from medseg_ssl.data.budget_file import (
     Subsets,
     case_ids,
     fold_splits,
-    resolve_budgets,
 )
+from medseg_ssl.data.budget_matching import resolve_budgets
 from medseg_ssl.data.partial import Access, PartialLabel, draw_classes, draw_slices, limited_cases
 from medseg_ssl.data.strata import CLASSES, subject_strata
 

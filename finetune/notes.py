@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from medseg_ssl.analysis.verdicts import labels_text
 from medseg_ssl.data.budgets import unstated_classes
 from medseg_ssl.data.partial import limited_cases
 from medseg_ssl.data.strata import CLASSES
@@ -175,7 +176,7 @@ def _cost_notes(folds: Sequence[Fold]) -> list[str]:
     for budget, costs in sorted(by_budget.items()):
         mean = {key: sum(cost[key] for cost in costs) / len(costs) for key in costs[0]}
         notes.append(
-            f"{_labels(budget)}: {mean['slices']:.6g} of {mean['of_slices']:.6g} axial slices labeled, "
+            f"{labels_text(budget)}: {mean['slices']:.6g} of {mean['of_slices']:.6g} axial slices labeled, "
             f"{mean['classes']:.6g} of {mean['of_classes']:.6g} classes stated (summed over cases, mean over draws)."
         )
     return notes
@@ -189,14 +190,10 @@ def _unstated_notes(tasks: Sequence[FitTask], archive: Archive) -> list[str]:
         if unstated := unstated_classes((rows[case] for case in drawn), archive.classes):
             place = f"draw {draw}" + (f", fold {fold}" if fold else "")
             notes.append(
-                f"{_labels(budget)}, {place}: no labeled case states {', '.join(unstated)}, so no init can predict it "
-                "there."
+                f"{labels_text(budget)}, {place}: no labeled case states {', '.join(unstated)}, so no init can predict it"
+                " there."
             )
     return notes
-
-
-def _labels(budget: int) -> str:
-    return "1 label" if budget == 1 else f"{budget} labels"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -163,7 +163,8 @@ def subset(
         ConfigError: no budget is named, or the file does not go with config and archive.
     """
     from medseg_ssl.data.archive import Archive
-    from medseg_ssl.data.budget_file import chosen_cases, difference, read_budgets
+    from medseg_ssl.data.budget_file import read_budgets
+    from medseg_ssl.data.budget_matching import chosen_cases, difference
     from medseg_ssl.data.partial import Access
 
     if budget is None:

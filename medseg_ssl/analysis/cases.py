@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from medseg_ssl.analysis.page import section, sortable, text
+from medseg_ssl.analysis.verdicts import labels_text
 
 MEAN = "mean over classes"
 MISSED, SPURIOUS = 0.5, 0.25
@@ -111,7 +112,7 @@ def scatter_html(scores: CaseScores, *, baselines: Sequence[str], name: str) -> 
     controls = (
         select("x", "Across", scores.inits, first)
         + select("y", "Up", scores.inits, second)
-        + select("budget", "with", [_labels(b) for b in scores.budgets], 0)
+        + select("budget", "with", [labels_text(b) for b in scores.budgets], 0)
         + (select("class", "Dice of", scores.classes, 0) if len(scores.classes) > 1 else "")
     )
     caption = (
@@ -143,7 +144,7 @@ def worst_cases_html(scores: CaseScores, *, viewed: Sequence[str] = ()) -> str:
                 [str(rank), key, _cell(mean), _cell(spread, plain=True), *map(_cell, values_I.tolist())]
             )
         head = ["#", "case", "mean", "spread", *scores.inits]
-        tables[_labels(budget)] = sortable(head, rows)
+        tables[labels_text(budget)] = sortable(head, rows)
     if len(tables) == 1:
         return "".join(tables.values()) + _CASES_NOTE
     buttons = "".join(f'<button type="button" data-pane="{text(k)}">{text(k)}</button>' for k in tables)
@@ -199,10 +200,6 @@ def case_sections(
         section("Two inits, case by case", scatter_html(scores, baselines=baselines, name=name)),
         section("Worst cases first", worst_cases_html(scores, viewed=viewed) if scores.cases else ""),
     ]
-
-
-def _labels(budget: int) -> str:
-    return "1 label" if budget == 1 else f"{budget} labels"
 
 
 def _ml(value: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from medseg_ssl.analysis.figures import series
 from medseg_ssl.analysis.page import details, table, text
 from medseg_ssl.analysis.scores import Row
+from medseg_ssl.analysis.verdicts import labels_text
 
 METRIC_LABELS = {
     "dice": "Dice",
@@ -66,7 +67,7 @@ def differences_table(summary: Mapping[str, Any]) -> str:
         for (init, baseline), own in pairs.items()
     ]
     tests = [
-        [f"{text(c['init'])} − {text(c['baseline'])}", scopes[c["scope"]], _counts(c)]
+        [f"{text(c['init'])} − {text(c['baseline'])}", scopes[c["scope"]], counts_text(c)]
         + [_p(c[name]) for name in ("p", "p_holm", "t_p", "wilcoxon_p", "wilcoxon_p_holm")]
         for c in found
     ]
@@ -109,7 +110,8 @@ def differences_table(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _counts(c: Row) -> str:
+def counts_text(c: Row) -> str:
+    """``36 × 3``: cases and draws, and pretrainings where there are several."""
     more = f" × {c['pretrainings']} pretrainings" if c["pretrainings"] > 1 else ""
     return f"{c['cases']} × {c['draws']}{more}"
 
@@ -121,11 +123,6 @@ def _scope(comparison: Row) -> str:
     if comparison["scope"] == "low budgets":
         return "pooled " + ", ".join(map(str, budgets))
     return labels_text(budgets[0])
-
-
-def labels_text(budget: int) -> str:
-    """``1 label``, ``4 labels``."""
-    return "1 label" if budget == 1 else f"{budget} labels"
 
 
 def _difference_cell(c: Row) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.analysis.transfer import is_found
+from medseg_ssl.analysis.verdicts import labels_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,8 +118,7 @@ def _limits(found: Mapping[str, Sequence[Row]], metric: str) -> tuple[float, flo
 
 def _hover_cells(row: Row, known: bool) -> list[str]:
     interval = f"95 % interval {row['ci_low']:.3f} to {row['ci_high']:.3f}" if known else "no interval"
-    labels = "1 label" if row["budget"] == 1 else f"{row['budget']} labels"
-    return [labels, interval, f"{row['cases']} cases × {row['draws']} draws"]
+    return [labels_text(row["budget"]), interval, f"{row['cases']} cases × {row['draws']} draws"]
 
 
 def loss_figure(losses: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Any]:

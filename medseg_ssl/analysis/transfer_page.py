@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medseg_ssl.analysis.comparison_html import interval_cell
+from medseg_ssl.analysis.comparison_html import counts_text, interval_cell
 from medseg_ssl.analysis.figures import heat_map
 from medseg_ssl.analysis.page import details, figure, inline, made_again, page, section, table, text
 from medseg_ssl.analysis.report import MANY, MAP
+from medseg_ssl.analysis.verdicts import labels_text
 
 Row = Mapping[str, Any]
 POOLED = "gain, few labels"
@@ -144,7 +145,7 @@ def _heat_maps(found: Transfer, name: str) -> str:
             for r in dice
             if r["budget"] == budget
         }
-        figures[f"Dice, {_labels(budget)}"] = heat_map(
+        figures[f"Dice, {labels_text(budget)}"] = heat_map(
             cells, columns=list(dict.fromkeys(inits)), gain=False, **shown
         )
     fallback = (
@@ -158,10 +159,6 @@ def _heat_maps(found: Transfer, name: str) -> str:
 def gain_cells(summary: Mapping[str, Any]) -> dict[tuple[str, str], Row]:
     """(target, source) to its gain over few labels."""
     return {(cell["target"], cell["source"]): cell for cell in summary["cells"]}
-
-
-def _labels(budget: int) -> str:
-    return "1 label" if budget == 1 else f"{budget} labels"
 
 
 # -- tables --------------------------------------------------------------------------------------------------
@@ -178,7 +175,7 @@ def _cells_table(found: Transfer) -> str:
             interval_cell(c["mean"], c["low"], c["high"], sign=True),
             _p(c["p"]),
             _p(c["p_holm"]),
-            _counts(c),
+            counts_text(c),
         ]
         for c in found.summary["cells"]
     ]
@@ -201,7 +198,7 @@ def _dice_tables(found: Transfer) -> str:
             shown = [interval_cell(r["mean"], r["ci_low"], r["ci_high"]) if r else "" for r in cells]
             rows.append([text(init), text(role), *shown])
         if budgets:
-            head = ["init", "what it is", *(_labels(budget) for budget in budgets)]
+            head = ["init", "what it is", *(labels_text(budget) for budget in budgets)]
             out += f"<h3>{text(target)}</h3>" + table(head, rows)
     return out + f'<p class="caption">{text(DICE_CAPTION)}</p>' if out else ""
 
@@ -247,7 +244,7 @@ def _differences(items: Sequence[Row], head: Any) -> str:
             interval_cell(item["mean"], item["low"], item["high"], sign=True),
             _p(item["p"]),
             _p(item["p_holm"]),
-            _counts(item),
+            counts_text(item),
         ]
         for item in items
     ]
@@ -317,11 +314,6 @@ def _missing(rows: Sequence[Row]) -> str:
 
 def _counted(items: Sequence[Row]) -> str:
     return "cases × draws" + (" × pretrainings" if any(i["pretrainings"] > 1 for i in items) else "")
-
-
-def _counts(item: Row) -> str:
-    several = f" × {item['pretrainings']}" if item["pretrainings"] > 1 else ""
-    return f"{item['cases']} × {item['draws']}{several}"
 
 
 def _signed(value: float | None) -> str:

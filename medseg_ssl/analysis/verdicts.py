@@ -93,7 +93,7 @@ def _savings(found: Sequence[Mapping[str, Any]], low_budgets: Sequence[int]) -> 
     sure = [item["budget"] for item in judged if item["ci_low"] is not None and item["ci_low"] > 1]
     parts = [
         f"{'at least ' if item['censored'] else 'at most ' if item['at_most'] else ''}{item['savings']:.2f} times with"
-        f" {_labels(item['budget'])}" + (f" ({_ends(item)})" if sure else "")
+        f" {labels_text(item['budget'])}" + (f" ({_ends(item)})" if sure else "")
         for item in told
     ]
     if not sure:
@@ -114,7 +114,8 @@ def _ends(item: Mapping[str, Any]) -> str:
     return f"95 % interval from {low:.2f}" if high is None else f"95 % interval {low:.2f} to {high:.2f}"
 
 
-def _labels(budget: int) -> str:
+def labels_text(budget: int) -> str:
+    """``1 label``, ``4 labels``."""
     return "1 label" if budget == 1 else f"{budget} labels"
 
 

@@ -10,16 +10,13 @@ from medseg_ssl.data.budget_file import (
     BudgetFile,
     Budgets,
     case_ids,
-    chosen_cases,
     describe,
-    difference,
     fold_splits,
-    other_scored,
     read_budgets,
-    resolve_budgets,
     scored_names,
     write_budgets,
 )
+from medseg_ssl.data.budget_matching import chosen_cases, difference, other_scored, resolve_budgets
 from tests.commands import fake_comparison as fakes
 
 
