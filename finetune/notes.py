@@ -190,8 +190,8 @@ def _unstated_notes(tasks: Sequence[FitTask], archive: Archive) -> list[str]:
         if unstated := unstated_classes((rows[case] for case in drawn), archive.classes):
             place = f"draw {draw}" + (f", fold {fold}" if fold else "")
             notes.append(
-                f"{labels_text(budget)}, {place}: no labeled case states {', '.join(unstated)}, so no init can predict it"
-                " there."
+                f"{labels_text(budget)}, {place}: no labeled case states {', '.join(unstated)}, so no init can predict"
+                " it there."
             )
     return notes
 
