@@ -47,7 +47,7 @@ class Stratify(Record):
             smallest budgets; a column of the scans lets its values take turns.
     """
 
-    by: Literal["classes", "contrast", "modality", "source", "unit"]
+    by: Literal["classes", "contrast", "modality", "scanner", "source", "unit"]
 
 
 class PartialLabels(Record):

@@ -184,6 +184,7 @@ def _ingest_scan(
     """
     recipe, raw = task.recipe, scan.raw
     names = (raw.modality, raw.contrast, raw.unit, scan.subject, scan.study, scan.frame)
+    names += (raw.scanner,) if raw.scanner else ()  # archives made before it was kept stay up to date
     # the grid comes from the first channel, the names from the config: where either changes, the volume is
     # stale
     first_files = reading.files_of(task.scans[0].raw) if native is not None else ()
@@ -306,6 +307,7 @@ def _store_scan(scan: ScanTask, task: CaseTask, volume: Volume, target: Grid, *,
         quality=tuple(quality),
         source=recipe.source.name,
         appearance=appearance(volume.array, in_file, volume.spacing_mm),
+        scanner=raw.scanner,
     )
     store.write_volume(task.archive, stored.stored, row, recipe=recipe, stamp=stamp)
     return row

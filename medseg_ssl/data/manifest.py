@@ -85,6 +85,7 @@ class ScanRow(Row):
             ``""`` for a flat scan and in archives made before it existed.
         original_shape: grid of the source file after reorientation to RAS+.
         foreground_box: [start, stop) of the body in archive voxels.
+        scanner: maker and model of the machine, ``""`` unknown, as in archives made before it was kept.
     """
 
     key: str
@@ -108,6 +109,7 @@ class ScanRow(Row):
     source: str = ""
     generation: int = 1
     appearance: str = ""
+    scanner: str = ""
 
     def moved(self, transform_44: np.ndarray) -> ScanRow:
         """The same scan elsewhere; ``spacing_mm`` stays the scan's own, also where an affine transform stretches it.

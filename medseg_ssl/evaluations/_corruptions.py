@@ -1,13 +1,15 @@
 """What can go wrong with a scan, in physical units and at a stated strength.
 
 Graded common corruptions (arXiv 1903.12261), for scans: each is a pure function of the scan, the strength and the seed.
-Where there is no data, nothing is blurred in.
+MONAI's transforms do the work; from here come physical units (mm, HU, shares of the scan's range) and that nothing is
+blurred in from where there is no data. Missing slices are our own, MONAI has none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -59,8 +61,10 @@ def corrupt(kind: str, volume: Volume, amount: float, *, seed: int) -> tuple[np.
 
 
 def _noise(volume: Volume, amount: float, generator: np.random.Generator):
-    noise_DHW = generator.standard_normal(volume.array_DHW.shape, dtype=np.float32)
-    return volume.array_DHW + np.float32(amount) * noise_DHW, volume.valid
+    from monai.transforms.intensity.array import RandGaussianNoise
+
+    noise = RandGaussianNoise(prob=1.0, mean=0.0, std=amount, sample_std=False)
+    return _applied(noise, volume.array_DHW, generator), volume.valid
 
 
 def _relative_noise(volume: Volume, amount: float, generator: np.random.Generator):
@@ -68,40 +72,34 @@ def _relative_noise(volume: Volume, amount: float, generator: np.random.Generato
 
 
 def _blur(volume: Volume, amount: float, generator: np.random.Generator):
-    from scipy.ndimage import gaussian_filter
+    from monai.transforms.intensity.array import GaussianSmooth
 
-    sigma = [amount / FWHM / spacing for spacing in volume.spacing_mm]
-    return _over_data(volume, lambda array: gaussian_filter(array, sigma, mode="nearest")), volume.valid
+    smooth = GaussianSmooth([amount / FWHM / spacing for spacing in volume.spacing_mm], approx="sampled")
+    return _over_data(volume, lambda array_DHW: _applied(smooth, array_DHW)), volume.valid
 
 
 def _resolution(volume: Volume, amount: float, generator: np.random.Generator):
     """Voxels averaged until none is shorter than ``amount``, then interpolated back; longer sides stay."""
-    import torch
-    from torch.nn.functional import interpolate
+    from monai.transforms.compose import Compose
+    from monai.transforms.spatial.array import Resize
 
     shape = volume.array_DHW.shape
     coarse = [max(1, round(n * min(1.0, s / amount))) for n, s in zip(shape, volume.spacing_mm, strict=True)]
-
-    def there_and_back(array: np.ndarray) -> np.ndarray:
-        given = torch.from_numpy(np.ascontiguousarray(array))[None, None]
-        fewer = interpolate(given, size=coarse, mode="area")
-        return interpolate(fewer, size=shape, mode="trilinear", align_corners=False)[0, 0].numpy()
-
-    return (volume.array_DHW if coarse == list(shape) else _over_data(volume, there_and_back)), volume.valid
+    if coarse == list(shape):
+        return volume.array_DHW, volume.valid
+    there_and_back = Compose([Resize(coarse, mode="area"), Resize(shape, mode="trilinear")])
+    return _over_data(volume, lambda array_DHW: _applied(there_and_back, array_DHW)), volume.valid
 
 
 def _bias_field(volume: Volume, amount: float, generator: np.random.Generator):
-    """The exponential of a polynomial of degree 3 with coefficients in [−amount, amount] (as in MONAI and NiftyNet).
+    """The exponential of a polynomial of degree 3 with coefficients in [−amount, amount].
 
-    The polynomial is of Legendre's kind over the volume, without its constant.
+    Of Legendre's kind over the volume; with its constant, a factor that an intensity policy for MR takes out.
     """
-    degree = 3
-    drawn = generator.uniform(-1.0, 1.0, (degree + 1,) * 3)
-    order = np.add.outer(np.add.outer(np.arange(degree + 1), np.arange(degree + 1)), np.arange(degree + 1))
-    coefficients = amount * np.where((order > 0) & (order <= degree), drawn, 0.0)
-    z_D, y_H, x_W = (np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1) for n in volume.array_DHW.shape)
-    gain_DHW = np.exp(np.polynomial.legendre.leggrid3d(z_D, y_H, x_W, coefficients)).astype(np.float32)
-    return volume.array_DHW * gain_DHW, volume.valid
+    from monai.transforms.intensity.array import RandBiasField
+
+    field = RandBiasField(prob=1.0, degree=3, coeff_range=(-amount, amount))
+    return _applied(field, volume.array_DHW, generator), volume.valid
 
 
 def _missing_slices(volume: Volume, amount: float, generator: np.random.Generator):
@@ -118,20 +116,35 @@ def _missing_slices(volume: Volume, amount: float, generator: np.random.Generato
 
 
 def _shift(volume: Volume, amount: float, generator: np.random.Generator):
-    return volume.array_DHW + np.float32(amount), volume.valid
+    from monai.transforms.intensity.array import ShiftIntensity
+
+    return _applied(ShiftIntensity(amount), volume.array_DHW), volume.valid
 
 
 def _scaling(volume: Volume, amount: float, generator: np.random.Generator):
-    return volume.array_DHW * np.float32(amount), volume.valid
+    from monai.transforms.intensity.array import ScaleIntensity
+
+    return _applied(ScaleIntensity(None, None, factor=amount - 1.0), volume.array_DHW), volume.valid
 
 
 def _over_data(volume: Volume, smooth: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """A linear smoothing that takes nothing from where there is no data (normalised convolution)."""
-    if volume.valid is None:
-        return smooth(volume.array_DHW)
-    weight = smooth(volume.valid.astype(np.float32))
-    held = smooth(np.where(volume.valid, volume.array_DHW, np.float32(0)))
-    return np.where(volume.valid, held / np.maximum(weight, 1e-6), volume.array_DHW)
+    """A linear smoothing that takes nothing from where there is no data, nor from beyond the volume.
+
+    Normalised convolution (Knutsson and Westin 1993).
+    """
+    valid = np.ones(volume.array_DHW.shape, dtype=bool) if volume.valid is None else volume.valid
+    weight = smooth(valid.astype(np.float32))
+    held = smooth(np.where(valid, volume.array_DHW, np.float32(0)))
+    return np.where(valid, held / np.maximum(weight, 1e-6), volume.array_DHW)
+
+
+def _applied(
+    transform: Any, array_DHW: np.ndarray, generator: np.random.Generator | None = None
+) -> np.ndarray:
+    """A transform of MONAI's on one volume; a random one draws from ``generator``."""
+    if generator is not None:
+        transform.set_random_state(seed=int(generator.integers(2**32)))
+    return np.asarray(transform(np.ascontiguousarray(array_DHW)[None]))[0].astype(np.float32, copy=False)
 
 
 ALL = frozenset({"CT", "MR", "PT"})

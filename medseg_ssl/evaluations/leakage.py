@@ -1,10 +1,10 @@
 """What an embedding gives away: modality, contrast, source, and the subject itself.
 
 A linear classifier is fitted to pooled crops and asked about subjects it has not seen (cross-validation by subject):
-how well it names the modality, and within a modality whatever the manifest knows (contrast, source). A subject is told
-by the nearest other crop of the same modality (cosine); crops that overlap with the question do not count as answers.
-Where several answers are equally good, each counts as its share of them, in both questions: a constant embedding is at
-chance, not at 1.
+how well it names the modality, and within a modality whatever the manifest knows (contrast, scanner, source). A subject
+is told by the nearest other crop of the same modality (cosine); crops that overlap with the question do not count as
+answers. Where several answers are equally good, each counts as its share of them, in both questions: a constant
+embedding is at chance, not at 1.
 Beside each stand chance and the same from intensity statistics without a network. Intervals are Wilson's with the
 subjects as trials: crops of one subject are averaged first, since they are no independent evidence. High numbers are no
 fault as such, an encoder may know a modality; they say what a downstream model could lean on.
@@ -62,7 +62,11 @@ class Leakage(Evaluation):
 
         scans: int = Field(default=48, ge=2)
         crops: int = Field(default=4, ge=1)
-        columns: tuple[Literal["contrast", "source", "unit"], ...] = ("contrast", "source")
+        columns: tuple[Literal["contrast", "scanner", "source", "unit"], ...] = (
+            "contrast",
+            "scanner",
+            "source",
+        )
         folds: int = Field(default=5, ge=2)
         penalty: float = Field(default=1e-2, gt=0)
 

@@ -214,6 +214,13 @@ def test_a_pet_is_suv_only_where_its_sidecar_says_so(tmp_path, units, unit):
     assert (scan.unit, scan.contrast) == (unit, "FDG")
 
 
+def test_the_scanner_stands_in_the_sidecar(tmp_path):
+    root = dataset(tmp_path, anat("T1w"), anat("T2w"))
+    sidecar(root, anat("T1w"), Manufacturer="Siemens", ManufacturersModelName="Prisma_fit", StationName="Doe")
+    sidecar(root, anat("T2w"), Manufacturer=7)
+    assert sorted(scan.scanner for scan in scans(found(root)).values()) == ["", "siemens prisma fit"]
+
+
 def test_a_dynamic_pet_is_no_scan(tmp_path):
     root = dataset(tmp_path, anat("pet"), anat("T1w"))
     sidecar(root, anat("pet"), FrameTimesStart=[0, 60, 120])

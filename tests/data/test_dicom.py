@@ -711,6 +711,13 @@ def test_contrast_is_physics_or_unknown(tmp_path, options, contrast):
     assert read_planes(path)[0].contrast == contrast
 
 
+def test_the_scanner_is_maker_and_model(tmp_path):
+    options = {"Manufacturer": "SIEMENS", "ManufacturerModelName": "Biograph 64", "StationName": "Doe Clinic"}
+    write_series(tmp_path, noise(5, 4, 4), places(5), options=options)
+    [case] = listing(tmp_path).cases
+    assert case.scans[0].scanner == "siemens biograph 64"
+
+
 # -- an archive ------------------------------------------------------------------------------------------------------
 
 

@@ -132,6 +132,15 @@ def test_studies_and_folders_in_the_pattern(tmp_path):
     assert tokens(found) == [("p_1", "day1", "CT"), ("p_1", "day2", "CT")]
 
 
+def test_the_scanner_in_the_pattern(tmp_path):
+    touch(tmp_path, "Site A/p_CT.nii.gz", "Site B/q_CT.nii.gz")
+    found = listing(tmp_path, **{**FOLDER, "pattern": "{scanner}/{subject}_{modality}.nii.gz"})
+    assert {(c.scans[0].subject, c.scans[0].scanner) for c in found.cases} == {
+        ("p", "site a"),
+        ("q", "site b"),
+    }
+
+
 def test_regular_expression(tmp_path):
     touch(tmp_path, "ses1/pat-7.CT.nii.gz", "ses2/pat-7.XX.nii.gz")
     block = {k: v for k, v in FOLDER.items() if k != "pattern"}

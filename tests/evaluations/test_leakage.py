@@ -76,11 +76,11 @@ def test_equal_answers_count_as_their_share():
 def test_columns_of_the_manifest_within_a_modality():
     archive = archive_of(lambda i, modality: 80.0 * (i % 2), modalities=(("CT", "HU"),))
     for i in range(SUBJECTS):
-        archive.scans[f"CT{i}"] = archive.scans[f"CT{i}"].model_copy(
-            update={"contrast": "late" if i % 2 else ""}
-        )
+        which = {"contrast": "late" if i % 2 else "", "scanner": f"maker model {i % 2}"}
+        archive.scans[f"CT{i}"] = archive.scans[f"CT{i}"].model_copy(update=which)
     found = scores(PooledEncoder(), archive)
     assert found["linear/contrast-CT"].value == 1.0
+    assert found["linear/scanner-CT"].value == 1.0
     assert "linear/modality" not in found, "there is one"
     assert "linear/source-CT" not in found, "it has one value"
 

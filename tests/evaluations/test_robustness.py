@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medseg_ssl.config import ConfigError, parse
-from medseg_ssl.evaluations._corruptions import CORRUPTIONS, Volume, corrupt
+from medseg_ssl.evaluations._corruptions import Volume, corrupt
 from medseg_ssl.evaluations.robustness import UNDISTURBED, Robustness, Setting, robustness_table
 from medseg_ssl.inference.predictor import Predictor
 from tests.evaluations.fakes import MemoryArchive, Threshold, bright_cube, card
@@ -77,29 +77,10 @@ def test_shift_scaling_and_bias_field():
     assert np.abs(np.diff(weak, axis=1)).max() < 0.1 * np.ptp(weak) * 15 / 3
 
 
-@pytest.mark.slow
-def test_bias_field_is_that_of_monai(monkeypatch):
-    """With the same coefficients; MONAI writes them in the order of its loops."""
-    from monai.transforms.intensity.array import RandBiasField
-
-    drawn = {}
-    array = np.ones(SHAPE)
-
-    class Same:
-        def uniform(self, low, high, size):
-            drawn["coefficients"] = np.linspace(low, high, 64).reshape(size)
-            return drawn["coefficients"]
-
-    ours, _ = CORRUPTIONS["bias_field"].apply(volume(array), 0.3, Same())
-    coefficients = [
-        0.3 * drawn["coefficients"][i, j, k] * bool(i + j + k)
-        for i in range(4)
-        for j in range(4 - i)
-        for k in range(4 - i - j)
-    ]
-    theirs = RandBiasField(prob=1.0)
-    field = theirs._generate_random_field(SHAPE, 3, coefficients)
-    assert np.allclose(np.log(ours), field, atol=1e-4)
+def test_nothing_comes_in_from_beyond_the_volume():
+    flat = volume(np.full(SHAPE, 40.0))
+    for kind in ("blur", "resolution"):
+        assert np.allclose(corrupt(kind, flat, 5.0, seed=0)[0], 40.0, atol=1e-3), kind
 
 
 def world(modality="CT", unit="HU"):

@@ -23,6 +23,7 @@ import numpy as np
 from medseg_ssl.data.dicom.contrast import contrast_of
 from medseg_ssl.data.dicom.elements import SIEMENS_B_VALUE, number, numbers, values
 from medseg_ssl.data.nifti import BadScan
+from medseg_ssl.data.scanner import scanner_name
 
 MODALITIES = ("CT", "MR", "PT")
 
@@ -85,6 +86,7 @@ _TAGS = (
         "ReferencedSeriesSequence",
     ),
     *("StructureSetROISequence", "SegmentSequence", "LossyImageCompression", "DirectoryRecordSequence"),
+    *("Manufacturer", "ManufacturerModelName"),
 )
 MOST_VOXELS = 2**31
 """Of a volume: more do not fit into memory as float32 beside what is made of them."""
@@ -121,6 +123,7 @@ class Plane:
         uid: of the object that holds it.
         in_hu: a CT whose rescaled values are Hounsfield units as far as it says.
         lossy: the pixels went through lossy compression.
+        scanner: maker and model.
     """
 
     path: Path
@@ -142,6 +145,7 @@ class Plane:
     uid: str
     in_hu: bool
     lossy: bool
+    scanner: str
 
 
 @dataclass(frozen=True)
@@ -390,6 +394,7 @@ def _plane(header: Any, groups: Sequence[Any], path: Path, frame: int) -> Plane:
         and find("RescaleIntercept", "PixelValueTransformationSequence") is not None
         and str(find("RescaleType", "PixelValueTransformationSequence") or "HU").upper() == "HU",
         lossy=str(header.get("LossyImageCompression", "") or "") == "01",
+        scanner=sys.intern(scanner_name(header.get("Manufacturer"), header.get("ManufacturerModelName"))),
     )
 
 

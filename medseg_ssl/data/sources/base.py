@@ -33,6 +33,7 @@ class RawScan:
         slices: file and frame of every plane of a DICOM scan, of which ``path`` is the first; empty for one file.
         no_data_mask: file on the scan's grid that is not 0 where the scan holds no data (1 = defaced); None:
             nothing is known beyond the voxels themselves.
+        scanner: maker and model of the machine (``scanner_name``), ``""`` for unknown.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class RawScan:
     token: str = ""
     slices: tuple[tuple[Path, int], ...] = ()
     no_data_mask: Path | None = None
+    scanner: str = ""
 
 
 @dataclass(frozen=True)

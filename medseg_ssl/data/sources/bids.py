@@ -11,6 +11,7 @@ a data set below ``derivatives`` is none of them.
   sources are taken where ``source.modalities`` names them.
 - ``part-phase``, ``part-real`` and ``part-imag`` are rejected: the magnitude is the scan.
 - ``ce-<agent>``, or ``ContrastBolusIngredient`` in the sidecar, adds ``+C`` to the contrast.
+- ``Manufacturer`` and ``ManufacturersModelName`` in the sidecar name the scanner.
 - A PET's contrast is its tracer (``trc-``, else ``TracerName``). It is in SUV where the sidecar's ``Units`` say
   so (``SUV`` or ``SUVbw``), else raw: ``Bq/mL``, ``g/mL`` and SUVs by other norms are no SUV. One with several
   time frames is rejected.
@@ -36,6 +37,7 @@ from pydantic import Field, model_validator
 
 from medseg_ssl.config import UserError
 from medseg_ssl.data.nifti import is_nifti_name
+from medseg_ssl.data.scanner import scanner_name
 from medseg_ssl.data.sources._bids_tree import DESCRIPTION, BIDSTree, BIDSVolume, Sidecars, read_tree
 from medseg_ssl.data.sources._kinds import Kind
 from medseg_ssl.data.sources._labels import class_values
@@ -191,6 +193,7 @@ class BIDS(Source):
             token="_".join(
                 (*(f"{k}-{v}" for k, v in volume.entities if k not in ("sub", "ses")), volume.suffix)
             ),
+            scanner=scanner_name(metadata.get("Manufacturer"), metadata.get("ManufacturersModelName")),
         )
 
     # -- labels ----------------------------------------------------------------------------------------------

@@ -212,6 +212,7 @@ def _scan(stack: Stack) -> RawScan:
         frame=first.frame_of_reference,
         token=token,
         slices=tuple((plane.path, plane.frame) for plane in stack.planes),
+        scanner=first.scanner,
     )
 
 

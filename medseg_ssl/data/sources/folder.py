@@ -12,12 +12,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from medseg_ssl.config import UserError
+from medseg_ssl.data.scanner import scanner_name
 from medseg_ssl.data.sources._kinds import KNOWN_NAMES, Kind, kind_of
 from medseg_ssl.data.sources._labels import class_values
 from medseg_ssl.data.sources.base import Listing, RawCase, RawRelation, RawScan, Source, SourceConfig
 from medseg_ssl.types import RELATIONS
 
-FIELDS = ("subject", "study", "modality")
+FIELDS = ("subject", "study", "modality", "scanner")
 VOLUME_ENDINGS = (".nii", ".nii.gz", ".hdr", ".img", ".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".mnc", ".dcm")
 """A file that ends so and fits no pattern is reported; anything else (a README) is passed over."""
 
@@ -43,8 +44,8 @@ class FolderConfig(SourceConfig):
     """How file names are read.
 
     Attributes:
-        pattern: path below the root with the fields ``{subject}`` (required), ``{study}`` and ``{modality}``;
-            a study holds no ``_``; for other names write ``regex``.
+        pattern: path below the root with the fields ``{subject}`` (required), ``{study}``, ``{modality}`` and
+            ``{scanner}``; a study or scanner holds no ``_``; for other names write ``regex``.
         regex: in place of ``pattern``, with named groups of the same names, matched against the whole path.
         modalities: modality token in the path to its kind; without ``{modality}`` exactly one. Empty: the
             names that tell it by themselves (``CT``, ``T1``, ``MR_T2``, ``FLAIR``, ``PET``, …).
@@ -116,6 +117,7 @@ class _Named:
     subject: str
     study: str
     token: str
+    scanner: str = ""
 
 
 _Rejected = list[tuple[Path, str]]
@@ -177,7 +179,8 @@ class Folder(Source):
                 "" if "modality" in config.fields else next(iter(config.modalities))
             )
             if found and re.fullmatch(_tokens(config), token):
-                named.append(_Named(path, relative, groups["subject"], groups.get("study") or "", token))
+                study, scanner = groups.get("study") or "", groups.get("scanner") or ""
+                named.append(_Named(path, relative, groups["subject"], study, token, scanner))
             elif label is not None and label.fullmatch(relative):
                 continue
             elif found or loose.fullmatch(relative):
@@ -234,12 +237,18 @@ class Folder(Source):
             unit=kind.stored_unit,
             frame=frame,
             token=file.token,
+            scanner=scanner_name("", file.scanner),
         )
 
     def _label(self, file: _Named, root: Path) -> Path | None:
         if self.config.label_pattern is None:
             return None
-        values = {"subject": file.subject, "study": file.study, "modality": file.token}
+        values = {
+            "subject": file.subject,
+            "study": file.study,
+            "modality": file.token,
+            "scanner": file.scanner,
+        }
         path = root / self.config.label_pattern.format(**values)
         return path if path.is_file() else None
 
@@ -303,7 +312,7 @@ def _tokens(config: FolderConfig) -> str:
 def _pattern_regex(pattern: str, tokens: str) -> str:
     """The pattern as a regular expression; a field met again must repeat its text."""
     # the subject is as short as it can be, so that of the tokens T1 and MR_T1 the longer one is found
-    field = {"subject": _ANY, "study": "[^/_]+?", "modality": tokens}
+    field = {"subject": _ANY, "study": "[^/_]+?", "modality": tokens, "scanner": "[^/_]+?"}
     seen: set[str] = set()
     out = []
     for part in re.split(r"(\{.*?\})", pattern):
