@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from medseg_ssl.config import Record
 from medseg_ssl.data.partial import Access
@@ -23,6 +23,42 @@ from .inits import (
 
 Budget = int | str
 """Labeled training cases, or their share as a text such as ``10%``."""
+
+
+def as_budget(value: Any) -> Any:
+    """A budget as it is kept: a number of cases as int, a share (``0.1``, ``"10%"``) as a text in percent.
+
+    Raises:
+        ValueError: a share that is not above 0 % and at most 100 %, or a fraction of a case.
+    """
+    text = str(value).strip()
+    if isinstance(value, str) and text.isdigit():
+        return int(text)
+    if isinstance(value, float) and 0 < value < 1:
+        return f"{value * 100:g}%"
+    if isinstance(value, str):
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", text)
+        if found is None or not 0 < float(found[1]) <= 100:
+            raise ValueError(f"{value!r} is no budget; write a number of cases, or a share such as 10%")
+        return f"{float(found[1]):g}%"
+    if isinstance(value, float):
+        raise ValueError(
+            f"{value!r} is no budget; a share lies between 0 and 1, a number of cases has no point"
+        )
+    return value
+
+
+def _list_of_budgets(value: Any) -> Any:
+    return [as_budget(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _draws_by_budget(value: Any) -> Any:
+    return {as_budget(key): n for key, n in value.items()} if isinstance(value, Mapping) else value
+
+
+Budgets = Annotated[tuple[Budget, ...], BeforeValidator(_list_of_budgets)]
+Draws = Annotated[int | dict[Budget, int], BeforeValidator(_draws_by_budget)]
+"""For every budget the same number, or a number by budget."""
 
 
 class Metrics(Record):
@@ -105,10 +141,10 @@ class CompareConfig(Record):
     inits: dict[str, Any] = Field(min_length=1)
     finetune: dict[str, Any]
     init_overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    budgets: tuple[Budget, ...] = Field(min_length=1)
-    draws: int | dict[Budget, int] = 5
+    budgets: Budgets = Field(min_length=1)
+    draws: Draws = 5
     init_draws: dict[str, int] = Field(default_factory=dict)
-    low_budgets: tuple[Budget, ...] = (1, 2, 4)
+    low_budgets: Budgets = (1, 2, 4)
     stratify: Stratify | None = None
     labels: PartialLabels | None = None
     pretrainings: int = Field(default=1, ge=1)
@@ -128,16 +164,6 @@ class CompareConfig(Record):
                 raise ValueError(f"init {name!r} must be a plain name, since it names a folder")
             kind_of(name, kind)
         return value
-
-    @field_validator("budgets", "low_budgets", mode="before")
-    @classmethod
-    def _shares(cls, value: Any) -> Any:
-        return [as_budget(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    @field_validator("draws", mode="before")
-    @classmethod
-    def _shares_of_draws(cls, value: Any) -> Any:
-        return {as_budget(key): n for key, n in value.items()} if isinstance(value, Mapping) else value
 
     @field_validator("budgets")
     @classmethod
@@ -202,26 +228,3 @@ class CompareConfig(Record):
         these like any init.
         """
         return of_kind(self.inits, "scratch", "scratch_long")
-
-
-def as_budget(value: Any) -> Any:
-    """A budget as it is kept: a number of cases as int, a share (``0.1``, ``"10%"``) as a text in percent.
-
-    Raises:
-        ValueError: a share that is not above 0 % and at most 100 %, or a fraction of a case.
-    """
-    text = str(value).strip()
-    if isinstance(value, str) and text.isdigit():
-        return int(text)
-    if isinstance(value, float) and 0 < value < 1:
-        return f"{value * 100:g}%"
-    if isinstance(value, str):
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", text)
-        if found is None or not 0 < float(found[1]) <= 100:
-            raise ValueError(f"{value!r} is no budget; write a number of cases, or a share such as 10%")
-        return f"{float(found[1]):g}%"
-    if isinstance(value, float):
-        raise ValueError(
-            f"{value!r} is no budget; a share lies between 0 and 1, a number of cases has no point"
-        )
-    return value

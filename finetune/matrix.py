@@ -14,7 +14,7 @@ from medseg_ssl.train.run_folder import differences
 from medseg_ssl.train.settings import WandbConfig
 
 from . import resolving as plans
-from .comparison import CompareConfig, Metrics
+from .comparison import Budgets, CompareConfig, Draws, Metrics, PartialLabels, Stratify
 from .inits import FROM_FILE, SCRATCH, SCRATCH_LONG, Kind, has_key, kind_of, of_kind
 
 Modality = Literal["CT", "MR", "PT"]
@@ -23,6 +23,8 @@ EQUAL_KEYS = ("seed", "encoder", "train.steps", "train.accumulate", "data.batch_
 PLAIN = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 MEASURES: tuple[Kind, ...] = (SCRATCH, SCRATCH_LONG)
 """Kinds of baselines that a gain is measured against."""
+SHARED = ("budgets", "draws", "low_budgets", "stratify", "labels", "metrics")
+"""Keys of all targets that a target may have for itself."""
 OURS = ("data.modalities", "data.protect")
 """Keys of a pretraining that the benchmark sets."""
 
@@ -49,16 +51,19 @@ class TargetConfig(Record):
             at a time enters them by its first layer's weights, spread over the channels (``encoder_file.load_into``).
         baselines: of this target alone, beside the shared ones.
         finetune: laid over the shared ``finetune``.
-        budgets: in place of the shared one; ``draws``, ``low_budgets`` and ``metrics`` likewise.
+        budgets: in place of the shared one; ``draws``, ``low_budgets``, ``stratify``, ``labels`` and
+            ``metrics`` likewise.
     """
 
     archive: str
     modalities: tuple[Modality, ...] = ()
     baselines: dict[str, Any] = Field(default_factory=dict)
     finetune: dict[str, Any] = Field(default_factory=dict)
-    budgets: tuple[int, ...] | None = None
-    draws: int | dict[int, int] | None = None
-    low_budgets: tuple[int, ...] | None = None
+    budgets: Budgets | None = None
+    draws: Draws | None = None
+    low_budgets: Budgets | None = None
+    stratify: Stratify | None = None
+    labels: PartialLabels | None = None
     metrics: Metrics | None = None
 
     @field_validator("baselines", mode="before")
@@ -83,9 +88,11 @@ class MatrixConfig(Record):
             from scratch). In a list each is named by itself: ``[scratch, {baseline: size_only}]``.
         pretrainings: how often each source is pretrained here, with seeds that follow one another; every draw is
             fine-tuned from each.
-        budgets: numbers of labeled training cases.
+        budgets: numbers of labeled training cases, or shares of a target's.
         draws: training subsets per budget, or a number by budget.
         low_budgets: budgets over which a cell of the matrix is pooled.
+        stratify: what the subsets are balanced by; null draws them freely.
+        labels: which part of each drawn label is known; null for all of it.
         seed: of subsets and fits.
         split: of every archive.
         subset: which subjects are scored; recipes are tuned on ``development`` alone.
@@ -105,9 +112,11 @@ class MatrixConfig(Record):
     targets: dict[str, TargetConfig] = Field(min_length=1)
     baselines: dict[str, Any] = Field(default={"scratch": "scratch", "scratch_long": "scratch_long"})
     pretrainings: int = Field(default=1, ge=1)
-    budgets: tuple[int, ...] = Field(min_length=1)
-    draws: int | dict[int, int] = 3
-    low_budgets: tuple[int, ...] = (1, 2, 4)
+    budgets: Budgets = Field(min_length=1)
+    draws: Draws = 3
+    low_budgets: Budgets = (1, 2, 4)
+    stratify: Stratify | None = None
+    labels: PartialLabels | None = None
     seed: int = Field(default=0, ge=0)
     split: str = "default"
     subset: Literal["test", "development"] = "test"
@@ -316,9 +325,8 @@ def pretrain_tree(config: MatrixConfig, name: str) -> dict[str, Any]:
 def comparison_of(config: MatrixConfig, name: str) -> CompareConfig:
     """The comparison on a target: its baselines and every source as an encoder file."""
     target = config.targets[name]
-    own = {key: value for key in ("budgets", "draws", "low_budgets", "metrics")
-           if (value := getattr(target, key)) is not None}  # fmt: skip
-    shared = {key: getattr(config, key) for key in ("budgets", "draws", "low_budgets", "metrics")}
+    own = {key: value for key in SHARED if (value := getattr(target, key)) is not None}
+    shared = {key: getattr(config, key) for key in SHARED}
     tree = {
         "task": f"{config.task}.{name}".replace("+", "-"),
         "inits": config.baselines_of(name) | dict.fromkeys(config.sources, FROM_FILE),

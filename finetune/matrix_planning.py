@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from medseg_ssl.analysis.transfer import Source, Target
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.channels import told_left_out
 
 from .fits import PretrainTask
-from .labeling import held_channels, scored_cases, training_subsets
+from .labeling import held_channels, numbered, scored_cases, training_subsets
 from .matrix import MatrixConfig, SourceConfig, comparison_of, pretrain_tree
 from .planning import EncoderKey, pretrain_folder
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.nets.encoder_file import Card
+
+    from .comparison import CompareConfig
 
 
 def pretrain_tasks(config: MatrixConfig, out: Path, archives: Mapping[str, Path]) -> list[PretrainTask]:
@@ -97,8 +99,16 @@ def source_facts(
     return out
 
 
-def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) -> Target:
-    """A target's facts, once budgets, scored cases and modalities are known to be there.
+class PlannedTarget(NamedTuple):
+    """A target's facts, the comparison on it with numbers of cases for shares, and a sentence for each share."""
+
+    facts: Target
+    comparison: CompareConfig
+    shares: list[str]
+
+
+def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) -> PlannedTarget:
+    """What is done on a target, once budgets, scored cases and modalities are known to be there.
 
     Raises:
         ConfigError: a modality that no labeled case has, or cases of several modalities and none named.
@@ -117,8 +127,9 @@ def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) 
             f" {', '.join(held) or 'nothing'}; modalities {asked}"
         )
     cases = scored_cases(plan, archive, archive)
+    plan, shares = numbered(plan, archive, [archive.split(plan.split)])
     training_subsets(plan, archive)
-    return Target(
+    facts = Target(
         name,
         config.targets[name].archive,
         tuple(archive.scans[key].modality for key in archive.cases[cases[0]].scans),
@@ -127,13 +138,14 @@ def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) 
         {case: archive.cases[case].subject for case in cases},
         tuple(init for init in config.baselines_of(name) if init not in plan.baselines()),
     )
+    return PlannedTarget(facts, plan, [f"Target {name}: {share}" for share in shares])
 
 
 def notes_of(
     config: MatrixConfig,
     archives: Mapping[str, Archive],
     cards: Mapping[str, Card],
-    targets: Sequence[Target],
+    targets: Sequence[PlannedTarget],
 ) -> list[str]:
     """Conditions a reader of the matrix must know."""
     made = list(config.own_sources())
@@ -168,13 +180,14 @@ def notes_of(
             notes.append(
                 f"{name} is pretrained with settings of its own: {config.own_sources()[name].pretrain}."
             )
-    for target in targets:
-        plan, archive = comparison_of(config, target.name), archives[target.archive]
+    for target, plan, shares in targets:
+        archive = archives[target.archive]
         spacing = archive.recipe.spacing_mm
         at = "each scan's own spacing" if spacing is None else f"{_triple(spacing)} mm"
         cases = f"{len(target.subjects)} scored cases of {'+'.join(target.modalities)}"
         notes.append(f"Target {target.name}: {cases} in archive {target.archive} at {at}, pooled over the budgets"
                      f" {', '.join(map(str, plan.low_budgets))} where they were fitted.")  # fmt: skip
+        notes += shares
         entering = [n for n, card in cards.items() if card.channels_in != len(target.modalities)]
         if entering:
             notes.append(f"Target {target.name}: {', '.join(entering)} come from another number of channels; the first"

@@ -29,13 +29,23 @@ from .crew import Crew, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
 from .flags import add_flags, check_names, check_workers, read_named, show
 from .matrix import MatrixConfig, comparison_of, expand, files_of, resolve
-from .matrix_planning import check_archives, check_sources, notes_of, pretrain_tasks, source_facts, target_of
+from .matrix_planning import (
+    PlannedTarget,
+    check_archives,
+    check_sources,
+    notes_of,
+    pretrain_tasks,
+    source_facts,
+    target_of,
+)
 from .mirror import send_matrix_left, send_matrix_once
 from .planning import EncoderKey, fit_grid
 from .transfer_tables import REPORT, Found, write_transfer
 
 if TYPE_CHECKING:
     from medseg_ssl.nets.encoder_file import Card
+
+    from .comparison import CompareConfig
 
 
 def transfer(
@@ -81,12 +91,12 @@ def transfer(
     opened = {name: Archive.open(path) for name, path in paths.items()}
     check_archives(opened)
     check_sources(config, opened)
-    targets = [target_of(config, name, opened) for name in config.targets]
+    planned = [target_of(config, name, opened) for name in config.targets]
     inputs = {
         "archives": {name: archive.fingerprint for name, archive in opened.items()},
         "encoders": {name: hash_file(path) for name, path in given.items()},
     }
-    gpus = visible_gpus(comparison_of(config, targets[0].name))
+    gpus = visible_gpus(planned[0].comparison)
     crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
     device = f"{len(gpus)} GPUs" if gpus else "cpu"
     with RunFolder(out, config=config, inputs=inputs, ships=REPORT, device=device, today=_today):
@@ -96,17 +106,16 @@ def transfer(
         cards = {name: load_card(path) for name, path in files.items()}
         sources = source_facts(config, cards, opened)
         _write_plan(
-            out, config, sources, targets, notes=notes_of(config, opened, cards, targets), command=command
+            out, config, sources, planned, notes=notes_of(config, opened, cards, planned), command=command
         )
         if config.estimate:
-            tasks = [_feature_task(config, out, t, "estimates.json", paths, files, {}) for t in targets]
+            tasks = [_feature_task(out, target, "estimates.json", paths, files, {}) for target in planned]
             _look(crew, looks.estimate_sources, tasks)
         failures = []
-        for target in targets:
-            plan = comparison_of(config, target.name)
+        for target, comparison, _ in planned:
             try:
                 compare(
-                    plan,
+                    comparison_of(config, target.name),
                     out / "targets" / target.name,
                     archive=paths[target.archive],
                     encoders=files | further,
@@ -115,7 +124,7 @@ def transfer(
                     keep=keep,
                     quiet=quiet,
                     command=f"part of: {command}" if command else "",
-                    fit=_keeping(config, target, fit),
+                    fit=_keeping(config, target, comparison, fit),
                 )
             except (ConfigError, Interrupted):
                 raise
@@ -124,7 +133,7 @@ def transfer(
         found = _tables(out, failures)
         # only of whole targets: a look that was made without an init would be kept as it is
         if config.similarity or config.missing_modalities:
-            _look_at_segmenters(crew, config, out, targets, paths, files)
+            _look_at_segmenters(crew, config, out, planned, paths, files)
             found = write_transfer(out)
         send_matrix_once(out, found, wandb=config.wandb, config=config.model_dump(mode="json"))
     return out / REPORT
@@ -162,18 +171,18 @@ def _write_plan(
     out: Path,
     config: MatrixConfig,
     sources: Sequence[Source],
-    targets: Sequence[Target],
+    targets: Sequence[PlannedTarget],
     *,
     notes: Sequence[str],
     command: str,
 ) -> None:
-    planned = {t.name: len(fit_grid(comparison_of(config, t.name), files_of(config))) for t in targets}
+    planned = {t.facts.name: len(fit_grid(t.comparison, files_of(config))) for t in targets}
     write_json(
         out / PLAN,
         {
             "task": config.task,
             "sources": [asdict(source) for source in sources],
-            "targets": [asdict(target) for target in targets],
+            "targets": [asdict(target.facts) for target in targets],
             "planned": planned,
             "notes": list(notes),
             "command": command,
@@ -185,13 +194,13 @@ def _write_plan(
 
 
 def _keeping(
-    config: MatrixConfig, target: Target, fit: Callable[[FitTask], Path]
+    config: MatrixConfig, target: Target, comparison: CompareConfig, fit: Callable[[FitTask], Path]
 ) -> Callable[[FitTask], Path]:
     """The fit that keeps what is looked at later; another fit than the real one is left alone."""
     several = _several(config, target)
     if fit is not fit_and_score or not (config.similarity or several):
         return fit
-    budget = int(comparison_of(config, target.name).budgets[-1])  # numbers only: a matrix takes no shares
+    budget = int(comparison.budgets[-1])
     return partial(looks.fit_and_keep, budget=budget, every_draw=several)
 
 
@@ -200,19 +209,18 @@ def _several(config: MatrixConfig, target: Target) -> bool:
 
 
 def _feature_task(
-    config: MatrixConfig,
     out: Path,
-    target: Target,
+    target: PlannedTarget,
     file: str,
     archives: Mapping[str, Path],
     encoders: Mapping[str, Path],
     segmenters: Mapping[str, Path],
 ) -> looks.FeatureTask:
     return looks.FeatureTask(
-        out / "features" / target.name / file,
-        target.name,
-        archives[target.archive],
-        comparison_of(config, target.name),
+        out / "features" / target.facts.name / file,
+        target.facts.name,
+        archives[target.facts.archive],
+        target.comparison,
         encoders,
         segmenters,
     )
@@ -222,18 +230,19 @@ def _look_at_segmenters(
     crew: Crew,
     config: MatrixConfig,
     out: Path,
-    targets: Sequence[Target],
+    targets: Sequence[PlannedTarget],
     archives: Mapping[str, Path],
     encoders: Mapping[str, Path],
 ) -> None:
     """Similarity and missing modalities of what was fine-tuned, at the largest budget."""
     alike, missing = [], []
-    for target in targets:
-        plan, folder = comparison_of(config, target.name), out / "targets" / target.name
+    for planned in targets:
+        target, plan, _ = planned
+        folder = out / "targets" / target.name
         budget = int(plan.budgets[-1])
         if config.similarity:
             kept = looks.segmenters_of(folder, list(plan.inits), budget=budget, draw=0)
-            alike.append(_feature_task(config, out, target, "similarity.csv", archives, encoders, kept))
+            alike.append(_feature_task(out, planned, "similarity.csv", archives, encoders, kept))
         if not _several(config, target):
             continue
         for cell in fit_grid(plan, files_of(config)):

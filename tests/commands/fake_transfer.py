@@ -63,6 +63,8 @@ def archive(path: Path) -> SimpleNamespace:
         row.modality = path.name.upper()
     made.path, made.fingerprint = path, path.name * 8
     made.recipe.spacing_mm = (3.0, 1.0, 2.0)
+    made.original_grid = lambda case: ((6, 5, 4), np.eye(4))
+    made.original_label = lambda case: (np.ones((6, 5, 4), np.uint8), np.eye(4))
     return made
 
 

@@ -405,7 +405,7 @@ def test_subjects_whose_scans_cannot_be_joined_are_counted(tmp_path):
         )
         target = planning.target_of(config, "both", {"balls": archive})
         conditions = planning.notes_of(config, {"balls": archive}, {}, [target])
-        told[name] = (len(target.subjects), [note for note in conditions if "left out" in note])
+        told[name] = (len(target.facts.subjects), [note for note in conditions if "left out" in note])
     scored, trained = len(archive.split("default").test), len(archive.split("default").train)
     assert told["whole"] == (scored, [])
     assert told["less"][0] == scored - 1
@@ -413,6 +413,39 @@ def test_subjects_whose_scans_cannot_be_joined_are_counted(tmp_path):
         f"Target both: 1 of {scored + trained} labeled cases of CT are left out, having not exactly one scan of MR each"
         " on their coordinates."
     ]
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_targets_may_ask_what_a_comparison_can(tmp_path):
+    """Shares of a target's cases, balanced subsets, labels known in part; numbers stand in every table."""
+    asked = {
+        "budgets": [1, "50%"],
+        "low_budgets": ["50%"],
+        "draws": {1: 2, "50%": 2},
+        "stratify": {"by": "modality"},
+    }
+    targets = {
+        "organs": {"archive": "organs", **asked, "labels": {"slices": 0.5}},
+        "lesions": {"archive": "lesions", "modalities": ["MR"]},
+    }
+    seen = []
+
+    def fit(task):
+        seen.append(task)
+        return fakes.fake_fit(task)
+
+    out = tmp_path / "out"
+    run(out, config=fakes.config(targets=targets), fit=fit)
+    organs = [task for task in seen if "targets/organs" in task.folder.as_posix()]
+    assert {task.budget for task in organs} == {1, 3}
+    assert {len(task.train_cases) for task in organs} == {1, 3}
+    assert all(set(task.access.labels) == set(task.train_cases) for task in organs)
+    summary = json.loads((out / "summary.json").read_text())
+    assert {tuple(c["budgets"]) for c in summary["cells"] if c["target"] == "organs"} == {(3,)}
+    assert "Target organs: Budget 50% is 3 of 6 labeled training cases." in summary["conditions"]
+    again = {path: path.read_bytes() for path in (out / "matrix.csv", out / "cases.csv")}
+    run(out, config=fakes.config(targets=targets), fit=fit)
+    assert again == {path: path.read_bytes() for path in again}
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -493,6 +526,10 @@ def test_what_the_archives_do_not_hold_is_named(tmp_path, changes, message):
             "batch_size": 2, "splits": ["train", "development"]}}}, "which is scored"),
         ({"targets": {"t": {"archive": "organs", "finetune": {"train": {"stepz": 1}}}}}, "did you mean 'steps'"),
         ({"targets": {"t": {"archive": "organs", "budgets": [2, 1]}}}, "ascending"),
+        ({"budgets": ["0%"]}, "'0%' is no budget"),
+        ({"labels": {}}, "labels needs classes, slices or both"),
+        ({"stratify": {"by": "size"}}, "stratify.by"),
+        ({"folds": 3}, "unknown key 'folds'"),
     ],
 )  # fmt: skip
 def test_wrong_configs_are_named(changes, message):
