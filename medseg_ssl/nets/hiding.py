@@ -55,9 +55,14 @@ class Hiding(Record):
                 f"hiding.block {self.block} is the whole of size {size}: nothing would be left to see"
             )
 
+    @property
+    def counts_alike(self) -> bool:
+        """Whether a crop's size alone says how many blocks are hidden at a ratio."""
+        return self.strategy != "foreground" and self.block_mm is None
+
     def visible_blocks(self, size: Triple) -> int | None:
         """Blocks of a crop that stay visible; None where that number is each sample's own."""
-        if self.strategy == "foreground" or self.block_mm is not None or self.ratio[0] != self.ratio[1]:
+        if not self.counts_alike or self.ratio[0] != self.ratio[1]:
             return None
         cells = _cells(size, self.block)
         drawn = cells[1] * cells[2] * (1 if self.strategy == "tubes" else cells[0])

@@ -13,12 +13,21 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from medseg_ssl import draws
 from medseg_ssl.config import ConfigError
 from medseg_ssl.nets.blocks import initialise
 from medseg_ssl.nets.encoders.base import Encoder, TokenEncoder
 from medseg_ssl.nets.hiding import Hiding, draw_hidden, hidden_number
 from medseg_ssl.nets.restoration import Restoration, pictures
-from medseg_ssl.nets.tokens import first_indices, grid_of, patchify, take, tokens_marked, unpatchify
+from medseg_ssl.nets.tokens import (
+    first_indices,
+    grid_of,
+    patchify,
+    take,
+    tokens_marked,
+    unpatchify,
+    voxels_marked,
+)
 from medseg_ssl.nets.transformer import RotaryBlocks, check_heads
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, View, ViewPlan, ViewSpec
@@ -34,8 +43,10 @@ class MAETokens(Objective):
 
         Attributes:
             size: crop (D, H, W).
-            hiding: how hidden blocks of whole patches are drawn. As many for each sample: one ratio, and blocks that
-                divide the grid of patches.
+            hiding: how hidden blocks of whole patches are drawn; one ratio. ``blocks`` and ``tubes`` hide as many
+                tokens in every sample, so their blocks must divide the grid of patches. ``foreground`` and ``block_mm``
+                do not: there the encoder sees the share 1 − ratio of all tokens all the same, body before air; what is
+                left over is neither seen nor asked for, and where too few are visible some hidden ones are shown.
             augment: augmentation of the input; the target stays clean.
             restoration: which voxels count, and the error.
             norm_patches: targets with zero mean and unit variance in each patch; better on photographs, while on
@@ -59,10 +70,6 @@ class MAETokens(Objective):
             low, high = self.hiding.ratio
             if low != high:
                 raise ValueError(f"hiding.ratio must be one share given twice, got {self.hiding.ratio}")
-            if self.hiding.strategy == "foreground" or self.hiding.block_mm is not None:
-                raise ValueError(
-                    "every sample must hide as many tokens: hiding.strategy blocks or tubes, without block_mm"
-                )
             self.hiding.check_fits(self.size)
             check_heads(self.decoder_dim, self.decoder_heads)
             return self
@@ -86,24 +93,46 @@ class MAETokens(Objective):
         """One augmented crop."""
         return {"crop": ViewSpec(count=1, size=config.size, augment=config.augment)}
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Hidden voxels (B, D, H, W) of a batch, bool, whole patches; a function of seed and sample index."""
-        view = batch.views["crop"][0]
-        return draw_hidden(
-            self.config.hiding, batch, view, purpose="mae_tokens/hidden", unit=self.encoder.patch
-        )
-
-    def restore(self, view: View, hidden_BDHW: Tensor) -> tuple[Tensor, Tensor]:
-        """What the visible tokens say of the hidden ones.
+    def choose(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Draw what is hidden and what the encoder sees: a function of seed, sample index, spacing and body.
 
         Returns:
-            The restoration (B, C, D, H, W), 0 where voxels are visible, and the encoder's visible tokens (B, K, E).
+            Hidden voxels (B, D, H, W), bool, whole patches, and indices (B, K) of the tokens that are seen; K is the
+            same for every batch.
         """
-        size, patch = hidden_BDHW.shape[1:], self.encoder.patch
-        hidden_BL = tokens_marked(hidden_BDHW, patch)
-        count = hidden_count(self.config.hiding, size, patch)
-        keep_BK = first_indices(hidden_BL.byte(), hidden_BL.shape[1] - count)
-        gone_BN = first_indices((~hidden_BL).byte(), count)
+        view, patch = batch.views["crop"][0], self.encoder.patch
+        size = view.foreground_BDHW.shape[1:]
+        hidden = draw_hidden(self.config.hiding, batch, view, purpose="mae_tokens/hidden", unit=patch)
+        hidden_BL = tokens_marked(hidden, patch)
+        kept = hidden_BL.shape[1] - hidden_count(self.config.hiding, size, patch)
+        if self.config.hiding.counts_alike:
+            return hidden, first_indices(hidden_BL.byte(), kept)
+        drawn_BL = torch.stack(
+            [
+                torch.rand(
+                    hidden_BL.shape[1], generator=draws.torch_generator(batch.seed, sample, "mae_tokens/seen")
+                )
+                for sample in batch.sample_index_B.tolist()
+            ]
+        ).to(hidden.device, non_blocking=True)
+        air_BL = ~tokens_marked(view.foreground_BDHW & view.valid_BDHW, patch, least=0.0)
+        # drawn numbers below 1 order the tokens of one kind, whole numbers the kinds
+        keep_BK = first_indices(drawn_BL + air_BL.float() + 2 * hidden_BL, kept)
+        return voxels_marked(hidden_BL.scatter(1, keep_BK, value=False), size, patch), keep_BK
+
+    def restore(self, view: View, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """What the tokens at these indices say of the others.
+
+        Returns:
+            The restoration (B, C, D, H, W), 0 where voxels are seen, and the encoder's visible tokens (B, K, E).
+        """
+        size, patch = view.image_BCDHW.shape[2:], self.encoder.patch
+        length = math.prod(grid_of(size, patch))
+        seen_BL = torch.zeros(len(keep_BK), length, dtype=torch.uint8, device=keep_BK.device).scatter(
+            1, keep_BK, 1
+        )
+        gone_BN = first_indices(seen_BL, length - keep_BK.shape[1])
+        count = gone_BN.shape[1]
         visible_BKE = self.encoder.tokens(view.image_BCDHW, keep_BK, view.spacing_mm_B3)
         # in the order visible, hidden: tokens take their places along
         known = self.project(visible_BKE)
@@ -114,14 +143,14 @@ class MAETokens(Objective):
         )
         voxels_BNP = self.head(decoded[:, keep_BK.shape[1] :])
         index = gone_BN[..., None].expand_as(voxels_BNP)
-        every = voxels_BNP.new_zeros(*hidden_BL.shape, voxels_BNP.shape[-1]).scatter(1, index, voxels_BNP)
+        every = voxels_BNP.new_zeros(*seen_BL.shape, voxels_BNP.shape[-1]).scatter(1, index, voxels_BNP)
         return unpatchify(every, size, patch), visible_BKE
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """Mean error over hidden voxels of the body."""
         view = batch.views["crop"][0]
-        hidden_BDHW = self.hidden(batch)
-        restored, visible_BKE = self.restore(view, hidden_BDHW)
+        hidden_BDHW, keep_BK = self.choose(batch)
+        restored, visible_BKE = self.restore(view, keep_BK)
         restoration, target = self.config.restoration, view.target_BCDHW
         if self.config.norm_patches:
             mean, std = self._patch_statistics(view)
@@ -139,8 +168,8 @@ class MAETokens(Objective):
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Input, what was visible, the restoration, and the clean target."""
         view = batch.views["crop"][0]
-        hidden_BDHW = self.hidden(batch)
-        restored, _ = self.restore(view, hidden_BDHW)
+        hidden_BDHW, keep_BK = self.choose(batch)
+        restored, _ = self.restore(view, keep_BK)
         if self.config.norm_patches:
             mean, std = self._patch_statistics(view)
             restored = restored.float() * std + mean
@@ -161,12 +190,19 @@ class MAETokens(Objective):
 
 
 def hidden_count(hiding: Hiding, size: tuple[int, ...], patch: Triple) -> int:
-    """Tokens that are hidden in every sample.
+    """Tokens of every sample that the encoder does not see; the ratio's share where samples hide as they may.
 
     Raises:
         ConfigError: blocks that do not divide the grid of patches, or a ratio that hides no token or all.
     """
     grid = grid_of(size, patch)
+    if not hiding.counts_alike:
+        total = math.prod(grid)
+        if total < 2:
+            raise ConfigError(
+                f"a crop of {tuple(size)} voxels is a single patch of {patch}: nothing would be left to see"
+            )
+        return hidden_number(hiding.ratio[0], total)
     block = [max(1, round(b / p)) for b, p in zip(hiding.block, patch, strict=True)]
     if any(g % b for g, b in zip(grid, block, strict=True)):
         raise ConfigError(
