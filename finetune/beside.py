@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from medseg_ssl.inference.predictor import Predictor
 
 ROBUSTNESS, CALIBRATION = "robustness.csv", "calibration.csv"
-MISSING, MISSING_COLUMNS = "missing.csv", ("given", "case", *METRIC_COLUMNS)
+MISSING, MISSING_CASES = "missing.csv", ("given", "case", *METRIC_COLUMNS)
 SUBGROUPS, FORGETTING = "subgroups.csv", "forgetting.csv"
 NAMING = ("case", "subject", "key", "study", "scans", "frame", "content_hash", "appearance", "affine_44")
 """Columns that name a person or a scan; they make no group."""
 
-TEXTS = frozenset({"case", "class", "corruption", "unit", "by", "group", "metric", "small", "earlier"})
+TEXTS = frozenset(
+    {"case", "class", "corruption", "unit", "by", "group", "metric", "small", "earlier", "given"}
+)
 """Columns of our tables that stay text when they are read: a key such as 31e4 is no number."""
 
 
@@ -104,18 +106,25 @@ def write_missing(
     nsd_tolerance_mm: float,
     progress: Callable[[str, int], Callable[[str], object]],
 ) -> None:
-    """``missing.csv``: a row per subset of the channels, case and class, the other channels zero.
+    """``missing.csv``: what each subset of the channels costs; ``missing_cases.csv`` has the scores, and comes first.
 
     Raises:
         ConfigError: a segmenter of a single channel.
     """
-    from medseg_ssl.evaluations.missing_modalities import channel_subsets, missing_rows
+    from medseg_ssl.evaluations import missing_modalities as missing
 
     if (out / MISSING).is_file():
         return
-    on_case = progress("missing modalities", len(cases) * len(channel_subsets(predictor.card.modalities)))
-    rows = missing_rows(predictor, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
-    write_csv(out / MISSING, rows, columns=MISSING_COLUMNS)
+    scores = out / "missing_cases.csv"
+    if not scores.is_file():
+        subsets = missing.channel_subsets(predictor.card.modalities)
+        on_case = progress("missing modalities", len(cases) * len(subsets))
+        rows = missing.missing_rows(
+            predictor, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case
+        )
+        write_csv(scores, rows, columns=MISSING_CASES)
+    table = missing.missing_table(read_rows(scores), subjects=_subjects(archive, cases))
+    write_csv(out / MISSING, table, columns=missing.COLUMNS)
 
 
 def write_forgetting(
@@ -143,7 +152,7 @@ def write_forgetting(
     rows = evaluate_cases(before, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
     now, subjects = read_rows(out / "cases.csv"), _subjects(archive, cases)
     found = []
-    for metric in ("dice", "nsd"):
+    for metric in ("dice", "nsd"):  # Holm's correction is over the classes here
         names = (change.OVER_CLASSES, *archive.classes[1:])
         block = [
             change.paired_change(rows, now, name=name, metric=metric, subjects=subjects) for name in names

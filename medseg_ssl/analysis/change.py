@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from medseg_ssl.analysis.metrics import case_means, subject_means
-from medseg_ssl.analysis.statistics import paired_interval
+from medseg_ssl.analysis.statistics import holm, paired_interval
 
 OVER_CLASSES = "mean over classes"
 COLUMNS = ("class", "metric", "subjects", "cases", "before", "after", "difference", "ci_low", "ci_high", "p")
@@ -55,3 +55,36 @@ def paired_change(
         "ci_high": found.high,
         "p": found.p,
     }
+
+
+def change_table(
+    before: Rows,
+    after: Sequence[tuple[Mapping[str, object], Rows]],
+    *,
+    names: Sequence[str],
+    metrics: Sequence[str],
+    subjects: Mapping[str, str],
+) -> list[dict[str, object]]:
+    """What each of several changes does to the same cases: rows of ``COLUMNS`` behind what names the change.
+
+    Args:
+        before: rows with ``case``, ``class`` and the metrics.
+        after: by change, what names it and its rows; where the rows are ``before`` itself, p is NaN.
+        names: classes, and ``OVER_CLASSES``.
+        metrics: columns of all rows.
+        subjects: case to its subject.
+
+    Returns:
+        By metric, class and change; ``p_holm`` adjusts p over the changes of one class and metric.
+    """
+    table: list[dict[str, object]] = []
+    for metric in metrics:
+        for name in names:
+            block = []
+            for head, rows in after:
+                found = paired_change(before, rows, name=name, metric=metric, subjects=subjects)
+                if found is not None:
+                    block.append({**head, **found} | ({"p": float("nan")} if rows is before else {}))
+            adjusted = holm([row["p"] for row in block])
+            table += [{**row, "p_holm": p} for row, p in zip(block, adjusted, strict=True)]
+    return table

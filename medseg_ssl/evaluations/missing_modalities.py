@@ -8,12 +8,14 @@ body still come from the case, so only intensities go missing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from medseg_ssl.analysis import change
+from medseg_ssl.analysis.change import OVER_CLASSES, change_table
 from medseg_ssl.analysis.metrics import summarize
 from medseg_ssl.config import ConfigError
 from medseg_ssl.evaluations.base import Evaluation, MetricsConfig
@@ -23,6 +25,10 @@ from medseg_ssl.types import Score
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
+
+COLUMNS = ("given", *change.COLUMNS, "p_holm")
+SHOWN = ("dice", "nsd")
+"""Metrics of the table."""
 
 
 class MissingModalities(Evaluation):
@@ -75,6 +81,28 @@ def missing_rows(
         found = evaluate_cases(of_subset, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
         rows += [{"given": name, **row} for row in found]
     return rows
+
+
+def missing_table(
+    rows: Sequence[Mapping[str, object]], *, subjects: Mapping[str, str]
+) -> list[dict[str, object]]:
+    """What each subset costs against all channels, paired by case, with intervals over subjects.
+
+    Args:
+        rows: of ``missing_rows``.
+        subjects: case to its subject, whose cases are averaged before differences are taken.
+
+    Returns:
+        Rows of ``COLUMNS``: mean over the classes of a case first, then per class. ``p`` is that of a paired t-test,
+        ``p_holm`` adjusts it over the subsets of one class and metric.
+    """
+    subsets: dict[object, list[Mapping[str, object]]] = {}
+    for row in rows:
+        subsets.setdefault(row["given"], []).append(row)
+    classes = list(dict.fromkeys(str(row["class"]) for row in rows))
+    *_, every = subsets.values()
+    changes = [({"given": name}, given) for name, given in subsets.items()]
+    return change_table(every, changes, names=(OVER_CLASSES, *classes), metrics=SHOWN, subjects=subjects)
 
 
 def channel_subsets(modalities: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:

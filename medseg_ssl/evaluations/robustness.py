@@ -16,9 +16,8 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from medseg_ssl.analysis import change
-from medseg_ssl.analysis.change import OVER_CLASSES, paired_change
+from medseg_ssl.analysis.change import OVER_CLASSES, change_table
 from medseg_ssl.analysis.metrics import METRICS, summarize
-from medseg_ssl.analysis.statistics import holm
 from medseg_ssl.config import ConfigError
 from medseg_ssl.data import intensity
 from medseg_ssl.evaluations._corruptions import CORRUPTIONS, Volume, corrupt
@@ -164,18 +163,9 @@ def robustness_table(
     for row in rows:
         settings.setdefault((row["corruption"], row["severity"]), []).append(row)
     clean = settings[UNDISTURBED, 0]
-    table: list[dict[str, object]] = []
-    for metric in SHOWN:
-        for name in (OVER_CLASSES, *classes):
-            block = []
-            for given in settings.values():
-                found = paired_change(clean, given, name=name, metric=metric, subjects=subjects)
-                if found is not None:
-                    setting = {key: given[0][key] for key in ("corruption", "severity", "amount", "unit")}
-                    block.append({**setting, **found} | ({"p": float("nan")} if given is clean else {}))
-            adjusted = holm([row["p"] for row in block])
-            table += [{**row, "p_holm": p} for row, p in zip(block, adjusted, strict=True)]
-    return table
+    named = ("corruption", "severity", "amount", "unit")
+    changes = [({key: given[0][key] for key in named}, given) for given in settings.values()]
+    return change_table(clean, changes, names=(OVER_CLASSES, *classes), metrics=SHOWN, subjects=subjects)
 
 
 def _altered(

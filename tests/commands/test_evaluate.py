@@ -142,20 +142,36 @@ def test_missing_modalities_are_scored_where_they_are_asked_for(world, monkeypat
         run(folder, "--missing-modalities", out="one")
     archive = MemoryArchive()
     volume = bright_cube((14, 13, 12), BOX)
-    for key in ("a", "b"):
-        archive.add_scan(key, volume, subject="p")
-    archive.add_case("c", ["a", "b"], (volume > 0).astype(np.uint8))
-    archive.set_split(test=("p",))
+    for i in range(3):
+        for key in ("a", "b"):
+            archive.add_scan(f"{key}{i}", volume, subject=f"p{i // 2}")
+        archive.add_case(f"c{i}", [f"a{i}", f"b{i}"], (volume > 0).astype(np.uint8))
+    archive.set_split(test=("p0", "p1"))
     predictor = Predictor(Threshold(above=0.2), card(channels_in=2, modalities=("CT", "CT")))
     monkeypatch.setattr("medseg_ssl.data.archive.Archive.open", lambda path: archive)
     monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **_: predictor)
     out = run(folder, "--missing-modalities", out="two")
+    with (out / "missing_cases.csv").open(newline="") as file:
+        scores = list(csv.DictReader(file))
+    assert {row["given"]: row["dice"] for row in scores} == {"CT0": "1", "CT1": "0", "CT0+CT1": "1"}
+    assert len(scores) == 9
     with (out / "missing.csv").open(newline="") as file:
-        assert {row["given"]: row["dice"] for row in csv.DictReader(file)} == {
-            "CT0": "1",
-            "CT1": "0",
-            "CT0+CT1": "1",
+        table = {
+            row["given"]: row
+            for row in csv.DictReader(file)
+            if (row["class"], row["metric"]) == ("mean over classes", "dice")
         }
+    assert {given: row["difference"] for given, row in table.items()} == {
+        "CT0": "0",
+        "CT1": "-1",
+        "CT0+CT1": "0",
+    }
+    assert {(row["subjects"], row["cases"], row["before"]) for row in table.values()} == {("2", "3", "1")}
+    assert table["CT0+CT1"]["p_holm"] == ""
+    (out / "missing.csv").unlink()
+    monkeypatch.setattr("medseg_ssl.evaluations.missing_modalities.missing_rows", None)  # scored once
+    run(folder, "--missing-modalities", out="two")
+    assert (out / "missing.csv").is_file()
 
 
 def test_tables_that_cannot_be_are_refused_before_the_work_all_at_once(world, monkeypatch):
