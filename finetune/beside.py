@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from medseg_ssl.inference.predictor import Predictor
 
 ROBUSTNESS, CALIBRATION = "robustness.csv", "calibration.csv"
-MISSING, MISSING_CASES = "missing.csv", ("given", "case", *METRIC_COLUMNS)
+MISSING, MISSING_SCORES = "missing_modalities.csv", "missing.csv"
+MISSING_COLUMNS = ("given", "case", *METRIC_COLUMNS)
 SUBGROUPS, FORGETTING = "subgroups.csv", "forgetting.csv"
 NAMING = ("case", "subject", "key", "study", "scans", "frame", "content_hash", "appearance", "affine_44")
 """Columns that name a person or a scan; they make no group."""
@@ -41,7 +42,7 @@ def write_robustness(
     nsd_tolerance_mm: float,
     progress: Callable[[str, int], Callable[[str], object]],
 ) -> None:
-    """``robustness.csv``, and the cases of each setting in ``robustness/``, which an interrupted call goes on from.
+    """``robustness.csv``; the cases of each setting in ``robustness_cases/``, from which an interrupted call goes on.
 
     Args:
         out: the folder.
@@ -58,7 +59,7 @@ def write_robustness(
     evaluation = robustness.Robustness(robustness.Robustness.Config(nsd_tolerance_mm=nsd_tolerance_mm))
     rows: list[dict[str, Any]] = []
     for setting in evaluation.settings(predictor.card.modalities):
-        part = out / "robustness" / f"{setting.name}.csv"
+        part = out / "robustness_cases" / f"{setting.name}.csv"
         if not part.is_file():
             on_case = progress(setting.name, len(cases))
             found = evaluation.rows(predictor, archive, cases, setting, on_case=on_case)
@@ -106,7 +107,7 @@ def write_missing(
     nsd_tolerance_mm: float,
     progress: Callable[[str, int], Callable[[str], object]],
 ) -> None:
-    """``missing.csv``: what each subset of the channels costs; ``missing_cases.csv`` has the scores, and comes first.
+    """``missing_modalities.csv``: what each subset of the channels costs; before it ``missing.csv``, the scores.
 
     Raises:
         ConfigError: a segmenter of a single channel.
@@ -115,14 +116,14 @@ def write_missing(
 
     if (out / MISSING).is_file():
         return
-    scores = out / "missing_cases.csv"
+    scores = out / MISSING_SCORES
     if not scores.is_file():
         subsets = missing.channel_subsets(predictor.card.modalities)
         on_case = progress("missing modalities", len(cases) * len(subsets))
         rows = missing.missing_rows(
             predictor, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case
         )
-        write_csv(scores, rows, columns=MISSING_CASES)
+        write_csv(scores, rows, columns=MISSING_COLUMNS)
     table = missing.missing_table(read_rows(scores), subjects=_subjects(archive, cases))
     write_csv(out / MISSING, table, columns=missing.COLUMNS)
 

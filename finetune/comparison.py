@@ -56,7 +56,7 @@ def _draws_by_budget(value: Any) -> Any:
     return {as_budget(key): n for key, n in value.items()} if isinstance(value, Mapping) else value
 
 
-Budgets = Annotated[tuple[Budget, ...], BeforeValidator(_list_of_budgets)]
+BudgetList = Annotated[tuple[Budget, ...], BeforeValidator(_list_of_budgets)]
 Draws = Annotated[int | dict[Budget, int], BeforeValidator(_draws_by_budget)]
 """For every budget the same number, or a number by budget."""
 
@@ -141,10 +141,10 @@ class CompareConfig(Record):
     inits: dict[str, Any] = Field(min_length=1)
     finetune: dict[str, Any]
     init_overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    budgets: Budgets = Field(min_length=1)
+    budgets: BudgetList = Field(min_length=1)
     draws: Draws = 5
     init_draws: dict[str, int] = Field(default_factory=dict)
-    low_budgets: Budgets = (1, 2, 4)
+    low_budgets: BudgetList = (1, 2, 4)
     stratify: Stratify | None = None
     labels: PartialLabels | None = None
     pretrainings: int = Field(default=1, ge=1)

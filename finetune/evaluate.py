@@ -3,7 +3,7 @@ and class.
 
 Every label is met in its own space. ``cases.csv`` holds a row per case and class, ``summary.json`` the means
 over the classes of a case, then over cases. Beside them, where asked for, also later: ``robustness.csv``,
-``calibration.csv``, ``missing.csv``, ``subgroups.csv`` and ``forgetting.csv``.
+``calibration.csv``, ``missing_modalities.csv``, ``subgroups.csv`` and ``forgetting.csv``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from medseg_ssl.train.run_folder import differences
 from medseg_ssl.train.settings import WandbConfig
 
 from . import resolving as plans
-from .comparison import Budgets, CompareConfig, Draws, Metrics, PartialLabels, Stratify
+from .comparison import BudgetList, CompareConfig, Draws, Metrics, PartialLabels, Stratify
 from .inits import FROM_FILE, SCRATCH, SCRATCH_LONG, Kind, has_key, kind_of, of_kind
 
 Modality = Literal["CT", "MR", "PT"]
@@ -52,16 +52,16 @@ class TargetConfig(Record):
         baselines: of this target alone, beside the shared ones.
         finetune: laid over the shared ``finetune``.
         budgets: in place of the shared one; ``draws``, ``low_budgets``, ``stratify``, ``labels`` and
-            ``metrics`` likewise.
+            ``metrics`` likewise; null takes the shared one.
     """
 
     archive: str
     modalities: tuple[Modality, ...] = ()
     baselines: dict[str, Any] = Field(default_factory=dict)
     finetune: dict[str, Any] = Field(default_factory=dict)
-    budgets: Budgets | None = None
+    budgets: BudgetList | None = None
     draws: Draws | None = None
-    low_budgets: Budgets | None = None
+    low_budgets: BudgetList | None = None
     stratify: Stratify | None = None
     labels: PartialLabels | None = None
     metrics: Metrics | None = None
@@ -112,9 +112,9 @@ class MatrixConfig(Record):
     targets: dict[str, TargetConfig] = Field(min_length=1)
     baselines: dict[str, Any] = Field(default={"scratch": "scratch", "scratch_long": "scratch_long"})
     pretrainings: int = Field(default=1, ge=1)
-    budgets: Budgets = Field(min_length=1)
+    budgets: BudgetList = Field(min_length=1)
     draws: Draws = 3
-    low_budgets: Budgets = (1, 2, 4)
+    low_budgets: BudgetList = (1, 2, 4)
     stratify: Stratify | None = None
     labels: PartialLabels | None = None
     seed: int = Field(default=0, ge=0)

@@ -11,7 +11,7 @@ from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.channels import told_left_out
 
 from .fits import PretrainTask
-from .labeling import held_channels, numbered, scored_cases, training_subsets
+from .labeling import held_channels, numbered, partial_labels, scored_cases, training_subsets
 from .matrix import MatrixConfig, SourceConfig, comparison_of, pretrain_tree
 from .planning import EncoderKey, pretrain_folder
 
@@ -127,8 +127,11 @@ def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) 
             f" {', '.join(held) or 'nothing'}; modalities {asked}"
         )
     cases = scored_cases(plan, archive, archive)
-    plan, shares = numbered(plan, archive, [archive.split(plan.split)])
-    training_subsets(plan, archive)
+    try:
+        plan, shares = numbered(plan, archive, [archive.split(plan.split)])
+        partial_labels(plan, archive, training_subsets(plan, archive))
+    except ConfigError as error:
+        raise ConfigError(f"targets.{name}: {error}") from error
     facts = Target(
         name,
         config.targets[name].archive,
@@ -188,6 +191,13 @@ def notes_of(
         notes.append(f"Target {target.name}: {cases} in archive {target.archive} at {at}, pooled over the budgets"
                      f" {', '.join(map(str, plan.low_budgets))} where they were fitted.")  # fmt: skip
         notes += shares
+        if plan.stratify is not None:
+            notes.append(f"Target {target.name}: the subsets are balanced by {plan.stratify.by}.")
+        if plan.labels is not None:
+            known = plan.labels.model_dump(exclude_none=True)
+            parts = [f"{known['slices']:.0%} of the slices ({known['spread']})"] if "slices" in known else []
+            parts += [f"{known['classes']} classes"] if "classes" in known else []
+            notes.append(f"Target {target.name}: of each drawn label {' and '.join(parts)} are known.")
         entering = [n for n, card in cards.items() if card.channels_in != len(target.modalities)]
         if entering:
             notes.append(f"Target {target.name}: {', '.join(entering)} come from another number of channels; the first"

@@ -184,13 +184,14 @@ def _ingest_scan(
     """
     recipe, raw = task.recipe, scan.raw
     names = (raw.modality, raw.contrast, raw.unit, scan.subject, scan.study, scan.frame)
-    names += (raw.scanner,) if raw.scanner else ()  # archives made before it was kept stay up to date
     # the grid comes from the first channel, the names from the config: where either changes, the volume is
     # stale
     first_files = reading.files_of(task.scans[0].raw) if native is not None else ()
     stamp = _stamp(*reading.files_of(raw), *first_files, *names)
     stored = store.finished_scan(task.archive, scan.key, recipe=recipe, stamp=stamp)
     if stored is not None:
+        # in no stamp, since it is in no voxel: an archive made before it was kept gains it without being redone
+        stored = stored.model_copy(update={"scanner": raw.scanner})
         if task.label is None and len(task.scans) == 1:
             return (
                 stored,

@@ -7,7 +7,7 @@ import re
 _MOST = 48
 """Letters of a name; what is longer is no model's name."""
 _LEGAL = re.compile(
-    r"\b(?:healthcare|medical|systems?|gmbh|ag|inc|corporation|ltd|co|company|technologies|healthineers)\b"
+    r"\b(?:healthcare|medical|systems?|gmbh|ag|inc|corporation|ltd|co|company|technologies|healthineers)\b\.?"
 )
 
 
@@ -15,8 +15,8 @@ def scanner_name(maker: object, model: object) -> str:
     """Maker and model in one form: lower case, without the maker's legal form, words joined by one space.
 
     Only letters, digits, spaces and ``.+-/`` remain, and a maker is named once: ``SIEMENS`` with ``Biograph 64`` and
-    ``Siemens Healthineers AG`` with ``biograph 64`` are one scanner, ``siemens biograph 64``. Station and site names
-    are never asked for, since they name the hospital.
+    ``Siemens Healthineers AG`` with ``biograph 64`` are one scanner, ``siemens biograph 64``. Headers also hold the
+    names of stations and sites; these are never asked for, since they name the hospital.
 
     Args:
         maker: Manufacturer of a DICOM header or of a BIDS sidecar.

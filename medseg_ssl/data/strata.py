@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medseg_ssl.config import ConfigError
+
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
 
@@ -22,6 +24,9 @@ def subject_strata(
         archive: of the cases.
         cases_by_subject: labeled cases.
         by: ``classes`` for the classes that the labels show; or a column of the scans, whose values are one stratum.
+
+    Raises:
+        ConfigError: no scan states the column.
     """
     if by == CLASSES:
         return {
@@ -32,6 +37,8 @@ def subject_strata(
         subject: sorted({str(getattr(archive.scans[s], by)) for c in cases for s in archive.cases[c].scans})
         for subject, cases in cases_by_subject.items()
     }
+    if values and not any(name for found in values.values() for name in found):
+        raise ConfigError(f"no labeled scan states its {by}, so nothing can be balanced by it")
     return {subject: frozenset(("+".join(found),)) for subject, found in values.items()}
 
 

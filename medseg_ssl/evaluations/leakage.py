@@ -102,7 +102,7 @@ class Leakage(Evaluation):
         for modality, own in crops.items():
             for column in self.config.columns:
                 answers = [str(getattr(archive.scans[key], column)) for key in own.key_N]
-                yield self._named(f"{column}-{modality}", own, answers)
+                yield self._named(f"{column}-{modality}", own, answers, unknown=column == "scanner")
             yield _identity(modality, own)
 
     def _crops(self, model: FrozenEncoder, archive: Archive, keys: Sequence[str]) -> _Crops:
@@ -124,12 +124,17 @@ class Leakage(Evaluation):
             )
         return _Crops.join(parts)
 
-    def _named(self, name: str, crops: _Crops, answers: Sequence[str]) -> list[Score]:
-        """Scores of naming a value; none where there are no two values of two subjects each."""
+    def _named(
+        self, name: str, crops: _Crops, answers: Sequence[str], *, unknown: bool = False
+    ) -> list[Score]:
+        """Scores of naming a value; none where there are no two values of two subjects each.
+
+        With ``unknown``, ``""`` is no value: to tell a scan without a header is not to tell a scanner.
+        """
         subjects: dict[str, set[str]] = {}
         for answer, subject in zip(answers, crops.subject_N, strict=True):
             subjects.setdefault(answer, set()).add(subject)
-        values = sorted(v for v, own in subjects.items() if len(own) > 1)
+        values = sorted(v for v, own in subjects.items() if len(own) > 1 and (v or not unknown))
         if len(values) < 2:
             return []
         kept = [i for i, answer in enumerate(answers) if answer in values]

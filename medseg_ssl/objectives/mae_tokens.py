@@ -79,7 +79,7 @@ class MAETokens(Objective):
 
     def __init__(self, config: Config, encoder: TokenEncoder, facts: Facts) -> None:
         super().__init__(config, encoder, facts)
-        hidden_count(config.hiding, config.size, encoder.patch)
+        unseen_count(config.hiding, config.size, encoder.patch)
         self.project = nn.Linear(encoder.embed_dim, config.decoder_dim)
         self.hidden_token = nn.Parameter(torch.zeros(1, 1, config.decoder_dim))
         self.decoder = RotaryBlocks(config.decoder_dim, config.decoder_depth, config.decoder_heads)
@@ -104,7 +104,7 @@ class MAETokens(Objective):
         size = view.foreground_BDHW.shape[1:]
         hidden = draw_hidden(self.config.hiding, batch, view, purpose="mae_tokens/hidden", unit=patch)
         hidden_BL = tokens_marked(hidden, patch)
-        kept = hidden_BL.shape[1] - hidden_count(self.config.hiding, size, patch)
+        kept = hidden_BL.shape[1] - unseen_count(self.config.hiding, size, patch)
         if self.config.hiding.counts_alike:
             return hidden, first_indices(hidden_BL.byte(), kept)
         drawn_BL = torch.stack(
@@ -127,12 +127,9 @@ class MAETokens(Objective):
             The restoration (B, C, D, H, W), 0 where voxels are seen, and the encoder's visible tokens (B, K, E).
         """
         size, patch = view.image_BCDHW.shape[2:], self.encoder.patch
-        length = math.prod(grid_of(size, patch))
-        seen_BL = torch.zeros(len(keep_BK), length, dtype=torch.uint8, device=keep_BK.device).scatter(
-            1, keep_BK, 1
-        )
-        gone_BN = first_indices(seen_BL, length - keep_BK.shape[1])
-        count = gone_BN.shape[1]
+        unseen_BL = unseen(keep_BK, math.prod(grid_of(size, patch)))
+        count = unseen_BL.shape[1] - keep_BK.shape[1]
+        gone_BN = first_indices((~unseen_BL).byte(), count)
         visible_BKE = self.encoder.tokens(view.image_BCDHW, keep_BK, view.spacing_mm_B3)
         # in the order visible, hidden: tokens take their places along
         known = self.project(visible_BKE)
@@ -143,7 +140,7 @@ class MAETokens(Objective):
         )
         voxels_BNP = self.head(decoded[:, keep_BK.shape[1] :])
         index = gone_BN[..., None].expand_as(voxels_BNP)
-        every = voxels_BNP.new_zeros(*seen_BL.shape, voxels_BNP.shape[-1]).scatter(1, index, voxels_BNP)
+        every = voxels_BNP.new_zeros(*unseen_BL.shape, voxels_BNP.shape[-1]).scatter(1, index, voxels_BNP)
         return unpatchify(every, size, patch), visible_BKE
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
@@ -173,7 +170,12 @@ class MAETokens(Objective):
         if self.config.norm_patches:
             mean, std = self._patch_statistics(view)
             restored = restored.float() * std + mean
-        return pictures(view, hidden_BDHW, restored)
+        unseen_BL = unseen(keep_BK, math.prod(grid_of(self.config.size, self.encoder.patch)))
+        unseen_BDHW = voxels_marked(unseen_BL, self.config.size, self.encoder.patch)
+        # what was left out is not seen either
+        return pictures(view, hidden_BDHW, restored) | {
+            "visible": pictures(view, unseen_BDHW, restored)["visible"]
+        }
 
     def _patch_statistics(self, view: View) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, C, D, H, W) of the valid voxels of each voxel's patch and channel."""
@@ -189,7 +191,13 @@ class MAETokens(Objective):
         return mean, std
 
 
-def hidden_count(hiding: Hiding, size: tuple[int, ...], patch: Triple) -> int:
+def unseen(keep_BK: Tensor, length: int) -> Tensor:
+    """Tokens (B, L), bool, that are not at the indices."""
+    every = torch.ones(len(keep_BK), length, dtype=torch.bool, device=keep_BK.device)
+    return every.scatter(1, keep_BK, value=False)
+
+
+def unseen_count(hiding: Hiding, size: tuple[int, ...], patch: Triple) -> int:
     """Tokens of every sample that the encoder does not see; the ratio's share where samples hide as they may.
 
     Raises:

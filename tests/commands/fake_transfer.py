@@ -61,6 +61,8 @@ def archive(path: Path) -> SimpleNamespace:
     made = fakes.archive(hashes={f"s{i}": f"{path}{i}" for i in range(11)})
     for row in made.scans.values():
         row.modality = path.name.upper()
+        row.scanner = f"maker {int(row.key[1:]) % 2}"
+        row.source = ""
     made.path, made.fingerprint = path, path.name * 8
     made.recipe.spacing_mm = (3.0, 1.0, 2.0)
     made.original_grid = lambda case: ((6, 5, 4), np.eye(4))

@@ -151,11 +151,11 @@ def test_missing_modalities_are_scored_where_they_are_asked_for(world, monkeypat
     monkeypatch.setattr("medseg_ssl.data.archive.Archive.open", lambda path: archive)
     monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **_: predictor)
     out = run(folder, "--missing-modalities", out="two")
-    with (out / "missing_cases.csv").open(newline="") as file:
+    with (out / "missing.csv").open(newline="") as file:
         scores = list(csv.DictReader(file))
     assert {row["given"]: row["dice"] for row in scores} == {"CT0": "1", "CT1": "0", "CT0+CT1": "1"}
     assert len(scores) == 9
-    with (out / "missing.csv").open(newline="") as file:
+    with (out / "missing_modalities.csv").open(newline="") as file:
         table = {
             row["given"]: row
             for row in csv.DictReader(file)
@@ -168,10 +168,10 @@ def test_missing_modalities_are_scored_where_they_are_asked_for(world, monkeypat
     }
     assert {(row["subjects"], row["cases"], row["before"]) for row in table.values()} == {("2", "3", "1")}
     assert table["CT0+CT1"]["p_holm"] == ""
-    (out / "missing.csv").unlink()
+    (out / "missing_modalities.csv").unlink()
     monkeypatch.setattr("medseg_ssl.evaluations.missing_modalities.missing_rows", None)  # scored once
     run(folder, "--missing-modalities", out="two")
-    assert (out / "missing.csv").is_file()
+    assert (out / "missing_modalities.csv").is_file()
 
 
 def test_tables_that_cannot_be_are_refused_before_the_work_all_at_once(world, monkeypatch):
@@ -271,11 +271,11 @@ def test_tables_beside_the_cases_come_later_once_and_go_on(world, monkeypatch):
     assert (group["group"], group["subjects"], group["small"]) == ("CT", "2", "yes")
     whole = (out / "robustness.csv").read_text()
     (out / "robustness.csv").unlink()
-    (out / "robustness" / "blur-2.csv").unlink()
-    kept = (out / "robustness" / "noise-1.csv").stat().st_mtime_ns
+    (out / "robustness_cases" / "blur-2.csv").unlink()
+    kept = (out / "robustness_cases" / "noise-1.csv").stat().st_mtime_ns
     run(folder, "--robustness", "--by", "unit", "--by", "modality")
     assert (out / "robustness.csv").read_text() == whole
-    assert (out / "robustness" / "noise-1.csv").stat().st_mtime_ns == kept
+    assert (out / "robustness_cases" / "noise-1.csv").stat().st_mtime_ns == kept
     assert {r["by"] for r in rows_of(out / "subgroups.csv")} == {"modality", "unit"}
     for file in out.rglob("*.csv"):
         assert str(folder) not in file.read_text()

@@ -418,12 +418,7 @@ def test_subjects_whose_scans_cannot_be_joined_are_counted(tmp_path):
 @pytest.mark.usefixtures("stand_ins")
 def test_targets_may_ask_what_a_comparison_can(tmp_path):
     """Shares of a target's cases, balanced subsets, labels known in part; numbers stand in every table."""
-    asked = {
-        "budgets": [1, "50%"],
-        "low_budgets": ["50%"],
-        "draws": {1: 2, "50%": 2},
-        "stratify": {"by": "modality"},
-    }
+    asked = {"budgets": [2, "50%"], "low_budgets": ["50%"], "draws": 4, "stratify": {"by": "scanner"}}
     targets = {
         "organs": {"archive": "organs", **asked, "labels": {"slices": 0.5}},
         "lesions": {"archive": "lesions", "modalities": ["MR"]},
@@ -437,12 +432,17 @@ def test_targets_may_ask_what_a_comparison_can(tmp_path):
     out = tmp_path / "out"
     run(out, config=fakes.config(targets=targets), fit=fit)
     organs = [task for task in seen if "targets/organs" in task.folder.as_posix()]
-    assert {task.budget for task in organs} == {1, 3}
-    assert {len(task.train_cases) for task in organs} == {1, 3}
+    assert {(task.budget, len(task.train_cases)) for task in organs} == {(2, 2), (3, 3)}
+    assert {sum(int(case[1:]) % 2 for case in t.train_cases) for t in organs if t.budget == 2} == {1}
     assert all(set(task.access.labels) == set(task.train_cases) for task in organs)
     summary = json.loads((out / "summary.json").read_text())
     assert {tuple(c["budgets"]) for c in summary["cells"] if c["target"] == "organs"} == {(3,)}
-    assert "Target organs: Budget 50% is 3 of 6 labeled training cases." in summary["conditions"]
+    for told in (
+        "Target organs: Budget 50% is 3 of 6 labeled training cases.",
+        "Target organs: the subsets are balanced by scanner.",
+        "Target organs: of each drawn label 50% of the slices (random) are known.",
+    ):
+        assert told in summary["conditions"]
     again = {path: path.read_bytes() for path in (out / "matrix.csv", out / "cases.csv")}
     run(out, config=fakes.config(targets=targets), fit=fit)
     assert again == {path: path.read_bytes() for path in again}
@@ -490,7 +490,10 @@ def test_archives_and_encoders_go_with_their_names(tmp_path):
             {"targets": {"t": {"archive": "organs", "modalities": ["MR"]}}},
             "cases of CT; modalities asks for MR",
         ),
-        ({"budgets": [1, 9]}, "budget 9"),
+        ({"budgets": [1, 9]}, "targets.organs: .*budget 9"),
+        ({"budgets": [1, "10%"]}, r"targets.organs: budgets are not ascending .* 1 = 1, 10% = 1"),
+        ({"labels": {"classes": 9}}, "targets.organs: labels.classes is 9, of 2 foreground classes"),
+        ({"stratify": {"by": "source"}}, "targets.organs: no labeled scan states its source"),
     ],
 )
 def test_what_the_archives_do_not_hold_is_named(tmp_path, changes, message):

@@ -356,6 +356,20 @@ def test_a_second_run_changes_nothing_and_reads_no_voxel(tmp_path, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "volumes").iterdir()} == stamps
 
 
+def test_the_scanner_comes_to_an_archive_made_before_it_was_kept(tmp_path, monkeypatch):
+    folder_tree(tmp_path / "raw" / "Prisma 1", 4, labels=False)
+    block = {**FOLDER, "pattern": "{scanner}/{subject}_{modality}.nii.gz"}
+    with monkeypatch.context() as earlier:
+        earlier.setattr("medseg_ssl.data.sources.folder.scanner_name", lambda *_: "")
+        before = made(tmp_path, block)
+    assert {row.scanner for row in before.scans.values()} == {""}
+    monkeypatch.setattr(ingest.nifti, "read_nifti", lambda *a, **k: pytest.fail("read a finished scan"))
+    after = made(tmp_path, block)
+    assert {row.scanner for row in after.scans.values()} == {"prisma 1"}
+    assert after.fingerprint == before.fingerprint
+    assert {row.scanner for row in made(tmp_path, block).scans.values()} == {"prisma 1"}
+
+
 def test_a_source_that_changed_gets_a_new_row(tmp_path):
     msd_task(tmp_path / "raw", 4)
     before = made(tmp_path)

@@ -13,6 +13,8 @@ from medseg_ssl.data.scanner import scanner_name
         ("GE MEDICAL SYSTEMS", "Signa_HDxt", "ge signa hdxt"),
         ("Philips", "Philips Ingenia", "philips ingenia"),
         ("Philips", "Philips", "philips"),
+        ("Hitachi, Ltd.", "Hitachi Oasis", "hitachi oasis"),
+        ("Canon Medical Systems Co., Ltd.", "", "canon"),
         ("", "Discovery ST", "discovery st"),
         ("Medical Systems", "", "medical systems"),
         (None, ["a", "b"], ""),

@@ -133,7 +133,7 @@ def test_studies_and_folders_in_the_pattern(tmp_path):
 
 
 def test_the_scanner_in_the_pattern(tmp_path):
-    touch(tmp_path, "Site A/p_CT.nii.gz", "Site B/q_CT.nii.gz")
+    touch(tmp_path, "Prisma 1/p_CT.nii.gz", "Skyra/q_CT.nii.gz")
     found = listing(tmp_path, **{**FOLDER, "pattern": "{scanner}/{subject}_{modality}.nii.gz"})
     assert {(c.scans[0].subject, c.scans[0].scanner) for c in found.cases} == {
         ("p", "site a"),

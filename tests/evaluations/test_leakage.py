@@ -81,6 +81,11 @@ def test_columns_of_the_manifest_within_a_modality():
     found = scores(PooledEncoder(), archive)
     assert found["linear/contrast-CT"].value == 1.0
     assert found["linear/scanner-CT"].value == 1.0
+    for i in range(SUBJECTS):
+        archive.scans[f"CT{i}"] = archive.scans[f"CT{i}"].model_copy(
+            update={"scanner": "maker" if i % 2 else ""}
+        )
+    assert "linear/scanner-CT" not in scores(PooledEncoder(), archive), "one scanner is known"
     assert "linear/modality" not in found, "there is one"
     assert "linear/source-CT" not in found, "it has one value"
 

@@ -5,7 +5,7 @@ from medseg_ssl.config import ConfigError, parse
 from medseg_ssl.nets.encoders.primus import Primus
 from medseg_ssl.nets.hiding import draw_hidden
 from medseg_ssl.nets.tokens import grid_of, tokens_marked, voxels_marked
-from medseg_ssl.objectives.mae_tokens import MAETokens, hidden_count
+from medseg_ssl.objectives.mae_tokens import MAETokens, unseen_count
 from medseg_ssl.types import Facts
 from tests.objectives.conftest import make_batch, make_view
 
@@ -106,7 +106,7 @@ def test_hidden_are_whole_patches_as_many_in_each_sample_and_the_samples_own(str
     hidden, _ = objective.choose(a)
     tokens_BL = tokens_marked(hidden, PATCH)
     assert torch.equal(voxels_marked(tokens_BL, SIZE, PATCH), hidden)
-    assert tokens_BL.sum(1).tolist() == [hidden_count(objective.config.hiding, SIZE, PATCH)] * 2
+    assert tokens_BL.sum(1).tolist() == [unseen_count(objective.config.hiding, SIZE, PATCH)] * 2
     assert torch.equal(hidden[1], objective.choose(b)[0][0])
     assert not torch.equal(hidden[0], hidden[1])
     if strategy == "tubes":

@@ -45,7 +45,8 @@ class FolderConfig(SourceConfig):
 
     Attributes:
         pattern: path below the root with the fields ``{subject}`` (required), ``{study}``, ``{modality}`` and
-            ``{scanner}``; a study or scanner holds no ``_``; for other names write ``regex``.
+            ``{scanner}``; a study or scanner holds no ``_``; for other names write ``regex``. The scanner stands in the
+            manifest as it is written (the others are hashed): no hospital's name belongs there.
         regex: in place of ``pattern``, with named groups of the same names, matched against the whole path.
         modalities: modality token in the path to its kind; without ``{modality}`` exactly one. Empty: the
             names that tell it by themselves (``CT``, ``T1``, ``MR_T2``, ``FLAIR``, ``PET``, …).
