@@ -136,8 +136,8 @@ def test_the_scanner_in_the_pattern(tmp_path):
     touch(tmp_path, "Prisma 1/p_CT.nii.gz", "Skyra/q_CT.nii.gz")
     found = listing(tmp_path, **{**FOLDER, "pattern": "{scanner}/{subject}_{modality}.nii.gz"})
     assert {(c.scans[0].subject, c.scans[0].scanner) for c in found.cases} == {
-        ("p", "site a"),
-        ("q", "site b"),
+        ("p", "prisma 1"),
+        ("q", "skyra"),
     }
 
 
