@@ -102,7 +102,9 @@ def run_finetune(
             )
         grown = previous(continue_from, opened)
         config = grown.networks(config)
-    config = with_spacing(complete_config(config, encoder), SHELVES, opened.recipe.spacing_mm)
+    config = with_spacing(
+        complete_config(config, encoder), SHELVES, opened.reference_spacing_mm(config.data.split)
+    )
     used = training_cases(opened, config.data.split, cases)
     machine = runtime.start(config.train)
     _, best, replay = resolved(

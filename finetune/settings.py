@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from medseg_ssl.config import Block, ConfigError, Record
-from medseg_ssl.train.session import with_defaults
+from medseg_ssl.train.session import resolve_block, with_defaults
 from medseg_ssl.train.settings import KeepBest, OptimConfig, TrainConfig, WandbConfig
 
 from .tuning import TuneConfig, check_choice
@@ -154,5 +154,20 @@ def complete_config(config: FinetuneConfig, encoder: Path | None) -> FinetuneCon
 
         config = config.model_copy(update={"encoder": Block.model_validate(load_card(encoder).encoder)})
     config = with_defaults(config, SHELVES)
+    if encoder is not None:
+        config = _at_its_spacing(config, encoder)
     without = {k: v for k, v in config.objective.model_dump(mode="json").items() if k != "decoder"}
     return config.model_copy(update={"objective": Block.model_validate(without)})
+
+
+def _at_its_spacing(config: FinetuneConfig, encoder: Path) -> FinetuneConfig:
+    """The encoder's open voxel size filled in from the file, at which its positions in millimetres were trained."""
+    from medseg_ssl.nets.encoder_file import load_card
+
+    card = load_card(encoder)
+    if config.encoder is None or card.encoder.get("name") != config.encoder.name:
+        return config
+    _, options = resolve_block(config.encoder, "encoder", SHELVES)
+    filled = options.at_spacing(tuple(card.encoder.get("spacing_mm") or card.spacing_mm or ()) or None)
+    block = Block(name=config.encoder.name, **filled.model_dump(mode="json"))
+    return config.model_copy(update={"encoder": block})

@@ -176,7 +176,7 @@ def read(text: str, assignments: Sequence[str], *, archive: Path | None) -> tupl
     if archive is not None:
         from medseg_ssl.data.archive import Archive
 
-        spacing_mm = Archive.open(archive).recipe.spacing_mm
+        spacing_mm = Archive.open(archive).reference_spacing_mm(config.data.split)
     return with_spacing(config, command.SHELVES, spacing_mm), kind
 
 

@@ -7,6 +7,7 @@ matched, missing or not used, and the shares of parameters and of multiply-adds 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,10 +72,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     cls: type[Import] = find(SHELF, args.kind, Import)
     foreign = cls(parse(cls.Config, override({}, args.assignments), where="options")).read(args.file)
+    if args.spacing is not None:
+        foreign = replace(foreign, spacing_mm=tuple(args.spacing))
     imported = build(args.file, foreign, minimum_coverage=args.minimum_coverage)
     card = Card(
         encoder={},
-        spacing_mm=tuple(args.spacing) if args.spacing else foreign.spacing_mm,
+        spacing_mm=foreign.spacing_mm,
         crop_size=foreign.crop_size,
         modalities=foreign.modalities,
         code_version=__version__,
@@ -86,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     console.print(str(imported.audit), markup=False)
     for note in foreign.notes:
         console.print(f"  note: {note}", markup=False)
+    if foreign.spacing_mm is None:
+        console.print(
+            "  note: the voxel size of its training is unknown; state it by --spacing", markup=False
+        )
     if not card.licence:
         console.print("  note: no licence is on the card; state it by --licence", markup=False)
     console.print(f"encoder: {args.out}", markup=False)

@@ -98,6 +98,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         console.print(f"{args.out} already holds these results")
         return args.out
     write_text(args.out / "config.yaml", to_yaml(config))
+    if not encoder.card.intensity:
+        console.print(
+            "The encoder's card states no intensities (it was imported): scans enter by the archive's."
+        )
     scores: dict[str, list[Score]] = {}
     for name, evaluation in evaluations.items():
         with console.status(name):

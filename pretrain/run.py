@@ -81,7 +81,9 @@ def run_pretrain(
 
     access = access or Access()
     opened = open_archives(config.data, [archive, *more], access=access)
-    config = with_spacing(with_defaults(config, SHELVES), SHELVES, opened.recipe.spacing_mm)
+    config = with_spacing(
+        with_defaults(config, SHELVES), SHELVES, opened.reference_spacing_mm(config.data.split)
+    )
     config, judged_on = with_judge(config)
     check_labels(config, opened)
     subjects = training_subjects(opened, config.data)

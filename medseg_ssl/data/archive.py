@@ -183,6 +183,18 @@ class Archive:
             relations=tuple(sorted({pair.relation for pair in self.pairs})),
         )
 
+    def reference_spacing_mm(self, split: str = "default") -> TripleMm:
+        """The archive's voxel size (D, H, W); the median of the training subjects' scans where each keeps its own."""
+        if self.recipe.spacing_mm is not None:
+            return self.recipe.spacing_mm
+        train = set(self.split(split).train)
+        own = [row.spacing_mm for row in self.scans.values() if row.subject in train]
+        d, h, w = (
+            float(v)
+            for v in np.round(np.median(own or [r.spacing_mm for r in self.scans.values()], axis=0), 6)
+        )
+        return d, h, w
+
     def split(self, name: str = "default") -> Split:
         """A split of this archive.
 

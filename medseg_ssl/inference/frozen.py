@@ -19,6 +19,7 @@ from medseg_ssl.inference.inputs import (
     autocast,
     close_spacing,
     network_spacing,
+    policies_of,
     usable_device,
 )
 from medseg_ssl.nets.heads import Pooling, pool
@@ -162,7 +163,7 @@ def network_crop(
     low = np.rint(start) if own else np.floor(start) - 1
     high = low + np.array(size) if own else np.ceil(np.array(start) + (np.array(size) - 1) * factor) + 2
     first, box = _triple(low), _triple(high - low)
-    channel = archive_channel(archive, key, card.intensity, start=first, size=box)
+    channel = archive_channel(archive, key, policies_of(card, archive), start=first, size=box)
     array, valid = channel.array_DHW, channel.valid
     if not own:
         to_affine_44 = np.array(row.affine_44, dtype=np.float64)

@@ -78,6 +78,11 @@ def policy_for(policies: Mapping[str, Any], modality: str) -> intensity.Policy:
     return intensity.Policy.model_validate(policies[modality])
 
 
+def policies_of(card: Card, archive: Archive) -> Mapping[str, Any]:
+    """Intensity policies by modality: the card's, or the archive's where a card that was imported states none."""
+    return card.intensity or archive.intensity
+
+
 def archive_channel(
     archive: Archive,
     key: str,

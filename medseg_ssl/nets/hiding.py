@@ -22,7 +22,7 @@ class Hiding(Record):
             only: air costs no hidden block, and a block of air alone is never hidden.
         block: hidden unit (D, H, W) in voxels.
         block_mm: hidden unit (D, H, W) in millimetres instead: whole voxels of each sample's own spacing, so that thick
-            slices are not hidden ten at a time.
+            slices are not hidden ten at a time. One that is the whole of a crop is halved along its longest side.
         ratio: lowest and highest share of hidden blocks; drawn uniformly for each sample.
     """
 
@@ -50,7 +50,7 @@ class Hiding(Record):
         """
         if self.block_mm is None and any(b > s for b, s in zip(self.block, size, strict=True)):
             raise ValueError(f"hiding.block {self.block} does not fit into size {size}")
-        if self.block_mm is None and all(b >= s for b, s in zip(self.block, size, strict=True)):
+        if self.block_mm is None and not _leaves_some(self.block, size, self.strategy):
             raise ValueError(
                 f"hiding.block {self.block} is the whole of size {size}: nothing would be left to see"
             )
@@ -91,7 +91,7 @@ def draw_hidden(
     device = view.image_BCDHW.device
     hidden = []
     for number, sample in enumerate(batch.sample_index_B.tolist()):
-        block = _block_of(hiding, view, number, unit)
+        block = _block_of(hiding, view, number, unit, size)
         cells = _cells(size, block)
         generator = draws.torch_generator(batch.seed, sample, purpose)
         low, high = hiding.ratio
@@ -106,12 +106,24 @@ def draw_hidden(
     return torch.stack(hidden)
 
 
-def _block_of(hiding: Hiding, view: View, number: int, unit: Triple) -> Triple:
+def _leaves_some(block: Triple, size: Triple, strategy: str) -> bool:
+    """Whether a crop (a slice of it, for tubes) is more than one block."""
+    first = 1 if strategy == "tubes" else 0
+    return any(b < s for b, s in zip(block[first:], size[first:], strict=True))
+
+
+def _block_of(hiding: Hiding, view: View, number: int, unit: Triple, size: Triple) -> Triple:
     wanted: tuple[float, ...] = hiding.block
     if hiding.block_mm is not None:  # the one place where a draw waits for the device
         spacing_mm = view.spacing_mm_B3[number].tolist()
         wanted = tuple(mm / spacing for mm, spacing in zip(hiding.block_mm, spacing_mm, strict=True))
-    d, h, w = (max(1, round(b / u)) * u for b, u in zip(wanted, unit, strict=True))
+    block = [max(1, round(b / u)) * u for b, u in zip(wanted, unit, strict=True)]
+    d, h, w = block
+    if not _leaves_some((d, h, w), size, hiding.strategy):
+        first = 1 if hiding.strategy == "tubes" else 0
+        longest = max(range(first, 3), key=lambda axis: size[axis] // unit[axis])
+        block[longest] = max(1, size[longest] // 2 // unit[longest]) * unit[longest]
+    d, h, w = block
     return d, h, w
 
 

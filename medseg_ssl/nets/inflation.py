@@ -22,6 +22,9 @@ Inflation = Literal["average", "centre"]
 class LiftedConv(nn.Conv3d):
     """A 2D convolution with depth; every size n along an axis becomes ceil(n / stride).
 
+    In the plane it pads by zeros as the 2D network does; along the depth it repeats the outer slices, so that a single
+    slice, or one at the end, meets the whole kernel and gets the 2D network's answer.
+
     Its arguments are those of ``nn.Conv3d``, so that an adapter can be made that pads as it does.
     """
 
@@ -78,9 +81,14 @@ class LiftedConv(nn.Conv3d):
                 map_BCDHW.shape[2:], self.stride, self.kernel_size, self.dilation, self.padding, strict=True
             )
         ]
-        if any(missing):
-            map_BCDHW = functional.pad(map_BCDHW, (0, missing[2], 0, missing[1], 0, missing[0]))
-        return super().forward(map_BCDHW)
+        if missing[1] or missing[2]:
+            map_BCDHW = functional.pad(map_BCDHW, (0, missing[2], 0, missing[1]))
+        depth, *plane = (int(p) for p in self.padding)
+        if depth or missing[0]:
+            map_BCDHW = functional.pad(map_BCDHW, (0, 0, 0, 0, depth, depth + missing[0]), mode="replicate")
+        return functional.conv3d(
+            map_BCDHW, self.weight, self.bias, self.stride, (0, *plane), self.dilation, self.groups
+        )
 
 
 class LiftedPool(nn.Module):

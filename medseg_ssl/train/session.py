@@ -90,7 +90,7 @@ def with_spacing(config: C, shelves: Shelves, archive_spacing_mm: TripleMm | Non
     Args:
         config: with an ``encoder`` and an ``objective`` block.
         shelves: of both.
-        archive_spacing_mm: voxel size (D, H, W) of the archive, None where scans keep their own.
+        archive_spacing_mm: voxel size (D, H, W) of the archive (``Archive.reference_spacing_mm``), None for unknown.
     """
     _, encoder = resolve_block(config.encoder, "encoder", shelves)  # pyright: ignore[reportAttributeAccessIssue]
     cls, options = resolve_block(config.objective, "objective", shelves)  # pyright: ignore[reportAttributeAccessIssue]

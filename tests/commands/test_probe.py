@@ -1,6 +1,7 @@
 """``probe``: named evaluations of a frozen encoder into scores.csv, and all config errors at once."""
 
 import csv
+import importlib
 import json
 
 import numpy as np
@@ -102,3 +103,19 @@ def test_shipped_config_parses():
     assert files
     for file in files:
         assert parse(ProbeConfig, read_yaml(file), where=file.name).build()
+
+
+def test_an_imported_encoder_sees_scans_by_the_archives_intensities(world, monkeypatch, capsys):
+    """Its card states none; the same encoder with the archive's on its card scores the same."""
+    own = card(kind="encoder")
+    imported = own.model_copy(update={"intensity": {}})
+    archive = importlib.import_module("medseg_ssl.data.archive").Archive.open("a")
+    archive.intensity = own.intensity
+    first = json.loads((run(world) / "summary.json").read_text())["scores"]
+    monkeypatch.setattr(
+        "medseg_ssl.inference.frozen.FrozenEncoder.load",
+        lambda path, **options: FrozenEncoder(PooledEncoder(), imported),
+    )
+    (world / "out").rename(world / "before")
+    assert json.loads((run(world) / "summary.json").read_text())["scores"] == first
+    assert "states no intensities" in capsys.readouterr().out

@@ -7,13 +7,15 @@ import torch
 
 from finetune import evaluate
 from finetune.compare import main as compare
-from finetune.run import FinetuneConfig, build, complete_config, main
+from finetune.run import SHELVES, FinetuneConfig, build, complete_config, main
 from finetune.tuning import TuneConfig, keeper, ship_plain, tune
 from medseg_ssl.config import ConfigError, parse
 from medseg_ssl.nets import encoder_file
+from medseg_ssl.nets.encoders.primus import Primus
 from medseg_ssl.nets.tuning import norm_parameters, stem_parameters
 from medseg_ssl.train.optim import build_optimizer
 from medseg_ssl.train.runtime import Runtime
+from medseg_ssl.train.session import with_spacing
 from medseg_ssl.train.trial import made_up_batches
 from medseg_ssl.types import Facts
 from pretrain.run import main as pretrain
@@ -301,3 +303,28 @@ def test_a_comparison_refuses_evaluations_of_encoders_and_replay(world, tmp_path
 def test_defaults_are_todays():
     assert TuneConfig().name == "full"
     assert parse(FinetuneConfig, {"data": {"batch_size": 1}, "train": {"steps": 1}}).keep_best is None
+
+
+# -- positions in millimetres ----------------------------------------------------------------------------------------
+
+
+def primus_file(path, *, spacing_mm, own=None):
+    encoder = Primus(parse(Primus.Config, {"crop": (16, 16, 16), "spacing_mm": own}))
+    return encoder_file.save(path, encoder=encoder, card=encoder_file.Card(encoder={}, spacing_mm=spacing_mm))
+
+
+@pytest.mark.parametrize("given", [None, {"name": "primus", "crop": [16, 16, 16]}])
+def test_positions_in_millimetres_keep_the_spacing_they_were_trained_at(tmp_path, given):
+    """Whether the config names the network or takes the file's; the archive's own spacing comes last."""
+    trained = primus_file(tmp_path / "a.safetensors", spacing_mm=None, own=(1.0, 2.0, 3.0))
+    carded = primus_file(tmp_path / "b.safetensors", spacing_mm=(4.0, 5.0, 6.0))
+    unknown = primus_file(tmp_path / "c.safetensors", spacing_mm=None)
+    tree = {"objective": {"name": "segmentation", "size": [16, 16, 16]}, "encoder": given}
+    tree |= {"data": {"batch_size": 2}, "train": {"steps": 2}}
+    for file, expected in ((trained, [1, 2, 3]), (carded, [4, 5, 6]), (unknown, [7, 7, 7])):
+        config = complete_config(parse(FinetuneConfig, tree), file)
+        filled = with_spacing(config, SHELVES, (7.0, 7.0, 7.0))
+        assert list(filled.encoder.options()["spacing_mm"]) == expected
+    stated = {**tree, "encoder": {**(given or {"name": "primus"}), "spacing_mm": [9, 9, 9]}}
+    config = complete_config(parse(FinetuneConfig, stated), trained)
+    assert list(config.encoder.options()["spacing_mm"]) == [9, 9, 9], "what a config says goes first"

@@ -109,13 +109,15 @@ def nnunet_checkpoint(
     return path
 
 
-def nnssl_checkpoint(path: Path, net: nn.Module, architecture: dict[str, Any], **plan: Any) -> Path:
+def nnssl_checkpoint(
+    path: Path, net: nn.Module, architecture: dict[str, Any], *, trainer: str = "BaseMAETrainer", **plan: Any
+) -> Path:
     """As nnssl writes it, with its adaptation plan; ``plan`` overrides where the weights stand."""
     torch.save(
         {
             "network_weights": net.state_dict(),
             "citations": [{"type": "Architecture", "name": "Small", "bibtex_citations": ["@article{}"]}],
-            "trainer_name": "BaseMAETrainer",
+            "trainer_name": trainer,
             "nnssl_adaptation_plan": {
                 "architecture_plans": {
                     "arch_kwargs": None,

@@ -95,6 +95,23 @@ def test_no_number_is_stated_where_it_is_each_samples_own():
         assert parse(Hiding, {"ratio": (0.5, 0.5), **own}).visible_blocks((16, 24, 32)) is None
 
 
+@pytest.mark.parametrize("strategy", ["blocks", "tubes", "foreground"])
+def test_a_block_in_millimetres_that_is_the_whole_crop_is_halved(strategy):
+    """Else nothing would be hidden, and the loss be 0 from the first step to the last."""
+    hidden = draw(strategy=strategy, block_mm=(500.0, 500.0, 500.0), ratio=(0.5, 0.5))
+    for sample in hidden:
+        assert 0 < sample.sum() < sample.numel()
+    whole = draw((16, 24, 32), unit=(16, 24, 32), block_mm=(500.0, 500.0, 500.0))
+    assert not whole.any(), "a crop of a single patch cannot hide"
+
+
+def test_tubes_as_wide_as_a_slice_are_refused():
+    hiding = parse(Hiding, {"strategy": "tubes", "block": [8, 24, 32]})
+    with pytest.raises(ValueError, match="whole of size"):
+        hiding.check_fits((64, 24, 32))
+    hiding.check_fits((64, 24, 40))
+
+
 def test_wrong_options():
     with pytest.raises(ConfigError, match="ratio must be"):
         parse(Hiding, {"ratio": [0.8, 0.6]})

@@ -360,40 +360,117 @@ PRIMUS = {
 }
 
 
-@pytest.mark.parametrize("which", ["small", pytest.param("PrimusS", marks=pytest.mark.slow)])
-def test_openmind_primus(tmp_path, which):
+PRIMUS_KEYS = {
+    "key_to_encoder": "eva",
+    "key_to_stem": "down_projection",
+    "keys_to_in_proj": ["down_projection.proj"],
+    "key_to_lpe": "eva.pos_embed",
+}
+
+
+def dna_primus(size, which="small", **options):
     primus = pytest.importorskip("dynamic_network_architectures.architectures.primus")
     torch.manual_seed(0)
     net = primus.Primus(
-        1, patch_embed_size=(8, 8, 8), num_classes=1, input_shape=(16, 16, 32), init_values=0.1, scale_attn_inner=True,
-        **PRIMUS[which],
+        1, patch_embed_size=(8, 8, 8), num_classes=1, input_shape=size, init_values=0.1, scale_attn_inner=True,
+        **PRIMUS[which], **options,
     )  # fmt: skip
     shaken(net, 0.02)
-    keys = {
-        "key_to_encoder": "eva",
-        "key_to_stem": "down_projection",
-        "keys_to_in_proj": ["down_projection.proj"],
-        "key_to_lpe": "eva.pos_embed",
-    }
+    return net
+
+
+def primus_file(path, net, size, which="small", *, trainer="SimMIMEvaTrainer", spacing=(1, 1, 1), **plan):
     architecture = {"arch_class_name": "PrimusS", "arch_kwargs": PRIMUS[which] if which == "small" else None}
-    foreign, imported = bring(
-        "openmind", nnssl_checkpoint(tmp_path / "c.pth", net, architecture, **keys), minimum_coverage=0.5
+    stated = {"configurations": {"one": {"spacing": list(spacing), "patch_size": list(size)}}}
+    return nnssl_checkpoint(
+        path, net, architecture, trainer=trainer, **{"pretrain_plan": stated, **PRIMUS_KEYS, **plan}
     )
-    assert foreign.encoder["crop"] == (16, 16, 32)
+
+
+def eva_mae(net, image_BCWHD):
+    """What nnssl's ``EvaMAE`` computes of a volume: tokens in the order h, w, d."""
+    map_BEWHD = net.down_projection(image_BCWHD)
+    tokens_BHWDE = map_BEWHD.permute(0, 3, 2, 4, 1)
+    found, _ = net.eva(tokens_BHWDE.flatten(1, 3))
+    return found.unflatten(1, tokens_BHWDE.shape[1:4]).permute(0, 4, 2, 1, 3)
+
+
+@pytest.mark.parametrize("which", ["small", pytest.param("PrimusS", marks=pytest.mark.slow)])
+def test_openmind_primus(tmp_path, which):
+    size = (16, 16, 32)
+    net = dna_primus(size, which)
+    foreign, imported = bring(
+        "openmind", primus_file(tmp_path / "c.pth", net, size, which), minimum_coverage=0.5
+    )
+    assert foreign.encoder["crop"] == size
     assert {n.split(".")[0] for n in foreign.unused} == {"up_projection"}
     assert imported.audit.missing
     assert all(n.startswith("encoder.levels.") for n in imported.audit.missing)
-    image = torch.randn(2, 1, 16, 16, 32)
+    image = torch.randn(2, 1, *size)
     net.up_projection = torch.nn.Identity()
     with torch.no_grad():
         assert_equal([imported.encoder(image)[-1]], [net(image)])
+
+
+def test_openmind_primus_of_a_masked_autoencoder_has_its_first_axes_exchanged(tmp_path):
+    """nnssl hands tokens over in another order than it counts positions in."""
+    size = (24, 24, 32)
+    net = dna_primus(size)
+    path = primus_file(tmp_path / "c.pth", net, size, trainer="BaseEvaMAETrainer_BS8")
+    foreign, imported = bring("openmind", path, minimum_coverage=0.5)
+    assert any("first two axes are exchanged" in note for note in foreign.notes)
+    image = torch.randn(2, 1, *size)
+    with torch.no_grad():
+        theirs = eva_mae(net, image)
+        assert_equal([imported.encoder(image)[-1]], [theirs])
+        _, straight = bring("openmind", path, minimum_coverage=0.5, tokens="whd")
+        assert (straight.encoder(image)[-1] - theirs).abs().max() > 1e-2 * theirs.abs().max()
+
+
+def test_openmind_primus_whose_order_or_crop_is_unknown(tmp_path):
+    net = dna_primus((16, 24, 32))
+    cases = [
+        ({"trainer": "BaseEvaMAETrainer"}, {}, "where the first two sides differ"),
+        (
+            {"trainer": "MyTrainer"},
+            {},
+            r"\(MyTrainer\), so the order of its tokens is unknown: state tokens=hwd",
+        ),
+        (
+            {"pretrain_plan": {}},
+            {},
+            r"learned positions of 24 tokens, but no crop .* \(160 x 160 x 160 has 8000",
+        ),
+        ({"pretrain_plan": {}, "recommended_downstream_patchsize": None}, {}, "does not state the crop"),
+    ]
+    for options, config, message in cases:
+        path = primus_file(tmp_path / "c.pth", net, (16, 24, 32), **options)
+        with pytest.raises(UserError, match=message):
+            bring("openmind", path, minimum_coverage=0.5, **config)
+    bring("openmind", primus_file(path, net, (16, 24, 32), trainer="My"), minimum_coverage=0.5, tokens="whd")
+
+
+def test_openmind_plan_of_one_configuration_or_several(tmp_path):
+    """The plan may be the one configuration itself; of several the one is meant whose tokens the file has."""
+    net = dna_primus((16, 24, 32))
+    flat = {"spacing": [3, 1, 2], "patch_size": [16, 24, 32], "resampling_fn_data_kwargs": {"order": 3}}
+    several = {"wide": {"spacing": [5, 5, 5], "patch_size": [160, 160, 160]}, "own": flat}
+    for stated in (flat, several):
+        path = primus_file(tmp_path / "c.pth", net, (16, 24, 32), pretrain_plan={"configurations": stated})
+        foreign, imported = bring("openmind", path, minimum_coverage=0.5)
+        assert (foreign.crop_size, foreign.spacing_mm) == ((16, 24, 32), (3.0, 1.0, 2.0))
+        assert imported.encoder.config.spacing_mm == (3.0, 1.0, 2.0)
 
 
 @pytest.mark.parametrize(
     ("architecture", "plan", "message"),
     [
         ({"arch_class_name": "PlainConvUNet"}, {}, "holds a PlainConvUNet"),
-        ({"arch_class_name": "PrimusXXL"}, {"key_to_encoder": "eva"}, r"encoder\.size"),
+        (
+            {"arch_class_name": "PrimusXXL"},
+            {"key_to_encoder": "eva", "trainer": "SimMIMEvaTrainer"},
+            r"encoder\.size",
+        ),
         ({}, {}, "names no architecture"),
         (
             {"arch_class_name": "ResidualEncoderUNet", "arch_kwargs": arguments()},

@@ -198,6 +198,15 @@ def test_the_teacher_follows_by_progress(token_encoder):
 
 
 @pytest.mark.parametrize(
+    ("size", "block"),
+    [((64, 64, 64), (16, 16, 16)), ((16, 48, 20), (8, 16, 10)), ((8, 40, 40), (8, 16, 16))],
+)
+def test_blocks_are_large_unless_they_are_given(size, block):
+    assert parse(JEPA.Config, {"size": size}).hiding.block == block
+    assert parse(JEPA.Config, {"size": size, "hiding": {"block": [4, 8, 8]}}).hiding.block == (4, 8, 8)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"context": 0.6, "targets": 0.5}, "must not exceed 1"),

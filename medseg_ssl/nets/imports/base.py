@@ -102,7 +102,9 @@ def build(path: Path, foreign: Foreign, *, minimum_coverage: float = 0.9) -> Imp
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder, decoder = modules(foreign.encoder, foreign.decoder, foreign.channels_in)
+        encoder, decoder = modules(
+            foreign.encoder, foreign.decoder, foreign.channels_in, spacing_mm=foreign.spacing_mm
+        )
     tensors = {n: t.float() if t.is_floating_point() else t for n, t in foreign.tensors.items()}
     audit = fill(
         path,
@@ -116,7 +118,11 @@ def build(path: Path, foreign: Foreign, *, minimum_coverage: float = 0.9) -> Imp
 
 
 def modules(
-    encoder: Mapping[str, Any], decoder: Mapping[str, Any] | None, channels_in: int
+    encoder: Mapping[str, Any],
+    decoder: Mapping[str, Any] | None,
+    channels_in: int,
+    *,
+    spacing_mm: TripleMm | None = None,
 ) -> tuple[Encoder, Decoder | None]:
     """The modules that blocks name.
 
@@ -124,12 +130,13 @@ def modules(
         encoder: ``{name, …options}``; ``decoder`` likewise.
         decoder: None for none.
         channels_in: channels of the input.
+        spacing_mm: voxel size that an encoder which thinks in millimetres was trained at; None where unknown.
 
     Raises:
         UserError: the shelf has no such module, or it has no such options.
     """
     encoder_class, options = Block.model_validate(encoder).resolve(ENCODERS, Encoder, prefix="encoder")
-    pyramid = encoder_class(options, channels_in)  # pyright: ignore[reportAbstractUsage]
+    pyramid = encoder_class(options.at_spacing(spacing_mm), channels_in)  # pyright: ignore[reportAbstractUsage]
     if decoder is None:
         return pyramid, None
     decoder_class, options = Block.model_validate(decoder).resolve(DECODERS, Decoder, prefix="decoder")

@@ -2,37 +2,68 @@
 
 The plan names the architecture (``ResEncL``, ``PrimusM``, …, or the arguments of a ``ResidualEncoderUNet``), where the
 encoder, its stem and its learned positions stand among the weights, and the crop of the pretraining.
+
+nnssl's transformers (``EvaMAE``, which all but its SimMIM train) hand tokens to the blocks in the order h, w, d of a
+volume with axes w, h, d, while the blocks count positions in the order w, h, d: the positions of the first two axes
+are exchanged, in training as in every use. Imported as they are, such weights would see every patch at another place;
+here the positions are exchanged back, which gives the features that nnssl computes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from medseg_ssl.config import UserError
+from medseg_ssl.config import UserError, parse
 from medseg_ssl.nets import nnunet
+from medseg_ssl.nets.encoders.primus import Primus
 from medseg_ssl.nets.encoders.primus import nnunet_name as primus_name
 from medseg_ssl.nets.encoders.resenc import ResEnc
 from medseg_ssl.nets.imports._files import read
-from medseg_ssl.nets.imports.base import Foreign, Import, modules, parameter_names, renamed, state_dict
+from medseg_ssl.nets.imports.base import (
+    Foreign,
+    Import,
+    ImportConfig,
+    modules,
+    parameter_names,
+    renamed,
+    state_dict,
+)
+from medseg_ssl.nets.tokens import grid_of
 from medseg_ssl.types import Triple
 
-PATCH = 8
-"""Voxels along each axis of a token in every Primus of nnssl."""
+Order = Literal["hwd", "whd"]
+PATCH: Triple = (8, 8, 8)
+"""Voxels (D, H, W) of a token in every Primus of nnssl."""
 
 
 class OpenMind(Import):
     """The encoder, and a residual U-Net's decoder where it was trained with skips."""
 
+    class Config(ImportConfig):
+        """What the weights do not tell.
+
+        Attributes:
+            tokens: order in which a transformer's tokens were numbered: ``hwd`` as in nnssl's ``EvaMAE`` (masked
+                autoencoder, contrast, Volume Fusion, …), ``whd`` as in its SimMIM and in dynamic-network-architectures.
+                None goes by the name of the trainer in the file.
+        """
+
+        tokens: Order | None = None
+
+    config: Config
+
     def read(self, path: Path) -> Foreign:
         """Read a checkpoint.
 
         Raises:
-            UserError: another kind of file, or an architecture without a like here.
+            UserError: another kind of file, an architecture without a like here, or a transformer whose order of
+                tokens neither file nor options tell.
         """
         content = read(path)
         plan = content.get("nnssl_adaptation_plan") if isinstance(content, Mapping) else None
@@ -50,8 +81,10 @@ class OpenMind(Import):
         ):
             raise UserError(f"{path}: its adaptation plan names no architecture")
         kind = str(stated["arch_class_name"])
-        form = _primus if kind.startswith("Primus") else _residual
-        return form(path, kind, arguments, plan, tensors)
+        if not kind.startswith("Primus"):
+            return _residual(path, kind, arguments, plan, tensors)
+        order = self.config.tokens or _order(path, str(content.get("trainer_name") or ""))
+        return _primus(path, kind, arguments, plan, tensors, order)
 
 
 def _residual(
@@ -110,17 +143,46 @@ def _holds_decoder(
     )
 
 
+def _order(path: Path, trainer: str) -> Order:
+    if "simmim" in trainer.lower():
+        return "whd"
+    if "eva" in trainer.lower():
+        return "hwd"
+    raise UserError(
+        f"{path} does not say which of nnssl's trainers made it ({trainer or 'no trainer_name'}), so the order of its"
+        " tokens is unknown: state tokens=hwd (its masked autoencoder and most others) or tokens=whd (its SimMIM)"
+    )
+
+
 def _primus(
-    path: Path, kind: str, arguments: Mapping[str, Any], plan: Mapping[str, Any], tensors: dict[str, Tensor]
+    path: Path,
+    kind: str,
+    arguments: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    order: Order,
 ) -> Foreign:
     """A transformer; what its weights tell is read from them, heads and crop from the plan."""
     eva, stem = _key(path, plan, "key_to_encoder"), _key(path, plan, "key_to_stem")
     positions = plan.get("key_to_lpe") or f"{eva}.pos_embed"
-    facts = _facts(plan)
+    registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
+    learned = tensors[positions].shape[1] - registers if positions in tensors else None
+    facts = _facts(plan, tokens=learned)
     crop: Triple | None = facts["crop_size"]
     if crop is None:
         raise UserError(
             f"{path}: its adaptation plan does not state the crop of the pretraining (patch_size)"
+        )
+    grid = grid_of(crop, PATCH)
+    if learned is not None and math.prod(grid) != learned:
+        raise UserError(
+            f"{path} has learned positions of {learned} tokens, but no crop in its adaptation plan has as many"
+            f" ({' x '.join(map(str, crop))} has {math.prod(grid)})"
+        )
+    if order == "hwd" and grid[0] != grid[1]:
+        raise UserError(
+            f"{path} numbers its tokens h, w, d and its positions w, h, d, on a crop of {' x '.join(map(str, crop))}:"
+            " where the first two sides differ, no order of positions here gives its features"
         )
     own = {"embed_dim": "embed_dim", "eva_depth": "depth", "eva_numheads": "heads"}
     first = f"{eva}.blocks.0."
@@ -128,10 +190,10 @@ def _primus(
         "name": "primus",
         "size": kind.removeprefix("Primus").lower() or "m",
         **{ours: arguments[theirs] for theirs, ours in own.items() if theirs in arguments},
-        "patch": (PATCH,) * 3,
+        "patch": PATCH,
         "crop": crop,
-        "absolute": positions in tensors,
-        "registers": tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0,
+        "absolute": learned is not None,
+        "registers": registers,
         "sub_norm": f"{first}attn.norm.weight" in tensors,
         "layer_scale": 0.1 if f"{first}gamma_1" in tensors else None,
     }
@@ -143,14 +205,40 @@ def _primus(
             place = next((p for p in places if theirs.startswith(p)), "")
             names[ours] = places.get(place, "") + theirs.removeprefix(place)
     mine, unused = renamed(tensors, names, derived=lambda name: name == "mask_token")
+    notes = ["levels finer than a token are new: the file's own decoder is not read"]
+    if order == "hwd":
+        mine = _exchanged(mine, encoder, grid)
+        notes.append(
+            "its tokens are numbered h, w, d and its positions w, h, d: positions of the first two axes are exchanged"
+        )
     return Foreign(
         encoder=encoder,
         tensors=mine,
         channels_in=_channels(path, mine.get("encoder.patches.weight"), f"{stem}.proj.weight"),
         unused=unused,
         **facts,
-        notes=("levels finer than a token are new: the file's own decoder is not read",),
+        notes=tuple(notes),
     )
+
+
+def _exchanged(tensors: dict[str, Tensor], encoder: Mapping[str, Any], grid: Triple) -> dict[str, Tensor]:
+    """The weights with learned and rotary positions of the first two axes exchanged."""
+    options = {key: value for key, value in encoder.items() if key != "name"}
+    embed_dim, _, heads = parse(Primus.Config, options).shape
+    head_dim = embed_dim // heads
+    turned = 2 * (head_dim // 6)  # entries of a head that one axis turns
+    rows = torch.arange(head_dim)
+    rows[: 2 * turned] = rows[: 2 * turned].roll(turned)
+    every = (torch.arange(heads)[:, None] * head_dim + rows).flatten()
+    out = dict(tensors)
+    for name, value in tensors.items():
+        if ".attn.q_proj." in name or ".attn.k_proj." in name:
+            out[name] = value[every]
+    if (learned := tensors.get("encoder.learned")) is not None:
+        first = learned.shape[1] - math.prod(grid)
+        map_1DHWE = learned[:, first:].unflatten(1, grid).transpose(1, 2)
+        out["encoder.learned"] = torch.cat([learned[:, :first], map_1DHWE.flatten(1, 3)], dim=1)
+    return out
 
 
 def _key(path: Path, plan: Mapping[str, Any], key: str) -> str:
@@ -166,19 +254,34 @@ def _channels(path: Path, stem: Tensor | None, name: str) -> int:
     return stem.shape[1]
 
 
-def _facts(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Crop, spacing and a name for it, as far as the plan of the pretraining says."""
+def _facts(plan: Mapping[str, Any], *, tokens: int | None = None) -> dict[str, Any]:
+    """Crop, spacing and a name for it, as far as the plan of the pretraining says.
+
+    Args:
+        plan: the adaptation plan.
+        tokens: learned positions in the file; of several configurations the one whose crop has as many was trained.
+    """
     pretraining = plan.get("pretrain_plan")
     stated = pretraining.get("configurations") if isinstance(pretraining, Mapping) else None
-    configurations = (
-        [c for c in stated.values() if isinstance(c, Mapping)] if isinstance(stated, Mapping) else []
-    )
-    first = configurations[0] if configurations else {}
-    crop, spacing = plan.get("pretrain_patch_size") or first.get("patch_size"), first.get("spacing")
+    configurations: list[Mapping[str, Any]] = []
+    if isinstance(stated, Mapping):
+        # some plans hold the one configuration that was used, without its name
+        flat = "patch_size" in stated or "spacing" in stated
+        configurations = [stated] if flat else [c for c in stated.values() if isinstance(c, Mapping)]
+    crops = [plan.get("pretrain_patch_size"), *(c.get("patch_size") for c in configurations)]
+    crops = [
+        size
+        for crop in (*crops, plan.get("recommended_downstream_patchsize"))
+        if (size := _triple(crop, int))
+    ]
+    fitting = [crop for crop in crops if tokens is None or math.prod(grid_of(crop, PATCH)) == tokens]
+    crop = next(iter([*fitting, *crops]), None)
+    of_crop = [c for c in configurations if _triple(c.get("patch_size"), int) == crop]
+    spacing = next(iter([*of_crop, *configurations]), {}).get("spacing")
     data = pretraining.get("dataset_name") if isinstance(pretraining, Mapping) else None
     kind = plan["architecture_plans"]["arch_class_name"]
     return {
-        "crop_size": _triple(crop, int),
+        "crop_size": crop,
         "spacing_mm": _triple(spacing, float),
         "format": f"nnssl {kind}" + (f", pretrained on {data}" if data else ""),
     }
