@@ -234,23 +234,29 @@ def rebuilt(out: Path) -> tuple[torch.nn.Module, dict]:
     return network.eval(), said
 
 
+@pytest.mark.parametrize("axes", ["xyz", "zyx"])
 @pytest.mark.parametrize("options", [{}, {"v2": True, "merging": "mergingv2"}], ids=str)
-def test_monai_swin_unetr_is_the_segmenter(tmp_path, options):
+def test_monai_swin_unetr_is_the_segmenter(tmp_path, options, axes):
     pytest.importorskip("einops")
     ours = loaded(SWIN | options, {"name": "swin_unetr"}, classes=3)
-    made = exporter("monai").write(ours, tmp_path / "swin.pt")
+    made = exporter("monai", axes=axes).write(ours, tmp_path / "swin.pt")
     assert not any("new, from seed" in line for line in made.report)
     network, said = rebuilt(tmp_path / "swin.pt")
     assert said["card"]["intensity"]["CT"]["hu_range"] == [-160.0, 240.0]
     image = torch.randn(1, 1, 32, 64, 32, dtype=torch.float64)
     with torch.no_grad():
         mine = ours.segmenter().double().eval()(image)
-        torch.testing.assert_close(mine, network.double()(image), atol=1e-5, rtol=1e-5)
+        order = (0, 1, 4, 3, 2) if axes == "xyz" else (0, 1, 2, 3, 4)
+        theirs = network.double()(image.permute(order)).permute(order)
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_monai_swin_encoder_alone_names_what_is_new(tmp_path):
     pytest.importorskip("einops")
-    made = exporter("monai", classes=5).write(loaded(SWIN | {"merging": "twice"}), tmp_path / "swin.pt")
+    old = loaded(SWIN | {"merging": "twice"})
+    with pytest.raises(UserError, match="export with axes=zyx"):
+        exporter("monai").make(old)
+    made = exporter("monai", classes=5, axes="zyx").write(old, tmp_path / "swin.pt")
     new = next(line for line in made.report if line.startswith("new, from seed 0: "))
     assert "encoder2.* (2 tensors)" in new
     assert "decoder1.* " in new
@@ -265,10 +271,11 @@ def test_monai_segresnet(tmp_path):
     made = exporter("monai").write(ours, tmp_path / "segresnet.pt")
     assert any("up_layers" in line for line in made.report)
     network, _ = rebuilt(tmp_path / "segresnet.pt")
-    image = torch.randn(1, 2, 16, 32, 24)
+    image = torch.randn(1, 2, 16, 32, 24, dtype=torch.float64)
     with torch.no_grad():
-        for mine, their in zip(ours.encoder(image), network.encode(image)[1], strict=True):
-            torch.testing.assert_close(mine, their, atol=1e-5, rtol=1e-5)
+        theirs = network.double().encode(image.permute(0, 1, 4, 3, 2))[1]
+        for mine, their in zip(ours.encoder.double()(image), theirs, strict=True):
+            torch.testing.assert_close(mine, their.permute(0, 1, 4, 3, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_monai_says_what_it_has_no_class_for():

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from medseg_ssl.config import UserError, find, parse, shelf
 from medseg_ssl.nets import nnunet
+from medseg_ssl.nets.encoders.swin import CORNERS, Merging
 from medseg_ssl.nets.imports import _files
 from medseg_ssl.nets.imports.base import Import, build
 from tests.nets.foreign_files import (
@@ -42,6 +43,11 @@ def bring(name, path, *, minimum_coverage=0.9, **options):
     imported = build(path, foreign, minimum_coverage=minimum_coverage)
     imported.encoder.eval()
     return foreign, imported
+
+
+def reverse(volume_BCDHW):
+    """The volume with its axes in the order x, y, z, or back."""
+    return volume_BCDHW.permute(0, 1, 4, 3, 2)
 
 
 def assert_equal(ours, theirs):
@@ -498,7 +504,8 @@ def swin_unetr(**options):
     from monai.networks.nets.swin_unetr import SwinUNETR
 
     torch.manual_seed(0)
-    return shaken(SwinUNETR(1, 2, feature_size=12, num_heads=(1, 2, 3, 4), window_size=3, **options))
+    options = {"window_size": 3, **options}
+    return shaken(SwinUNETR(1, 2, feature_size=12, num_heads=(1, 2, 3, 4), **options))
 
 
 SLOW = [pytest.param(more, marks=pytest.mark.slow) for more in ({}, {"depths": (2, 1, 2, 1)})]
@@ -509,7 +516,7 @@ def test_monai_whole_network(tmp_path, options):
     net = swin_unetr(**options)
     path = tmp_path / "model.pt"
     torch.save({"epoch": 3, "state_dict": net.state_dict(), "best_acc": 0.5}, path)
-    foreign, (encoder, decoder, audit) = bring("monai_swin", path)
+    foreign, (encoder, decoder, audit) = bring("monai_swin", path, axes="zyx")
     assert (audit.coverage, audit.decoder_coverage) == (1.0, 1.0)
     assert foreign.unused == ("out.conv.conv.weight", "out.conv.conv.bias")
     image = torch.randn(1, 1, 32, 64, 32, dtype=torch.float64)
@@ -522,6 +529,37 @@ def test_monai_whole_network(tmp_path, options):
         assert_equal([net.out(decoder.double()(maps)[0])], [net(image)])
 
 
+@pytest.mark.parametrize("options", [{}, {"use_v2": True, "downsample": "mergingv2"}], ids=str)
+def test_monai_volumes_have_other_axes_than_ours(tmp_path, options):
+    """What MONAI's network says of x, y, z, ours says of z, y, x."""
+    net = swin_unetr(**{"window_size": 2, **options}).double()
+    for name, value in net.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            torch.nn.init.normal_(value)
+    path = tmp_path / "model.pt"
+    torch.save({"state_dict": net.state_dict()}, path)
+    merging = options.get("downsample", "merging")
+    _, (encoder, decoder, _) = bring("monai_swin", path, merging=merging)
+    image = torch.randn(1, 1, 32, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        maps = encoder.double()(image)
+        theirs = [net.encoder1(reverse(image)), *net.swinViT(reverse(image), normalize=True)]
+        assert_equal(maps, [reverse(m) for m in theirs])
+        assert decoder is not None
+        assert_equal([net.out(decoder.double()(maps)[0])], [reverse(net(reverse(image)))])
+
+
+def test_old_swin_weights_read_two_tokens_twice_on_either_axes():
+    """One stage: tokens are read as the weights were trained, along x, y, z or along ours."""
+    torch.manual_seed(0)
+    theirs, ours = (Merging(3, CORNERS[name]) for name in ("twice", "twice_xyz"))
+    ours.load_state_dict(theirs.state_dict())
+    state = torch.randn(1, 4, 6, 8, 3)
+    with torch.no_grad():
+        expected = theirs(state.permute(0, 3, 2, 1, 4)).permute(0, 3, 2, 1, 4)
+        assert_equal([ours(state)], [expected])
+
+
 @pytest.mark.parametrize("prefix", ["module.", "module.swin_vit.", "swinViT."])
 def test_monai_self_supervised_transformer(tmp_path, prefix):
     net = swin_unetr()
@@ -532,7 +570,7 @@ def test_monai_self_supervised_transformer(tmp_path, prefix):
     weights[f"{whole}rotation_head.weight"] = torch.zeros(4, 192)
     path = tmp_path / "model_swinvit.pt"
     torch.save({"epoch": 3, "state_dict": weights}, path)
-    foreign, imported = bring("monai_swin", path, minimum_coverage=0.5, merging="merging")
+    foreign, imported = bring("monai_swin", path, minimum_coverage=0.5, merging="merging", axes="zyx")
     assert foreign.unused == ("rotation_head.weight",)
     assert all(n.startswith("encoder.full.") for n in imported.audit.missing)
     assert imported.audit.compute is not None
@@ -542,7 +580,8 @@ def test_monai_self_supervised_transformer(tmp_path, prefix):
     image = torch.randn(1, 1, 32, 64, 32)
     with torch.no_grad():
         assert_equal(imported.encoder(image)[1:], net.swinViT(image, normalize=True))
-    assert reader("monai_swin").read(path).encoder["merging"] == "twice"
+    assert reader("monai_swin").read(path).encoder["merging"] == "twice_xyz"
+    assert reader("monai_swin", axes="zyx").read(path).encoder["merging"] == "twice"
 
 
 @pytest.mark.parametrize(("blocks", "groups"), [((1, 2, 2, 4), 8), ((2, 1), 4)], ids=str)
@@ -559,12 +598,15 @@ def test_monai_segresnet(tmp_path, blocks, groups):
     net = shaken(SegResNet(norm=("GROUP", {"num_groups": groups}), **shape))
     path = tmp_path / "model.pt"
     torch.save({"state_dict": net.state_dict()}, path)
-    foreign, (encoder, decoder, audit) = bring("monai_segresnet", path, groups=groups)
+    foreign, (encoder, decoder, audit) = bring("monai_segresnet", path, groups=groups, axes="zyx")
     assert (audit.coverage, decoder, foreign.channels_in) == (1.0, None, 2)
     assert {name.split(".")[0] for name in foreign.unused} == {"up_layers", "up_samples", "conv_final"}
     image = torch.randn(1, 2, 17, 24, 9)
     with torch.no_grad():
         assert_equal(encoder(image), net.encode(image)[1])
+        _, (encoder, _, _) = bring("monai_segresnet", path, groups=groups)
+        image = image.double()
+        assert_equal(encoder.double()(image), [reverse(m) for m in net.double().encode(reverse(image))[1]])
     with pytest.raises(UserError, match="8 features in its first level, which 3 groups do not divide"):
         reader("monai_segresnet", groups=3).read(path)
     for norm in ("batch", "instance"):

@@ -50,6 +50,7 @@ CORNERS: dict[str, tuple[Triple, ...]] = {
     ),
 }  # fmt: skip
 """Order in which the eight tokens of a cell (D, H, W) are joined where tokens merge."""
+CORNERS["twice_xyz"] = tuple((w, h, d) for d, h, w in CORNERS["twice"])
 
 
 class Swin(PatchEncoder):
@@ -68,7 +69,8 @@ class Swin(PatchEncoder):
             v2: two residual convolutions before each stage, as in SwinUNETR-V2.
             merging: order of the tokens that merge: MONAI's ``merging`` (since its release 1.5) or ``mergingv2``;
                 ``twice`` is ``merging`` up to 1.4, which reads two of the eight tokens twice and two never
-                (MONAI#8284), and with which weights published before 2025 were trained.
+                (MONAI#8284), and with which weights published before 2025 were trained; ``twice_xyz`` is that of a
+                network whose axes were x, y, z.
         """
 
         size: Literal["tiny", "s", "b"] = "tiny"
@@ -78,7 +80,7 @@ class Swin(PatchEncoder):
         window: Triple | None = None
         patch: Triple = (2, 2, 2)
         v2: bool = False
-        merging: Literal["merging", "mergingv2", "twice"] = "merging"
+        merging: Literal["merging", "mergingv2", "twice", "twice_xyz"] = "merging"
 
         @property
         def width(self) -> int:

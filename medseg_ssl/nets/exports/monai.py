@@ -16,12 +16,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from medseg_ssl.config import UserError
+from medseg_ssl.nets.axes import Axes, turned
 from medseg_ssl.nets.decoders.swin_unetr import SwinUNETR as SwinDecoder
 from medseg_ssl.nets.decoders.swin_unetr import monai_name as swin_decoder_name
 from medseg_ssl.nets.encoder_file import Loaded
 from medseg_ssl.nets.encoders.segresnet import SegResNet
 from medseg_ssl.nets.encoders.segresnet import monai_name as segresnet_name
-from medseg_ssl.nets.encoders.swin import Swin
+from medseg_ssl.nets.encoders.swin import CORNERS, Swin
 from medseg_ssl.nets.encoders.swin import monai_name as swin_name
 from medseg_ssl.nets.exports.base import Export, ExportConfig, Exported
 from medseg_ssl.nets.transfer import grouped
@@ -52,10 +53,14 @@ class Monai(Export):
         """Options.
 
         Attributes:
+            axes: order of the axes of the volumes it will be given. MONAI loads them as x, y, z, so the weights are
+                turned; ``zyx`` leaves them as they are. A turned Swin UNETR says the same wherever no side of its grid
+                of tokens is shorter than its window.
             classes: output channels of the network; None takes the segmenter's, or 2 for an encoder.
             seed: of what the file lacks.
         """
 
+        axes: Axes = "xyz"
         classes: int | None = Field(default=None, ge=1)
         seed: int = Field(default=0, ge=0)
 
@@ -75,7 +80,7 @@ class Monai(Export):
                 "goes --to torchscript or onnx, a 'resenc' --to nnunet"
             )
         classes = self.config.classes or len(loaded.card.classes) or 2
-        target = TARGETS[kind](loaded, classes)
+        target = TARGETS[kind](loaded, classes, self.config.axes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             network = target.build(**target.arguments)
@@ -97,10 +102,7 @@ class Monai(Export):
         report = [f"{target.name}: {len(target.tensors)} tensors taken, loaded by MONAI with strict=True"]
         if made:
             report.append(f"new, from seed {self.config.seed}: {', '.join(grouped(made, state))}")
-        notes = (
-            *target.notes,
-            "MONAI's volumes usually have axes x, y, z and ours z, y, x; weights are not turned",
-        )
+        notes = (*target.notes, f"for volumes with axes {self.config.axes}; state the other order by axes=…")
         return Exported(
             buffer.getvalue(),
             {".json": (json.dumps(described, indent=2) + "\n").encode()},
@@ -108,7 +110,7 @@ class Monai(Export):
         )
 
 
-def _swin_unetr(loaded: Loaded, classes: int) -> Target:
+def _swin_unetr(loaded: Loaded, classes: int, axes: Axes) -> Target:
     encoder = loaded.encoder
     assert isinstance(encoder, Swin)
     config = encoder.config
@@ -119,12 +121,23 @@ def _swin_unetr(loaded: Loaded, classes: int) -> Target:
             f"{len(config.stage_depths)} stages, patches {config.patch} and {config.width} features"
         )
     notes: tuple[str, ...] = ()
-    if config.merging == "twice":
+    if config.merging == ("twice" if axes == "xyz" else "twice_xyz"):
+        raise UserError(
+            f"this encoder's tokens merge as {config.merging!r}, which MONAI has for volumes with the axes"
+            f" {'zyx' if axes == 'xyz' else 'xyz'} alone; export with axes={'zyx' if axes == 'xyz' else 'xyz'}"
+        )
+    if config.merging.startswith("twice"):
         notes = ("its tokens merge as in MONAI before 1.5; newer releases merge in another order",)
-    tensors = {swin_name(name): value for name, value in encoder.state_dict().items()}
+    own = encoder.state_dict()
+    turns = axes == "xyz"
+    if turns:
+        order = "twice" if config.merging == "twice_xyz" else config.merging
+        own = turned(own, window=config.window_size, corners=(CORNERS[config.merging], CORNERS[order]))
+    tensors = {swin_name(name): value for name, value in own.items()}
     decoder = loaded.decoder
     if isinstance(decoder, SwinDecoder) and decoder.channels_out == encoder.channels[:-1]:
-        tensors |= {swin_decoder_name(name): value for name, value in decoder.state_dict().items()}
+        read = turned(decoder.state_dict()) if turns else decoder.state_dict()
+        tensors |= {swin_decoder_name(name): value for name, value in read.items()}
         if isinstance(loaded.head, nn.ModuleList) and classes == len(loaded.card.classes):
             tensors |= {f"out.conv.conv.{n}": t for n, t in loaded.head[0].state_dict().items()}
     elif decoder is not None:
@@ -146,7 +159,7 @@ def _swin_unetr(loaded: Loaded, classes: int) -> Target:
         "patch_size": config.patch[0],
         "depths": config.stage_depths,
         "num_heads": config.stage_heads,
-        "window_size": config.window_size,
+        "window_size": config.window_size[::-1] if turns else config.window_size,
         "feature_size": config.width,
         "use_v2": config.v2,
         "downsample": "mergingv2" if config.merging == "mergingv2" else "merging",
@@ -154,7 +167,7 @@ def _swin_unetr(loaded: Loaded, classes: int) -> Target:
     return Target("SwinUNETR", arguments, build, tensors, notes)
 
 
-def _segresnet(loaded: Loaded, classes: int) -> Target:
+def _segresnet(loaded: Loaded, classes: int, axes: Axes) -> Target:
     encoder = loaded.encoder
     assert isinstance(encoder, SegResNet)
     config = encoder.config
@@ -174,8 +187,9 @@ def _segresnet(loaded: Loaded, classes: int) -> Target:
         "norm": ("GROUP", {"num_groups": config.groups}),
     }
     notes = () if loaded.decoder is None else ("our decoders are not SegResNet's; the file's stays behind",)
-    tensors = {segresnet_name(name): value for name, value in encoder.state_dict().items()}
+    own = turned(encoder.state_dict()) if axes == "xyz" else encoder.state_dict()
+    tensors = {segresnet_name(name): value for name, value in own.items()}
     return Target("SegResNet", arguments, build, tensors, notes)
 
 
-TARGETS: dict[str, Callable[[Loaded, int], Target]] = {"swin": _swin_unetr, "segresnet": _segresnet}
+TARGETS: dict[str, Callable[[Loaded, int, Axes], Target]] = {"swin": _swin_unetr, "segresnet": _segresnet}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from medseg_ssl.config import UserError
+from medseg_ssl.nets.axes import Axes, turned
 from medseg_ssl.nets.encoders.cnn3d import genesis_name
 from medseg_ssl.nets.imports._files import read
 from medseg_ssl.nets.imports.base import Foreign, Import, ImportConfig, parameter_names, renamed, state_dict
@@ -25,7 +26,7 @@ class Genesis(Import):
             activation: as the network was trained.
         """
 
-        axes: Literal["xyz", "zyx"] = "xyz"
+        axes: Axes = "xyz"
         norm: Literal["instance", "batch"] = "instance"
         activation: Literal["relu", "leaky_relu", "elu"] = "relu"
 
@@ -57,7 +58,7 @@ class Genesis(Import):
             derived=lambda name: self.config.norm == "instance" and name.endswith(statistics),
         )
         if self.config.axes == "xyz":
-            mine = {n: t.permute(0, 1, 4, 3, 2).contiguous() if t.ndim == 5 else t for n, t in mine.items()}
+            mine = turned(mine)
         return Foreign(
             encoder=encoder,
             tensors=mine,

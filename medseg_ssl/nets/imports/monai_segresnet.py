@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import Field
 
 from medseg_ssl.config import UserError
+from medseg_ssl.nets.axes import Axes, turned
 from medseg_ssl.nets.encoders.segresnet import monai_name
 from medseg_ssl.nets.imports._files import read
 from medseg_ssl.nets.imports.base import Foreign, Import, ImportConfig, parameter_names, renamed, state_dict
@@ -23,9 +24,12 @@ class MonaiSegResNet(Import):
         """What the weights do not tell.
 
         Attributes:
+            axes: order of the axes that the network was trained in. MONAI loads volumes as x, y, z, so the weights are
+                turned; ``zyx`` takes them as they are.
             groups: of the group norm; MONAI's default is 8.
         """
 
+        axes: Axes = "xyz"
         groups: int = Field(default=8, ge=1)
 
     config: Config
@@ -67,12 +71,12 @@ class MonaiSegResNet(Import):
         mine, unused = renamed(tensors, names)
         return Foreign(
             encoder=encoder,
-            tensors=mine,
+            tensors=turned(mine) if self.config.axes == "xyz" else mine,
             channels_in=first.shape[1],
             unused=unused,
             format="MONAI SegResNet",
             notes=(
                 f"a group norm of {self.config.groups} groups, which no weight shows; state another by groups=…",
-                "MONAI's volumes usually have axes x, y, z and ours z, y, x; weights are not turned",
+                f"weights of a network with axes {self.config.axes}; state the other order by axes=…",
             ),
         )

@@ -13,7 +13,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from medseg_ssl.config import UserError
+from medseg_ssl.nets.axes import Axes, turned
 from medseg_ssl.nets.decoders.swin_unetr import monai_name as decoder_name
+from medseg_ssl.nets.encoders.swin import CORNERS
 from medseg_ssl.nets.encoders.swin import monai_name as encoder_name
 from medseg_ssl.nets.imports._files import read
 from medseg_ssl.nets.imports.base import Foreign, Import, ImportConfig, parameter_names, renamed, state_dict
@@ -28,12 +30,17 @@ class MonaiSwin(Import):
         """What the weights do not tell.
 
         Attributes:
+            axes: order of the axes that the network was trained in. MONAI loads volumes as x, y, z, so the weights are
+                turned; ``zyx`` takes them as they are.
+                A turned network says the same wherever no side of its grid of tokens is shorter than its window.
             merging: order of the tokens that merge, which no weight shows: ``merging``, ``mergingv2`` or ``twice`` of
                 the ``swin`` encoder. None takes ``twice`` for a self-supervised file (those were trained before MONAI
                 1.5) and ``merging`` for a whole network.
-            window: tokens along each axis of a window that is no cube; None takes the cube.
+            window: tokens along each axis of a window that is no cube, in the order of the network's axes; None takes
+                the cube.
         """
 
+        axes: Axes = "xyz"
         merging: Literal["merging", "mergingv2", "twice"] | None = None
         window: tuple[int, int, int] | None = None
 
@@ -61,6 +68,13 @@ class MonaiSwin(Import):
             "merging": merging,
             **stages,
         }
+        turns = self.config.axes == "xyz"
+        if turns:
+            encoder |= {
+                "patch": encoder["patch"][::-1],
+                "window": encoder["window"][::-1],
+                "merging": "twice_xyz" if merging == "twice" else merging,
+            }
         decoder = {"name": "swin_unetr"} if whole else None
         mine, unused = renamed(
             tensors,
@@ -70,13 +84,17 @@ class MonaiSwin(Import):
         return Foreign(
             encoder=encoder,
             decoder=decoder,
-            tensors=mine,
+            tensors=turned(
+                mine, window=stages["window"], corners=(CORNERS[merging], CORNERS[encoder["merging"]])
+            )
+            if turns
+            else mine,
             channels_in=embedding.shape[1],
             unused=unused,
             format="MONAI Swin UNETR" if whole else "MONAI Swin UNETR, self-supervised transformer",
             notes=(
                 f"tokens merge in the order {merging!r}, which the weights do not show; state another by merging=…",
-                "MONAI's volumes usually have axes x, y, z and ours z, y, x; weights are not turned",
+                f"weights of a network with axes {self.config.axes}; state the other order by axes=…",
             ),
         )
 
