@@ -134,13 +134,15 @@ def footprint_of(objective: Any, views: ViewPlan, tuned: str = "full") -> Footpr
     from medseg_ssl.nets.footprint import Footprint, footprint
 
     parts = objective.export()
-    networks = nn.ModuleList([parts.encoder] if parts.decoder is None else [parts.encoder, parts.decoder])
+    # not what ships: a teacher keeps nothing for a backward pass
+    encoder_and_decoder = [objective.encoder, *([] if parts.decoder is None else [parts.decoder])]
+    networks = nn.ModuleList(encoder_and_decoder)
 
     def encode(blank: Any, image: Any) -> Any:
-        return blank[0](image)
+        return objective.asks(blank[0], image)
 
     def run(blank: Any, image: Any) -> Any:
-        out = blank[0](image)
+        out = encode(blank, image)
         return out if parts.decoder is None else blank[1](out)
 
     passes = {"full": 3, "frozen": 1}.get(tuned, 2)

@@ -8,6 +8,7 @@ and its figures are carried over by the counted operations and activations.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -94,7 +95,11 @@ def estimate(config: Any, *, kind: str, archive: Path | None = None, seconds: fl
     step_s, wait_s = found["step_s"], found["wait_s"]
     memory = found["memory_bytes"]
     if size is not None:
-        step_s = wait_s + (step_s - wait_s) * full[0] / small[0]
+        step_s, wait_s = (
+            (step_s - wait_s) * full[0] / small[0],
+            wait_s * math.prod(plan["size"]) / math.prod(size),
+        )
+        step_s += wait_s
         working = memory - found["before_bytes"] - found["checkpoint_bytes"]
         memory = memory + max(0.0, working) * (full[1] / small[1] - 1)
     return Estimate(

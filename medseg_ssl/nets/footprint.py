@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from medseg_ssl.types import Triple
@@ -55,11 +57,50 @@ def footprint(
 
     kept: list[Tensor] = []
     image = torch.empty(batch, channels, *size, device="meta")
-    counter = FlopCounterMode(display=False)
-    with counter, saved_tensors_hooks(pack, lambda tensor: tensor):
+    counter, fused = FlopCounterMode(display=False), _FusedAttention()
+    with counter, fused, saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run(blank, image)
     del result
-    return Footprint(operations=counter.get_total_flops(), saved_bytes=sum(saved.values()))
+    return Footprint(counter.get_total_flops() + fused.operations, saved_bytes=sum(saved.values()))
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as the fused kernels do it, which keep no matrix of all pairs of tokens.
+
+    Tensors without content take torch's plain way, which does. A mask that learns goes that way everywhere.
+
+    Attributes:
+        operations: floating-point operations of the attention that it stood in for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **given)
+        mask = given.get("attn_mask", args[3] if len(args) > 3 else None)
+        if mask is not None and mask.requires_grad:
+            return func(*args, **given)
+        q, k, v = args[:3]
+        self.operations += 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        return _Attended.apply(q, k, v)
+
+
+class _Attended(torch.autograd.Function):
+    """A result without content, for which query, key, value and itself are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise NotImplementedError("a footprint is a forward pass")
 
 
 def _storage(tensor: Tensor) -> int:

@@ -110,6 +110,15 @@ class Objective(nn.Module, ABC):
     def after_step(self, progress: float) -> None:
         """Update teachers and queues after the optimizer stepped."""
 
+    def asks(self, encoder: Any, image_BCDHW: Tensor) -> Any:
+        """What a step asks of the encoder for a view: all of its maps, or the tokens it computes. For counting.
+
+        Args:
+            encoder: this objective's, or a copy of it without content.
+            image_BCDHW: a crop.
+        """
+        return encoder(image_BCDHW)
+
     @abstractmethod
     def export(self) -> Exported:
         """The modules worth keeping."""

@@ -179,6 +179,15 @@ class JEPA(Objective):
         logs = {"target_variance": variance, "counted_share": weight_BN.mean()}
         return StepOutput(loss, logs, _mean_of_body(seen_BKE.detach(), choice.body_BK))
 
+    def asks(self, encoder: TokenEncoder, image_BCDHW: Tensor) -> Tensor:
+        """The student's context, and every token for the teacher, who keeps nothing."""
+        with torch.no_grad():
+            encoder.tokens(image_BCDHW)
+        d, h, w = self.grid
+        kept = max(1, round(self.config.context * d * h * w))
+        keep_BK = torch.arange(kept, device=image_BCDHW.device).expand(len(image_BCDHW), -1)
+        return encoder.tokens(image_BCDHW, keep_BK)
+
     def after_step(self, progress: float) -> None:
         """Let the teacher follow."""
         start, end = self.config.momentum

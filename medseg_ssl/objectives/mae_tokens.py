@@ -158,6 +158,13 @@ class MAETokens(Objective):
         logs = {"counted_share": counted.float().mean()}
         return StepOutput(loss, logs, visible_BKE.detach().float().mean(1))
 
+    def asks(self, encoder: TokenEncoder, image_BCDHW: Tensor) -> Tensor:
+        """The tokens that are seen."""
+        length = math.prod(grid_of(image_BCDHW.shape[2:], self.encoder.patch))
+        kept = length - unseen_count(self.config.hiding, image_BCDHW.shape[2:], self.encoder.patch)
+        keep_BK = torch.arange(kept, device=image_BCDHW.device).expand(len(image_BCDHW), -1)
+        return encoder.tokens(image_BCDHW, keep_BK)
+
     def export(self) -> Exported:
         """The encoder: a decoder of tokens is of no use to a pyramid."""
         return Exported(self.encoder, None, untrained=self.encoder.finer)

@@ -6,6 +6,7 @@ import torch
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.nets.encoders.resenc import ResEnc
 from medseg_ssl.nets.footprint import footprint
+from medseg_ssl.nets.transformer import RotaryBlocks
 from medseg_ssl.train.trial import made_up_templates
 from pretrain import bench, counting, estimate, trying
 from pretrain.run import main as pretrain
@@ -29,6 +30,38 @@ def test_footprint_known_answers():
     assert two.saved_bytes == pytest.approx(2 * one.saved_bytes, rel=0.01)
     assert two.operations == 2 * one.operations
     assert not any(p.is_meta for p in encoder.parameters())
+
+
+def test_attention_keeps_no_matrix_of_all_pairs():
+    """As the fused kernels: what it keeps grows with the tokens, what it computes with their square."""
+    blocks = RotaryBlocks(48, 1, 4).train()
+
+    def run(network, image):
+        tokens = image.flatten(2).mT.expand(-1, -1, 48)
+        return network(tokens, torch.zeros(1, tokens.shape[1], 3, device=image.device))
+
+    one, two, three = (footprint(blocks, (n, 8, 8), channels=1, run=run) for n in (4, 8, 12))
+    assert two.saved_bytes == pytest.approx(2 * one.saved_bytes, rel=0.05)
+    square = three.operations - 2 * two.operations + one.operations
+    assert square == 2 * (4 * 64) ** 2 * 2 * 48 * 2, "second difference of 2 L² (48 + 48)"
+
+
+def test_objectives_that_compute_some_tokens_cost_as_many():
+    words = [
+        "objective.size=[32,32,32]",
+        "encoder.size=tiny",
+        "encoder.crop=[32,32,32]",
+        "encoder.patch=[4,4,4]",
+    ]
+    found = {}
+    for name, more in (
+        ("half", ["objective.hiding={ratio: [0.5, 0.5], block: [4,4,4]}"]),
+        ("eighth", ["objective.hiding={ratio: [0.875, 0.875], block: [4,4,4]}"]),
+    ):
+        config, kind = estimate.read("mae_tokens", [*words, *more], archive=None)
+        found[name] = counting.plan_of(config, kind, None)["footprint"]
+    assert found["half"][1] == pytest.approx(4 * found["eighth"][1], rel=0.1)
+    assert found["half"][0] > 3.5 * found["eighth"][0]
 
 
 def test_estimate_with_and_without_an_archive(archive, capsys, monkeypatch):
@@ -145,6 +178,13 @@ def test_bench_of_a_config_orders_its_options(monkeypatch, capsys):
     "words",
     [
         ["mae", "objective.size=[32,32,32]", "data.batch_size=4"],
+        [
+            "mae_tokens",
+            "encoder.patch=[4,4,4]",
+            "encoder.crop=[32,32,32]",
+            "objective.size=[32,32,32]",
+            "data.batch_size=4",
+        ],
         ["simclr", "objective.size=[32,32,32]", "data.batch_size=4", "train.precision=bf16"],
         ["segmentation", "encoder={name: resenc, size: s}", "objective.size=[32,32,32]", "data.batch_size=2"],
     ],
