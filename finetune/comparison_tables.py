@@ -129,12 +129,14 @@ def _read_plan(out: Path) -> dict[str, Any]:
 
 def made_of(out: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What else decides the numbers: seeds, fingerprints of what went in, versions, machine."""
-    seeds = {(row["draw"], row["budget"]): row["seed"] for row in rows}
+    seeds: dict[tuple[Any, Any], set[Any]] = {}
+    for row in rows:
+        seeds.setdefault((row["draw"], row["budget"]), set()).add(row["seed"])
     config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")) or {}
     found: dict[str, Any] = {"seed of the comparison": config.get("seed", 0)}
     found["seeds of fits"] = "; ".join(
-        f"draw {draw}, {budget} label{'s' if budget > 1 else ''}: {seed}"
-        for (draw, budget), seed in sorted(seeds.items())
+        f"draw {draw}, {budget} label{'s' if budget > 1 else ''}: {', '.join(map(str, sorted(of_cell)))}"
+        for (draw, budget), of_cell in sorted(seeds.items())
     )
     for name in ("inputs.json", "environment.json"):
         if (out / name).is_file():

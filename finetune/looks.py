@@ -46,9 +46,9 @@ SIMILARITY_PLACES = 8
 def fit_and_keep(task: FitTask, *, budget: int, every_draw: bool) -> Path:
     """``fit_and_score`` that keeps the segmenters of one budget (of its first draw), and nothing else that is bulky."""
     looked_at = task.budget == budget and (every_draw or task.draw == task.pretraining == 0)
-    if task.finished or task.keep or not looked_at:
+    if task.keep or not looked_at:
         return fit_and_score(task)
-    done = fit_and_score(replace(task, keep=True))
+    done = fit_and_score(replace(task, keep=True))  # finished or not: what was kept stays
     remove_bulky(task.folder, but=SEGMENTER)
     return done
 

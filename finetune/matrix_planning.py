@@ -28,9 +28,10 @@ def pretrain_tasks(config: MatrixConfig, out: Path, archives: Mapping[str, Path]
     for number in range(config.pretrainings):
         for name, source in config.own_sources().items():
             first, *more = source.archives
-            others = dict.fromkeys(
-                t.archive for t in config.targets.values() if t.archive not in source.archives
-            )
+            # of its own archives a pretraining checks the test subjects alone: where others are scored, a copy of one
+            # may stand in the other archive of a union
+            own = source.archives if config.subset == "test" or len(source.archives) == 1 else ()
+            others = dict.fromkeys(t.archive for t in config.targets.values() if t.archive not in own)
             tree = pretrain_tree(config, name)
             tasks.append(
                 PretrainTask(
@@ -187,9 +188,10 @@ def notes_of(
         archive = archives[target.archive]
         spacing = archive.recipe.spacing_mm
         at = "each scan's own spacing" if spacing is None else f"{_triple(spacing)} mm"
+        low = [b for b in plan.low_budgets if b in plan.budgets] or plan.budgets
         cases = f"{len(target.subjects)} scored cases of {'+'.join(target.modalities)}"
         notes.append(f"Target {target.name}: {cases} in archive {target.archive} at {at}, pooled over the budgets"
-                     f" {', '.join(map(str, plan.low_budgets))} where they were fitted.")  # fmt: skip
+                     f" {', '.join(map(str, low))} where they were fitted.")  # fmt: skip
         notes += shares
         if plan.stratify is not None:
             notes.append(f"Target {target.name}: the subsets are balanced by {plan.stratify.by}.")

@@ -36,7 +36,7 @@ MARK = "mirror.json"
 """Says under which id a comparison or a matrix goes to the mirror, and whether it is there."""
 DIFFERENCES = (
     "init", "baseline", "scope", "mean", "low", "high", "p", "p_holm", "wilcoxon_p", "wilcoxon_p_holm", "cases",
-    "draws", "pretrainings",
+    "draws", "pretrainings", "covers",
 )  # fmt: skip
 SAVINGS = ("init", "baseline", "budget", "labels", "savings", "ci_low", "ci_high", "censored", "at_most")
 GAINS = (

@@ -84,6 +84,9 @@ def resolve(config: CompareConfig) -> CompareConfig:
         )
     if finetune.data.modalities:
         raise ConfigError("finetune.data.modalities has no place in a comparison; set its modalities")
+    for (kind, name), tree in found.items():
+        if kind in ("finetune", "override"):
+            _check_ours(config, tree, where="finetune" if kind == "finetune" else f"init_overrides.{name}")
     inits = dict(config.inits)
     for name in pretrains:
         pretraining = found["pretrain", name]
@@ -123,6 +126,25 @@ def check_precision(config: CompareConfig) -> None:
         raise ConfigError(
             f"init_overrides train in {' and '.join(sorted(trained))}, and on a GPU each would be scored in its own;"
             " set metrics.precision, which is every init's (fp32, bf16)"
+        )
+
+
+def _check_ours(config: CompareConfig, tree: FinetuneConfig, *, where: str) -> None:
+    """Refuse what the comparison decides, and a fit would not heed.
+
+    Raises:
+        ConfigError: names the key and what decides it.
+    """
+    if tree.data.split not in ("default", config.split):
+        raise ConfigError(
+            f"{where}.data.split is {tree.data.split!r}, but the comparison's split decides: {config.split!r}"
+        )
+    if tree.seed != 0:
+        raise ConfigError(f"{where}.seed is {tree.seed}, but every fit's seed follows from the comparison's")
+    if tree.evaluations:
+        raise ConfigError(
+            f"{where}.evaluations names {', '.join(tree.evaluations)}, but a comparison looks at test cases alone,"
+            " at the end of a fit"
         )
 
 

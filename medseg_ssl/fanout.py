@@ -109,7 +109,14 @@ def map_tasks(
         return results
     if engine == "ray":
         _run_ray(
-            function, tasks, deliver, workers=workers, retries=retries, threads=threads, describe=describe
+            function,
+            tasks,
+            deliver,
+            workers=workers,
+            retries=retries,
+            threads=threads,
+            gpus=len(gpus),
+            describe=describe,
         )
     elif workers == 1 and not gpus:
         for index, task in enumerate(tasks):
@@ -267,12 +274,13 @@ def _run_ray(
     workers: int,
     retries: int,
     threads: int,
+    gpus: int,
     describe: Callable[[T], str],
 ) -> None:
     """Run the tasks on the Ray cluster that ``RAY_ADDRESS`` names, or on a local one started for the purpose.
 
     Ray retries a task whose worker or node died; a bounded number of tasks is in flight, so that neither the
-    scheduler nor the object store holds them all.
+    scheduler nor the object store holds them all. Where there are GPUs, a task takes one, and Ray shows it no other.
     """
     try:
         import ray
@@ -282,9 +290,12 @@ def _run_ray(
     started_here = not ray.is_initialized()
     if started_here:
         local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * threads}
+        if local and gpus:
+            local["num_gpus"] = gpus
         ray.init(log_to_driver=False, include_dashboard=False, **local)
     environment = {"env_vars": {name: str(threads) for name in THREAD_VARIABLES}}
-    remote = ray.remote(_attempt).options(num_cpus=threads, max_retries=retries, runtime_env=environment)
+    needs = {"num_cpus": threads, "max_retries": retries} | ({"num_gpus": 1} if gpus else {})
+    remote = ray.remote(_attempt).options(runtime_env=environment, **needs)
     waiting, flying = deque(enumerate(tasks)), {}
     try:
         while waiting or flying:

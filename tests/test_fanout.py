@@ -5,6 +5,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -239,3 +240,32 @@ class Remote:
 
 def test_engines_are_listed():
     assert fanout.ENGINES == ("local", "ray")
+
+
+@pytest.mark.parametrize("gpus", [(), (0, 1)])
+def test_a_task_on_a_cluster_takes_a_gpu_where_there_are_some(monkeypatch, gpus):
+    """With a stand-in for ray: what it is asked for."""
+    asked = {}
+
+    def options(**given):
+        asked["task"] = given
+        return SimpleNamespace(remote=lambda function, index, task: (index, function(task)))
+
+    ray = SimpleNamespace(
+        is_initialized=lambda: False,
+        init=lambda **given: asked.update(init=given),
+        remote=lambda function: SimpleNamespace(options=options),
+        wait=lambda flying, num_returns: (flying[:1], flying[1:]),
+        get=lambda reference: reference[1],
+        cancel=lambda *_, **__: None,
+        shutdown=lambda: None,
+        exceptions=SimpleNamespace(
+            WorkerCrashedError=KeyError, NodeDiedError=KeyError, OutOfMemoryError=KeyError
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert map_tasks(abs, [-1, -2], engine="ray", workers=2, threads=3, gpus=gpus) == [1, 2]
+    assert asked["task"].get("num_gpus") == (1 if gpus else None)
+    assert asked["init"].get("num_gpus") == (2 if gpus else None)
+    assert asked["task"]["num_cpus"] == 3

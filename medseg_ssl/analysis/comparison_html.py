@@ -68,9 +68,19 @@ def differences_table(summary: Mapping[str, Any]) -> str:
     ]
     tests = [
         [f"{text(c['init'])} − {text(c['baseline'])}", scopes[c["scope"]], counts_text(c)]
-        + [_p(c[name]) for name in ("p", "p_holm", "t_p", "wilcoxon_p", "wilcoxon_p_holm")]
+        + [
+            _p(c[name]) if _judged(c) or name.startswith(("t_", "wilcoxon")) else "–"
+            for name in ("p", "p_holm", "t_p", "wilcoxon_p", "wilcoxon_p_holm")
+        ]
         for c in found
     ]
+    unjudged = (
+        ""
+        if all(map(_judged, found))
+        else (
+            " Of a single draw (or case) the interval is for new cases (or draws) alone, and judges nothing: no colour."
+        )
+    )
     told = any(not math.isnan(c.get("detectable", math.nan)) for c in found)
     head = [
         "pair",
@@ -91,6 +101,7 @@ def differences_table(summary: Mapping[str, Any]) -> str:
     note = (
         f'<p class="caption">Same cases, same draws, same seeds; 95 % intervals for {new}. Green and '
         "red: the interval excludes zero."
+        + unjudged
         + (
             " Detectable: the smallest true difference that this many cases and draws would find."
             if told
@@ -125,8 +136,13 @@ def _scope(comparison: Row) -> str:
     return labels_text(budgets[0])
 
 
+def _judged(c: Row) -> bool:
+    """Whether its interval covers new cases and new draws."""
+    return min(c["cases"], c["draws"]) > 1
+
+
 def _difference_cell(c: Row) -> str:
-    mark = "better" if c["low"] > 0 else "worse" if c["high"] < 0 else ""
+    mark = "" if not _judged(c) else "better" if c["low"] > 0 else "worse" if c["high"] < 0 else ""
     detectable = c.get("detectable")
     least = (
         "" if detectable is None or math.isnan(detectable) else f"<small>detectable {detectable:.3f}</small>"

@@ -272,7 +272,7 @@ def curve_png(curve: Sequence[Row], *, baselines: Sequence[str], title: str, met
     axes.set_xticks(budgets, [str(b) for b in budgets])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("labeled training cases")
-    axes.set_ylabel("mean Dice, 95 % interval over cases and draws" if metric == "dice" else metric)
+    axes.set_ylabel("mean Dice, 95 % interval" if metric == "dice" else metric)
     axes.set_title(title, loc="left", fontsize=13)
     axes.grid(color=GRID)
     axes.set_axisbelow(True)

@@ -119,6 +119,7 @@ def comparisons(
     Pooling averages the differences of a (case, draw, pretraining) over the budgets: budgets are nested within a draw,
     so a pooled cell stays one observation. ``detectable`` is the smallest true difference that four of five such
     comparisons would find at 5 %; NaN where there is a single case or draw, since the error then lacks a part.
+    ``one_sided`` counts the cells that only one of the two has a score for, which enter no difference.
     """
     shared = [b for b in budgets_of(tables_, init) if (baseline, b) in tables_]
     low = [b for b in shared if b in low_budgets]
@@ -144,7 +145,13 @@ def _comparison(
     head = {"init": init, "baseline": baseline, "scope": scope, "budgets": list(budgets)}
     whole = min(interval.cases, interval.draws) > 1
     detectable = detectable_difference(interval.standard_error, interval.freedom) if whole else math.nan
-    tail = {"t_p": tests.t_p, "wilcoxon_p": tests.wilcoxon_p, "detectable": detectable}
+    one_sided = int((np.isnan(first_NDP) != np.isnan(second_NDP)).sum())
+    tail = {
+        "t_p": tests.t_p,
+        "wilcoxon_p": tests.wilcoxon_p,
+        "detectable": detectable,
+        "one_sided": one_sided,
+    }
     return head | asdict(interval) | tail
 
 

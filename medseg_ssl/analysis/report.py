@@ -235,7 +235,8 @@ def _curves(c: Comparison, prefix: str) -> str:
         picture = f'<noscript><img alt="label-efficiency curve" src="{inline(c.picture)}"></noscript>'
     caption = (
         '<p class="caption">Mean over classes, then cases, then draws. Bars are 95 % intervals for new '
-        "cases and new draws, and new pretrainings where there were several, together (crossed random effects). "
+        "cases and new draws, and new pretrainings where there were several, together (crossed random effects); of a "
+        "single draw for new cases alone. "
         "Points of one budget are moved apart a little. Two bars that overlap say little about a difference: the "
         "paired table below does.</p>"
     )

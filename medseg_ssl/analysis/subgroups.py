@@ -22,8 +22,8 @@ MOST_VALUES = 6
 """Different numbers up to which each is a group of its own."""
 
 COLUMNS = (
-    "by", "group", "class", "metric", "subjects", "cases", "mean", "ci_low", "ci_high", "small", "gap", "p", "p_holm",
-    "p_groups",
+    "by", "group", "class", "metric", "subjects", "cases", "mean", "ci_low", "ci_high", "small", "shared", "gap", "p",
+    "p_holm", "p_groups",
 )  # fmt: skip
 
 
@@ -71,7 +71,10 @@ def subgroup_rows(
     Returns:
         ``gap`` is the group's mean minus that of all other subjects, ``p`` of a two-sided Mann-Whitney test against the
         others that are not in small groups, ``p_holm`` adjusted over the groups, ``p_groups`` of a Kruskal-Wallis test
-        of all groups that are not small. The mean over the classes of a case comes first, then each class.
+        of all groups that are not small. ``shared`` counts the group's subjects who stand in another group too, by
+        other cases: where there are some, nothing is tested, since both tests take groups for independent. Of two
+        groups there is one test, and nothing to adjust. The mean over the classes of a case comes first, then each
+        class.
     """
     classes = list(dict.fromkeys(str(row["class"]) for row in scores))
     table: list[dict[str, object]] = []
@@ -104,7 +107,12 @@ def _block(
         of_group.setdefault(subjects[case], []).append(float(np.mean(values)))
     means = {g: np.array([np.mean(v) for v in members[g].values()]) for g in sorted(members)}
     tested = {g: scores_N for g, scores_N in means.items() if len(scores_N) >= SMALL}
-    varied = len(tested) > 1 and np.ptp(np.concatenate(list(tested.values()))) > 0
+    shared = {
+        g: sum(any(s in members[other] for other in members if other != g) for s in of_group)
+        for g, of_group in members.items()
+    }
+    apart = not any(shared[g] for g in tested)
+    varied = apart and len(tested) > 1 and np.ptp(np.concatenate(list(tested.values()))) > 0
     p_groups = float(stats.kruskal(*tested.values()).pvalue) if varied else float("nan")
     block: list[dict[str, object]] = []
     for group, scores_N in means.items():
@@ -125,10 +133,12 @@ def _block(
                 "ci_low": found.low,
                 "ci_high": found.high,
                 "small": "yes" if len(scores_N) < SMALL else "",
+                "shared": shared[group],
                 "gap": float(scores_N.mean() - rest_N.mean()) if len(rest_N) else float("nan"),
                 "p": float(stats.mannwhitneyu(scores_N, against_N).pvalue) if compared else float("nan"),
                 "p_groups": p_groups,
             }
         )
-    adjusted = holm([float(str(row["p"])) for row in block])
+    found_p = [float(str(row["p"])) for row in block]
+    adjusted = found_p if len(tested) == 2 else holm(found_p)
     return [{**row, "p_holm": p} for row, p in zip(block, adjusted, strict=True)]

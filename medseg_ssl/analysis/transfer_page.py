@@ -14,9 +14,10 @@ from medseg_ssl.analysis.report import MANY, MAP
 from medseg_ssl.analysis.verdicts import labels_text
 
 Row = Mapping[str, Any]
-POOLED = "gain, few labels"
+POOLED = "gain, pooled labels"
 GAIN_CAPTION = (
-    "Mean Dice over few labels minus that of the better scratch baseline of the target, paired on cases and draws; "
+    "Mean Dice over the pooled labels (column 'labels' of the gains) minus that of the better scratch baseline of the "
+    "target, paired on cases and draws; "
     "* where the 95 % interval excludes 0 after Holm's correction over all cells. Gains on different targets are "
     "not on one scale: what can be won depends on the task."
 )
@@ -34,8 +35,8 @@ DICE_CAPTION = (
     "source: no gain, no control and no asymmetry is made of it."
 )
 BESIDE_CAPTION = (
-    "Every init of a target minus what stands beside it, over few labels, paired on cases and draws. Where crops give "
-    "the place away, a score below that of a baseline which reads no voxel says nothing about images."
+    "Every init of a target minus what stands beside it, over the pooled labels, paired on cases and draws. Where "
+    "crops give the place away, a score below that of a baseline which reads no voxel says nothing about images."
 )
 ESTIMATE_CAPTION = (
     "LogME (arXiv 2102.11005): log evidence of the voxels' classes under frozen features, from training labels alone; "
@@ -46,8 +47,8 @@ SIMILARITY_CAPTION = (
     "same up to rotation and scale, 0 = unrelated. Rows are levels, finest first."
 )
 MISSING_CAPTION = (
-    "Mean Dice on test cases with only these channels given, the others zero; one budget, all draws. What "
-    "stands beside is not in it."
+    "Mean Dice on test cases with only these channels given, the others zero; one budget, all draws. A "
+    "baseline that trains no network has no channels to miss and is not in it."
 )
 
 
@@ -132,7 +133,7 @@ def transfer_sections(found: Transfer, *, name: str = "matrix") -> list[str]:
 
 
 def _heat_maps(found: Transfer, name: str) -> str:
-    """The gains over few labels, and Dice of every init at every number of labels."""
+    """The gains over the pooled labels, and Dice of every init at every number of labels."""
     if not found.summary["cells"]:
         return ""
     shown = {"targets": found.targets}
@@ -157,7 +158,7 @@ def _heat_maps(found: Transfer, name: str) -> str:
 
 
 def gain_cells(summary: Mapping[str, Any]) -> dict[tuple[str, str], Row]:
-    """(target, source) to its gain over few labels."""
+    """(target, source) to its gain over the pooled labels."""
     return {(cell["target"], cell["source"]): cell for cell in summary["cells"]}
 
 

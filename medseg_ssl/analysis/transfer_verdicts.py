@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from medseg_ssl.analysis.transfer import JUDGED, is_found
-from medseg_ssl.analysis.verdicts import few_levels
+from medseg_ssl.analysis.verdicts import few_levels, labels_text
 
 ONE_PRETRAINING = "One pretraining per source: differences between pretrainings are not in the intervals."
 
@@ -87,7 +87,7 @@ def _beside_verdict(items: Sequence[Mapping[str, Any]]) -> str:
         "" if math.isnan(first["own_low"])
         else f" (95 % interval {first['own_low']:.3f} to {first['own_high']:.3f})"
     )  # fmt: skip
-    head = f"{first['target']}: {first['beside']} alone reaches {first['own_mean']:.3f} Dice{ends} over few labels"
+    head = f"{first['target']}: {first['beside']} alone reaches {first['own_mean']:.3f} Dice{ends} {pooled_text(items)}"
     judged = [item for item in items if item["covers"] in JUDGED]
     if not judged:
         return f"{head}; too few draws or cases to judge others against it."
@@ -120,9 +120,18 @@ def _cells_verdict(cells: Sequence[Mapping[str, Any]]) -> str:
     worse = listed(lambda c: c in judged and c["high"] < 0 and c["p_holm"] < 0.05)
     open_ = sum(1 for c in judged if (c["low"] > 0 or c["high"] < 0) and not c["p_holm"] < 0.05)
     return (
-        f"Against the better scratch baseline, over few labels, {len(judged)} cells, Holm's correction over all:"
+        f"Against the better scratch baseline, {pooled_text(cells)}, {len(judged)} cells, Holm's correction over all:"
         f" gain {better}; loss {worse}; {open_} more exclude 0 only without the correction."
     )
+
+
+def pooled_text(items: Sequence[Mapping[str, Any]]) -> str:
+    """Over which numbers of labels: ``over 2 and 8 labels``."""
+    budgets = {tuple(item["budgets"]) for item in items}
+    if len(budgets) > 1:
+        return "over the pooled labels of each target"
+    (pooled,) = budgets
+    return f"over {labels_text(pooled[0]) if len(pooled) == 1 else f'{_listed([str(b) for b in pooled])} labels'}"
 
 
 def _line(what: str, item: Mapping[str, Any], more: str, less: str) -> str:

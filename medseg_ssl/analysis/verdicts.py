@@ -19,7 +19,9 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
     inits = [i for i in summary["inits"] if i not in summary["baselines"]]
     for init in inits:
         own = [c for c in summary["comparisons"] if c["init"] == init]
-        pooled = [c for c in own if c["scope"] == "low budgets"] or [c for c in own if c["scope"] == "area"]
+        # one budget that counts as many labels has neither few labels nor an area: it is all there is
+        scopes = [[c for c in own if c["scope"] == scope] for scope in ("low budgets", "area")]
+        pooled = next(filter(None, scopes), own)
         if pooled:
             saved = _savings(summary["inits"][init].get("savings") or (), summary["low_budgets"])
             lines.append(_verdict(init, pooled, saved=saved))
@@ -44,7 +46,8 @@ def _verdict(init: str, pooled: Sequence[Comparison], *, saved: str) -> str:
     if thin:
         reason = "a single draw or case"
         return f"{init} cannot be judged against {_names(thin)} {where} ({reason}): {numbers}."
-    sentences = [f"{_claim(init, pooled, where)}: {numbers}.", _limit(pooled), few_levels(pooled), saved]
+    told = (_limit(pooled), _one_sided(pooled), few_levels(pooled), saved)
+    sentences = [f"{_claim(init, pooled, where)}: {numbers}.", *told]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -70,11 +73,23 @@ def _limit(pooled: Sequence[Comparison]) -> str:
     return f"More than one in five such comparisons would miss a true difference below {below}."
 
 
+def _one_sided(pooled: Sequence[Comparison]) -> str:
+    """A sentence where scores have no partner: a class that is absent is scored only where it was predicted."""
+    lost = {c["baseline"]: c.get("one_sided", 0) for c in pooled}
+    named = [f"{count} of the scores ({baseline})" for baseline, count in lost.items() if count]
+    return (
+        f"{_and(named)} have no partner (a class is absent, and one of the two predicts it) and are left out: a false"
+        " alarm in such a case lowers a mean, but no difference."
+        if named
+        else ""
+    )
+
+
 def few_levels(items: Sequence[Comparison]) -> str:
-    """A sentence where an interval rests on two draws or two pretrainings (``statistics.crossed_interval``)."""
+    """A sentence where an interval rests on two of something (``statistics.crossed_interval``)."""
     thin = [
         f"two {axis}"
-        for axis in ("draws", "pretrainings")
+        for axis in ("cases", "draws", "pretrainings")
         if any(item[axis] == 2 for item in items)  # one pretraining is no level; one draw cannot be judged
     ]
     return (

@@ -178,15 +178,13 @@ def fold_splits(
     for row in archive.scans.values():
         if row.subject in members:
             hashes.setdefault(row.subject, []).append(row.content_hash)
-    labeled = {row.subject for row in archive.cases.values() if row.labeled}
-    strata = None
-    if by is not None:
-        own_cases: dict[str, list[str]] = {}
-        for case, row in archive.cases.items():
-            kinds = tuple(archive.scans[key].modality for key in row.scans)
-            if row.labeled and row.subject in members and (not modalities or kinds == tuple(modalities)):
-                own_cases.setdefault(row.subject, []).append(case)
-        strata = subject_strata(archive, own_cases, by)
+    own_cases: dict[str, list[str]] = {}
+    for case, row in archive.cases.items():
+        kinds = tuple(archive.scans[key].modality for key in row.scans)
+        if row.labeled and row.subject in members and (not modalities or kinds == tuple(modalities)):
+            own_cases.setdefault(row.subject, []).append(case)
+    labeled = set(own_cases)
+    strata = None if by is None else subject_strata(archive, own_cases, by)
     dealt = make_folds(hashes, folds=folds, seed=seed, labeled=labeled, strata=strata)
     return [
         own.model_copy(

@@ -231,6 +231,32 @@ def test_verdict_says_when_nothing_is_significant_or_worse():
     assert "no saving can be claimed" in mixed["verdicts"][0]
 
 
+def test_verdict_of_one_budget_that_counts_as_many_labels():
+    """Neither few labels nor an area: the one difference there is."""
+    rows = rows_of({"scratch": {16: 0.70}, "mae": {16: 0.80}})
+    (line,) = le.summarise(rows, baselines=["scratch"], low_budgets=[2])["verdicts"]
+    assert line.startswith("mae beats scratch at 16 labels, significantly")
+    (line,) = le.summarise([r for r in rows if r["init"] == "mae"], baselines=[], low_budgets=[2])["verdicts"]
+    assert line.startswith("No scratch baseline has finished fits yet")
+
+
+def test_verdict_counts_scores_without_a_partner():
+    """A class that is absent has a score only where an init predicted it: 0."""
+    rows = rows_of({"scratch": {1: 0.70}, "mae": {1: 0.70}})
+    for row in rows:
+        if row["case"] in ("case0", "case1"):
+            row["dice"] = 0.0 if row["init"] == "mae" else float("nan")
+    summary = le.summarise(rows, baselines=["scratch"])
+    assert summary["comparisons"][0]["one_sided"] == 2 * 4
+    assert "8 of the scores (scratch) have no partner" in summary["verdicts"][0]
+
+
+def test_verdict_of_two_cases_says_that_they_are_few():
+    rows = rows_of({"scratch": {1: 0.70, 2: 0.75}, "mae": {1: 0.80, 2: 0.85}}, cases=2)
+    (line,) = le.summarise(rows, baselines=["scratch"])["verdicts"]
+    assert "Over two cases such intervals hold the truth in 88 to 90 of 100 cases" in line
+
+
 def test_verdict_says_where_holm_takes_the_claim_away():
     curves = {"scratch": SCRATCH, "mae": {b: m + 0.018 for b, m in SCRATCH.items()}}
     alone = le.summarise(rows_of(curves, noise=0.03), baselines=["scratch"])

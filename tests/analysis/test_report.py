@@ -229,6 +229,15 @@ def test_smallest_detectable_difference_stands_in_its_cell():
     assert "Detectable: the smallest true difference" in html
 
 
+def test_a_single_draw_gets_no_colour_and_no_p():
+    found = summarise(
+        rows_of({"scratch": {1: 0.5}, "mae": {1: 0.9}}, cases=6, draws=1), baselines=["scratch"]
+    )
+    html = comparison_html.differences_table(found)
+    assert 'class="better"' not in html
+    assert "judges nothing: no colour" in html
+
+
 def test_more_inits_than_colours_get_another_marker():
     names = [f"init{i}" for i in range(9)]
     seen = figures.marks(["scratch", *names], ["scratch"])

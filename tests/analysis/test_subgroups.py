@@ -53,6 +53,26 @@ def test_many_cases_of_a_subject_are_one_subject():
     assert many["ci_low"] == pytest.approx(one["ci_low"])
 
 
+def test_people_in_several_groups_are_counted_and_nothing_is_tested():
+    """By modality every subject of a CT and MR archive stands in both groups: they are no independent samples."""
+    rows, groups, subjects = [], {}, {}
+    for i in range(6):
+        for group in ("CT", "MR"):
+            case = f"{group}{i}"
+            rows.append({"case": case, "class": "organ", "dice": 0.5 + 0.05 * i, "nsd": None})
+            groups[case], subjects[case] = group, f"p{i if i < 5 else case}"
+    found = subgroup_rows(rows, by="modality", groups=groups, subjects=subjects)
+    for group in ("CT", "MR"):
+        assert over(found, group)["shared"] == 5
+        assert all(np.isnan(over(found, group)[name]) for name in ("p", "p_holm", "p_groups"))
+    assert over(table({"a": [0.5] * 5, "b": [0.6] * 5}), "a")["shared"] == 0
+
+
+def test_two_groups_are_one_test():
+    two = table({"a": [0.7, 0.8, 0.9, 0.6, 0.75], "b": [0.5, 0.6, 0.4, 0.55, 0.45]})
+    assert over(two, "a")["p_holm"] == over(two, "a")["p"] == over(two, "b")["p_holm"]
+
+
 def test_small_groups_are_flagged_and_not_tested():
     rows = table({"a": [0.7, 0.8, 0.9, 0.6, 0.75], "b": [0.1, 0.2], "c": [0.5, 0.52, 0.54, 0.56, 0.58]})
     assert (over(rows, "b")["small"], over(rows, "a")["small"]) == ("yes", "")

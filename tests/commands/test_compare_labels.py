@@ -13,7 +13,7 @@ from finetune import compare as command
 from finetune import resolving as plans
 from finetune.comparison import Metrics
 from medseg_ssl.analysis import figures
-from medseg_ssl.config import ConfigError, parse, to_yaml
+from medseg_ssl.config import ConfigError, overlay, parse, to_yaml
 from medseg_ssl.data import strata
 from medseg_ssl.data.archive import Archive
 from medseg_ssl.data.budget_file import read_budgets
@@ -313,6 +313,57 @@ def test_folds_score_every_case_once_per_draw_and_share_no_training(tmp_path):
         fakes.config(folds=3, budgets=[2], draws=1, seed=5),
         budgets=tmp_path / "out" / "budgets.json",
     )
+
+
+def test_folds_share_out_the_subjects_whose_modality_is_compared():
+    """Six CT subjects among many of MR: every fold has two, not as chance will."""
+    for seed in range(5):
+        archive = fakes.archive(train=30, test=10)
+        for i in range(0, 36, 6):
+            archive.scans[f"v{i}"].modality = "CT"
+        config = fakes.config(folds=3, budgets=[2], draws=1, modalities=["CT"], seed=seed)
+        folds, _ = planned(config, archive)
+        assert [len(fold.scored) for fold in folds] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "data",
+            {"split": "wide"},
+            r"\.data\.split is 'wide', but the comparison's split decides: 'default'",
+        ),
+        ("seed", 5, r"\.seed is 5, but every fit's seed follows from the comparison's"),
+        (
+            "evaluations",
+            {"segmentation": {}},
+            r"\.evaluations names segmentation, but a comparison looks at test",
+        ),
+    ],
+)
+def test_what_a_comparison_decides_is_refused_in_its_fine_tuning(key, value, message):
+    base = {
+        "task": "t",
+        "budgets": [1],
+        "inits": {"scratch": "scratch"},
+        "finetune": {
+            "encoder": {"name": "resenc", "size": "tiny"},
+            "objective": {"name": "segmentation"},
+            "data": {"batch_size": 2},
+            "train": {"steps": "20 steps"},
+        },
+    }
+    plans.resolve(parse(plans.CompareConfig, base))
+    changed = overlay(base, {"finetune": {key: value}})
+    with pytest.raises(ConfigError, match="finetune" + message):
+        plans.resolve(parse(plans.CompareConfig, changed))
+    own = {**base, "init_overrides": {"scratch": {key: value}}}
+    unequal = r"\.seed would make the comparison unequal"
+    with pytest.raises(
+        ConfigError, match=r"init_overrides\.scratch" + (unequal if key == "seed" else message)
+    ):
+        plans.resolve(parse(plans.CompareConfig, own))
 
 
 def test_folds_are_balanced_as_the_budgets_are_and_cut_again_from_the_file(tmp_path, monkeypatch):

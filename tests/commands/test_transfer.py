@@ -124,6 +124,14 @@ def test_every_source_is_pretrained_once_and_kept_from_test_subjects(tmp_path):
     assert both.config["data"]["modalities"] == [["CT"], ["MR"]]
     without = [{k: v for k, v in t.config.items() if k != "data"} for t in tasks.values()]
     assert all(tree == without[0] for tree in without)
+    tuned = {
+        t.init: t
+        for t in planning.pretrain_tasks(fakes.config(subset="development"), tmp_path, fakes.ARCHIVES)
+    }
+    assert set(tuned["CT+MR"].protect) == {Path("ct"), Path("mr")}, (
+        "a copy of who is scored in the other archive"
+    )
+    assert tuned["CT"].protect == (Path("mr"),)
     again = planning.pretrain_tasks(fakes.config(pretrainings=2), tmp_path, fakes.ARCHIVES)[3:]
     assert [(t.folder.name, t.pretraining, t.config["seed"]) for t in again] == [
         (f"{name}@p1", 1, 1) for name in tasks
@@ -446,6 +454,23 @@ def test_targets_may_ask_what_a_comparison_can(tmp_path):
     again = {path: path.read_bytes() for path in (out / "matrix.csv", out / "cases.csv")}
     run(out, config=fakes.config(targets=targets), fit=fit)
     assert again == {path: path.read_bytes() for path in again}
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_what_was_pooled_is_named_as_it_was(tmp_path, finished):
+    """Low budgets that were not fitted pool nothing: then all budgets are pooled, and no word calls them few."""
+    out = tmp_path / "out"
+    run(out, config=fakes.config(budgets=[1, 3], low_budgets=[2]))
+    summary = json.loads((out / "summary.json").read_text())
+    assert {tuple(c["budgets"]) for c in summary["cells"]} == {(1, 3)}
+    assert any(
+        line.startswith("Against the better scratch baseline, over 1 and 3 labels, ")
+        for line in summary["verdicts"]
+    )
+    assert any("pooled over the budgets 1, 3 where" in note for note in summary["conditions"])
+    assert "few labels" not in (out / "report.html").read_text()
+    usual = json.loads((finished / "summary.json").read_text())["verdicts"]
+    assert any("over 1 and 2 labels" in line for line in usual)
 
 
 @pytest.mark.usefixtures("stand_ins")
