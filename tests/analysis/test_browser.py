@@ -1,10 +1,13 @@
 """The report in headless Chromium: offline, without an error, left and right where they belong."""
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
 
 from finetune.comparison_tables import write_comparison
+from finetune.transfer import transfer
 from finetune.volumes import case_volume
 from medseg_ssl.analysis.page import page
 from medseg_ssl.analysis.viewer import ViewedCase, fill, viewer_html
@@ -14,6 +17,7 @@ from medseg_ssl.data.manifest import CaseRow, Split
 from medseg_ssl.data.nifti import read_nifti
 from medseg_ssl.data.store import write_label, write_volume
 from tests.browser import Page
+from tests.commands import fake_transfer
 from tests.commands.fake_folder import write_folder
 from tests.data.small_archive import RECIPE, scan_row
 
@@ -132,6 +136,60 @@ def test_a_narrow_screen_is_not_wider_than_itself(opened):
     opened.wait("innerWidth === 390")
     assert opened.run("document.documentElement.scrollWidth") <= 390
     opened.resize(1200, 900)
+
+
+HOVERED = """((figure, point) => {
+  Plotly.Fx.hover(figure, 'curveNumber' in point ? [point] : point, 'xy');
+  const said = [...figure.querySelectorAll('.hoverlayer text')].map(t => t.textContent).join(' ');
+  Plotly.Fx.unhover(figure);
+  return said;
+})"""
+"""What a figure says of a point under the mouse."""
+
+
+def test_hovering_over_the_curve_shows_numbers(opened):
+    curve = "document.querySelector('.figure .js-plotly-plot')"
+    name, value = opened.run(f"[{curve}.data[0].name, {curve}.data[0].y[0]]")
+    said = opened.run(f"{HOVERED}({curve}, {{curveNumber: 0, pointNumber: 0}})")
+    assert name in said
+    assert f"{value:.3f}" in said
+    assert "1 label" in said
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    """The page of a made-up transfer benchmark, and its summary."""
+    folder = tmp_path_factory.mktemp("matrix")
+    with pytest.MonkeyPatch.context() as patch:
+        fake_transfer.use_fakes(patch.setattr)
+        transfer(
+            fake_transfer.config(),
+            folder / "out",
+            archives=fake_transfer.ARCHIVES,
+            workers=1,
+            quiet=True,
+            fit=fake_transfer.fake_fit,
+            pretrain=fake_transfer.fake_pretrain,
+        )
+    with Page(folder / "out" / "report.html", folder / "profile") as found:
+        found.wait("document.querySelector('.figure .js-plotly-plot')")
+        yield found, json.loads((folder / "out" / "summary.json").read_text())
+
+
+def test_the_heat_map_holds_the_gains_and_says_them_under_the_mouse(matrix):
+    opened, summary = matrix
+    figure = "document.querySelector('.figure .js-plotly-plot')"
+    columns, rows, values = opened.run(f"(d => [d.x, d.y, d.z])({figure}.data[0])")
+    gains = {(c["source"], c["target"]): c for c in summary["cells"]}
+    assert len(gains) == 6
+    for (source, target), cell in gains.items():
+        row, column = rows.index(target), columns.index(source)
+        assert values[row][column] == pytest.approx(cell["mean"], abs=1e-4)
+        said = opened.run(f"{HOVERED}({figure}, {{xval: {column}, yval: {row}}})")
+        assert source in said
+        assert f"{cell['mean']:+.3f}" in said
+    assert opened.problems == []
+    assert [a for a in opened.asked if not a.startswith(("file:", "data:", "blob:"))] == []
 
 
 @pytest.mark.parametrize("stored", ["RAS", "LPS", "PIR"])
