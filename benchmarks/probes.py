@@ -45,7 +45,9 @@ def main() -> None:
     config = read_config(
         PretrainConfig, find_config(args.config, kind="pretrain"), args.overrides, shelves=SHELVES
     )
-    config = with_spacing(with_defaults(config, SHELVES), SHELVES, archive.recipe.spacing_mm)
+    config = with_spacing(
+        with_defaults(config, SHELVES), SHELVES, archive.reference_spacing_mm(config.data.split)
+    )
     machine = runtimes.start(config.train)
     objective, options = build(config, archive.facts())
     views = type(objective).views(options)

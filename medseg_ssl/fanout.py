@@ -294,7 +294,9 @@ def _run_ray(
             local["num_gpus"] = gpus
         ray.init(log_to_driver=False, include_dashboard=False, **local)
     environment = {"env_vars": {name: str(threads) for name in THREAD_VARIABLES}}
-    needs = {"num_cpus": threads, "max_retries": retries} | ({"num_gpus": 1} if gpus else {})
+    # the cluster's GPUs count, not those of the machine that asks it; a task that wants none it can have would wait on
+    wants_gpu = gpus > 0 and ray.cluster_resources().get("GPU", 0) >= 1
+    needs = {"num_cpus": threads, "max_retries": retries} | ({"num_gpus": 1} if wants_gpu else {})
     remote = ray.remote(_attempt).options(runtime_env=environment, **needs)
     waiting, flying = deque(enumerate(tasks)), {}
     try:

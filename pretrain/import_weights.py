@@ -82,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         modalities=foreign.modalities,
         code_version=__version__,
         licence=args.licence or foreign.licence,
-        source="; ".join(part for part in (args.source, foreign.format, _identity(args.file)) if part),
+        source="; ".join(
+            part for part in (args.source, foreign.format, *args.assignments, _identity(args.file)) if part
+        ),
     )
     save(args.out, encoder=imported.encoder, decoder=imported.decoder, card=card)
     console = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -257,6 +257,7 @@ def test_a_task_on_a_cluster_takes_a_gpu_where_there_are_some(monkeypatch, gpus)
         remote=lambda function: SimpleNamespace(options=options),
         wait=lambda flying, num_returns: (flying[:1], flying[1:]),
         get=lambda reference: reference[1],
+        cluster_resources=lambda: {"CPU": 4.0, "GPU": asked["init"].get("num_gpus", 0)},
         cancel=lambda *_, **__: None,
         shutdown=lambda: None,
         exceptions=SimpleNamespace(

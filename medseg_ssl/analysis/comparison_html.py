@@ -69,7 +69,7 @@ def differences_table(summary: Mapping[str, Any]) -> str:
     tests = [
         [f"{text(c['init'])} − {text(c['baseline'])}", scopes[c["scope"]], counts_text(c)]
         + [
-            _p(c[name]) if _judged(c) or name.startswith(("t_", "wilcoxon")) else "–"
+            _p(c[name]) if _judged(c) else "–"
             for name in ("p", "p_holm", "t_p", "wilcoxon_p", "wilcoxon_p_holm")
         ]
         for c in found

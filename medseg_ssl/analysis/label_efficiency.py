@@ -123,9 +123,11 @@ def comparisons(
     """
     shared = [b for b in budgets_of(tables_, init) if (baseline, b) in tables_]
     low = [b for b in shared if b in low_budgets]
-    out = []
+    out: list[dict[str, Any]] = []
+    lost: dict[int, int] = {}
     for budget in shared:
         first_NDP, second_NDP = common([tables_[init, budget], tables_[baseline, budget]])
+        lost[budget] = int((np.isnan(first_NDP) != np.isnan(second_NDP)).sum())
         out.append(_comparison(first_NDP, second_NDP, init, baseline, f"budget {budget}", [budget]))
     if low:
         both = common([tables_[i, b] for i in (init, baseline) for b in low])
@@ -135,7 +137,8 @@ def comparisons(
         areas = [area_table([tables_[i, b] for b in shared], shared) for i in (init, baseline)]
         first_NDP, second_NDP = common(areas)
         out.append(_comparison(first_NDP, second_NDP, init, baseline, "area", shared))
-    return out
+    # counted before anything is averaged: a mean over budgets is missing on both sides where either lacks one
+    return [item | {"one_sided": sum(lost[b] for b in item["budgets"])} for item in out]
 
 
 def _comparison(

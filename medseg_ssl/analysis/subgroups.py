@@ -72,7 +72,8 @@ def subgroup_rows(
         ``gap`` is the group's mean minus that of all other subjects, ``p`` of a two-sided Mann-Whitney test against the
         others that are not in small groups, ``p_holm`` adjusted over the groups, ``p_groups`` of a Kruskal-Wallis test
         of all groups that are not small. ``shared`` counts the group's subjects who stand in another group too, by
-        other cases: where there are some, nothing is tested, since both tests take groups for independent. Of two
+        other cases: where groups that are not small share some, nothing is tested, since both tests take groups for
+        independent. Of two
         groups there is one test, and nothing to adjust. The mean over the classes of a case comes first, then each
         class.
     """
@@ -111,7 +112,8 @@ def _block(
         g: sum(any(s in members[other] for other in members if other != g) for s in of_group)
         for g, of_group in members.items()
     }
-    apart = not any(shared[g] for g in tested)
+    of_tested = [subject for g in tested for subject in members[g]]
+    apart = len(of_tested) == len(set(of_tested))
     varied = apart and len(tested) > 1 and np.ptp(np.concatenate(list(tested.values()))) > 0
     p_groups = float(stats.kruskal(*tested.values()).pvalue) if varied else float("nan")
     block: list[dict[str, object]] = []

@@ -110,7 +110,8 @@ def crop_size_of(card: Card) -> Triple:
     """
     if card.crop_size is None:
         raise UserError(
-            "the card of the network states no crop size, so nobody knows which windows it can read"
+            "the card of the network states no crop size, so nobody knows which windows it can read: state it by"
+            " evaluations.NAME.crop_size=[D,H,W]"
         )
     return card.crop_size
 

@@ -22,8 +22,8 @@ Inflation = Literal["average", "centre"]
 class LiftedConv(nn.Conv3d):
     """A 2D convolution with depth; every size n along an axis becomes ceil(n / stride).
 
-    In the plane it pads by zeros as the 2D network does; along the depth it repeats the outer slices, so that a single
-    slice, or one at the end, meets the whole kernel and gets the 2D network's answer.
+    A map of a single slice is met by the sum of the kernel along its depth, as if the slice went on to both sides:
+    there is no third dimension to see, and a kernel spread over three slices would give a third of the 2D answer.
 
     Its arguments are those of ``nn.Conv3d``, so that an adapter can be made that pads as it does.
     """
@@ -75,20 +75,23 @@ class LiftedConv(nn.Conv3d):
 
     def forward(self, map_BCDHW: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Map (B, channels_out, ceil(D / stride), …)."""
+        if map_BCDHW.shape[2] == 1 and self.kernel_size[0] > 1:
+            weight = self.weight.sum(dim=2, keepdim=True)
+            stride, padding, dilation = (
+                (alone, *_two(own[1:]))
+                for alone, own in ((1, self.stride), (0, self.padding), (1, self.dilation))
+            )
+        else:
+            weight, stride, padding, dilation = self.weight, self.stride, self.padding, self.dilation
         missing = [
-            max(0, (-(-n // s) - 1) * s + (k - 1) * dilation + 1 - n - 2 * int(p))
-            for n, s, k, dilation, p in zip(
-                map_BCDHW.shape[2:], self.stride, self.kernel_size, self.dilation, self.padding, strict=True
+            max(0, (-(-n // s) - 1) * s + (k - 1) * d + 1 - n - 2 * int(p))
+            for n, s, k, d, p in zip(
+                map_BCDHW.shape[2:], stride, weight.shape[2:], dilation, padding, strict=True
             )
         ]
-        if missing[1] or missing[2]:
-            map_BCDHW = functional.pad(map_BCDHW, (0, missing[2], 0, missing[1]))
-        depth, *plane = (int(p) for p in self.padding)
-        if depth or missing[0]:
-            map_BCDHW = functional.pad(map_BCDHW, (0, 0, 0, 0, depth, depth + missing[0]), mode="replicate")
-        return functional.conv3d(
-            map_BCDHW, self.weight, self.bias, self.stride, (0, *plane), self.dilation, self.groups
-        )
+        if any(missing):
+            map_BCDHW = functional.pad(map_BCDHW, (0, missing[2], 0, missing[1], 0, missing[0]))
+        return functional.conv3d(map_BCDHW, weight, self.bias, stride, padding, dilation, self.groups)
 
 
 class LiftedPool(nn.Module):

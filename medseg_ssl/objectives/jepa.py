@@ -180,9 +180,7 @@ class JEPA(Objective):
         return StepOutput(loss, logs, _mean_of_body(seen_BKE.detach(), choice.body_BK))
 
     def asks(self, encoder: TokenEncoder, image_BCDHW: Tensor) -> Tensor:
-        """The student's context, and every token for the teacher, who keeps nothing."""
-        with torch.no_grad():
-            encoder.tokens(image_BCDHW)
+        """The student's context; the teacher's forward pass, of all tokens, is left out."""
         d, h, w = self.grid
         kept = max(1, round(self.config.context * d * h * w))
         keep_BK = torch.arange(kept, device=image_BCDHW.device).expand(len(image_BCDHW), -1)

@@ -93,6 +93,10 @@ class SimMIM(Objective):
         logs = {"counted_share": counted.float().mean()}
         return StepOutput(loss, logs, pool(coarsest.detach(), view.valid_BDHW))
 
+    def asks(self, encoder: PatchEncoder, image_BCDHW: Tensor) -> Tensor:
+        """The coarsest map; the finer levels are not computed."""
+        return encoder.coarsest(encoder.embed(image_BCDHW), image_BCDHW)
+
     def export(self) -> Exported:
         """The encoder; one layer is no decoder."""
         return Exported(self.encoder, None, untrained=self.encoder.finer)

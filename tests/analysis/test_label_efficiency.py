@@ -249,6 +249,12 @@ def test_verdict_counts_scores_without_a_partner():
     summary = le.summarise(rows, baselines=["scratch"])
     assert summary["comparisons"][0]["one_sided"] == 2 * 4
     assert "8 of the scores (scratch) have no partner" in summary["verdicts"][0]
+    rows = rows_of({"scratch": {1: 0.70, 2: 0.70}, "mae": {1: 0.70, 2: 0.70}})
+    for row in rows:
+        if row["case"] == "case0":  # a false alarm with one label, none with two
+            row["dice"] = 0.0 if row["init"] == "mae" and row["budget"] == 1 else float("nan")
+    (line,) = le.summarise(rows, baselines=["scratch"])["verdicts"]
+    assert "4 of the scores (scratch) have no partner" in line
 
 
 def test_verdict_of_two_cases_says_that_they_are_few():

@@ -236,6 +236,8 @@ def test_a_single_draw_gets_no_colour_and_no_p():
     html = comparison_html.differences_table(found)
     assert 'class="better"' not in html
     assert "judges nothing: no colour" in html
+    cells = html[html.index("p, Wilcoxon (Holm)") :]
+    assert cells.count("<td>–</td>") + cells.count(">–<") >= 5
 
 
 def test_more_inits_than_colours_get_another_marker():

@@ -290,6 +290,35 @@ def test_monai_says_what_it_has_no_class_for():
 # -- graphs ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_graph_of_a_network_that_thinks_in_millimetres_has_one_spacing(tmp_path):
+    encoder = {
+        "name": "primus",
+        "embed_dim": 48,
+        "depth": 1,
+        "heads": 2,
+        "patch": [4, 4, 4],
+        "crop": [16, 16, 16],
+    }
+    ours = loaded(encoder | {"spacing_mm": [1.0, 2.0, 2.0]}, {"name": "light"}, classes=2)
+    several = ours._replace(card=ours.card.model_copy(update={"spacing_mm": None}))
+    with pytest.raises(UserError, match=r"state it by spacing_mm='\[D, H, W\]'"):
+        exporter("torchscript", size=[16, 16, 16]).make(several)
+    made = [
+        exporter("torchscript", size=[16, 16, 16], spacing_mm=list(mm)).write(
+            several, tmp_path / f"{mm[0]}.pt"
+        )
+        for mm in ((1.0, 2.0, 2.0), (3.0, 2.0, 2.0))
+    ]
+    assert len(made) == 2
+    image = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        for mm in ((1.0, 2.0, 2.0), (3.0, 2.0, 2.0)):
+            said = torch.jit.load(tmp_path / f"{mm[0]}.pt")(image)
+            torch.testing.assert_close(
+                said, ours.segmenter().eval()(image, torch.tensor([mm])), atol=1e-4, rtol=1e-4
+            )
+
+
 def run_graph(kind: str, path: Path, image: torch.Tensor) -> torch.Tensor:
     if kind == "torchscript":
         with torch.no_grad():

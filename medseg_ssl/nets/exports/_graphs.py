@@ -25,20 +25,27 @@ class GraphConfig(ExportConfig):
             crop.
         dynamic: let batch and size vary. It is tried at a second size, and refused where the output is not the
             segmenter's.
+        spacing_mm: voxel size (D, H, W) of its volumes; None takes the card's.
     """
 
     size: tuple[int, int, int] | None = Field(default=None)
+    spacing_mm: TripleMm | None = None
     dynamic: bool = False
 
 
 class AtSpacing(nn.Module):
     """A segmenter for volumes of one voxel size, as a function of the volume alone."""
 
-    def __init__(self, loaded: Loaded, *, what: str) -> None:
+    def __init__(self, loaded: Loaded, *, what: str, spacing_mm: TripleMm | None = None) -> None:
         """Take the segmenter of a file.
 
+        Args:
+            loaded: the file.
+            what: the format, for messages.
+            spacing_mm: of its volumes; None takes the card's.
+
         Raises:
-            UserError: the file holds an encoder.
+            UserError: the file holds an encoder, or a segmenter that needs a voxel size and none is stated.
         """
         super().__init__()
         if loaded.card.kind != "segmenter":
@@ -47,7 +54,12 @@ class AtSpacing(nn.Module):
                 "or monai"
             )
         self.segmenter = loaded.segmenter()
-        self.spacing_mm: TripleMm | None = loaded.card.spacing_mm
+        self.spacing_mm: TripleMm | None = spacing_mm or loaded.card.spacing_mm
+        if self.spacing_mm is None and loaded.card.encoder.get("spacing_mm") is not None:
+            raise UserError(
+                "this segmenter thinks in millimetres and was trained on scans of several voxel sizes; a graph has one:"
+                " state it by spacing_mm='[D, H, W]'"
+            )
         self.eval()
 
     def forward(self, image_BCDHW: Tensor) -> Tensor:

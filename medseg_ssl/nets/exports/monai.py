@@ -97,6 +97,7 @@ class Monai(Export):
         described = {
             "class": f"monai.networks.nets.{target.name}",
             "arguments": target.arguments,
+            "axes": self.config.axes,
             "card": loaded.card.model_dump(mode="json"),
         }
         report = [f"{target.name}: {len(target.tensors)} tensors taken, loaded by MONAI with strict=True"]

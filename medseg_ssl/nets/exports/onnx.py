@@ -43,7 +43,7 @@ class Onnx(Export):
             UserError: the file holds an encoder, an extra is missing, the network is too large for one file, or the
                 graph does not give the segmenter's output.
         """
-        module = AtSpacing(loaded, what="onnx")
+        module = AtSpacing(loaded, what="onnx", spacing_mm=self.config.spacing_mm)
         image = example(loaded.card, self.config)
         size = sum(p.numel() * p.element_size() for p in module.parameters())
         if size > 0.95 * LARGEST:

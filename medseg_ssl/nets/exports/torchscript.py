@@ -29,7 +29,7 @@ class TorchScript(Export):
         Raises:
             UserError: the file holds an encoder, or the trace does not give the segmenter's output.
         """
-        module = AtSpacing(loaded, what="torchscript")
+        module = AtSpacing(loaded, what="torchscript", spacing_mm=self.config.spacing_mm)
         image = example(loaded.card, self.config)
         try:
             with torch.no_grad(), warnings.catch_warnings():
