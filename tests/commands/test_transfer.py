@@ -479,6 +479,24 @@ def test_another_config_is_refused(tmp_path, finished):
         run(finished, config=fakes.config(seed=1))
 
 
+@pytest.mark.usefixtures("stand_ins")
+def test_a_fit_that_is_asked_for_again_keeps_what_is_looked_at(tmp_path):
+    """A worker may die between its scores and their delivery: the retry finds a finished fit."""
+    tasks = []
+    run(
+        tmp_path,
+        config=fakes.config(budgets=[1, 2]),
+        fit=lambda task: (tasks.append(task), fakes.fake_fit(task))[1],
+    )
+    for task in tasks:
+        for name in (looks.SEGMENTER, "last.ckpt"):
+            (task.folder / name).write_bytes(b"weights")
+        assert looks.fit_and_keep(task, budget=2, every_draw=False) == task.folder / "cases.csv"
+        kept = (task.folder / looks.SEGMENTER).is_file()
+        assert kept == ((task.budget, task.draw) == (2, 0))
+        assert not (task.folder / "last.ckpt").exists()
+
+
 # -- wrong inputs ----------------------------------------------------------------------------------------------------
 
 
