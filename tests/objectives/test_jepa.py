@@ -203,7 +203,6 @@ def test_the_teacher_follows_by_progress(token_encoder):
 )
 def test_blocks_are_large_unless_they_are_given(size, block):
     assert parse(JEPA.Config, {"size": size}).hiding.block == block
-    assert parse(JEPA.Config, {"size": size, "hiding": {"ratio": [0.5, 0.6]}}).hiding.block == block
     assert parse(JEPA.Config, {"size": size, "hiding": {"block": [4, 8, 8]}}).hiding.block == (4, 8, 8)
 
 
