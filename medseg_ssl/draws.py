@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,3 +26,10 @@ def torch_generator(seed: int, index: int, purpose: str, device: str = "cpu"):
     generator = torch.Generator(device=device)
     generator.manual_seed(key(seed, index, purpose) & 0x7FFF_FFFF_FFFF_FFFF)
     return generator
+
+
+def uniform(seed: int, indices: Sequence[int], shape: Sequence[int], purpose: str):
+    """Numbers in [0, 1) for one purpose of several samples: float32 (B, *shape), on the CPU."""
+    import torch
+
+    return torch.stack([torch.rand(*shape, generator=torch_generator(seed, i, purpose)) for i in indices])

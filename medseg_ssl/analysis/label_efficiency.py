@@ -148,13 +148,7 @@ def _comparison(
     head = {"init": init, "baseline": baseline, "scope": scope, "budgets": list(budgets)}
     whole = min(interval.cases, interval.draws) > 1
     detectable = detectable_difference(interval.standard_error, interval.freedom) if whole else math.nan
-    one_sided = int((np.isnan(first_NDP) != np.isnan(second_NDP)).sum())
-    tail = {
-        "t_p": tests.t_p,
-        "wilcoxon_p": tests.wilcoxon_p,
-        "detectable": detectable,
-        "one_sided": one_sided,
-    }
+    tail = {"t_p": tests.t_p, "wilcoxon_p": tests.wilcoxon_p, "detectable": detectable}
     return head | asdict(interval) | tail
 
 

@@ -73,9 +73,8 @@ def subgroup_rows(
         others that are not in small groups, ``p_holm`` adjusted over the groups, ``p_groups`` of a Kruskal-Wallis test
         of all groups that are not small. ``shared`` counts the group's subjects who stand in another group too, by
         other cases: where groups that are not small share some, nothing is tested, since both tests take groups for
-        independent. Of two
-        groups there is one test, and nothing to adjust. The mean over the classes of a case comes first, then each
-        class.
+        independent. Of two groups there is one test, and nothing to adjust. The mean over the classes of a case comes
+        first, then each class.
     """
     classes = list(dict.fromkeys(str(row["class"]) for row in scores))
     table: list[dict[str, object]] = []

@@ -90,17 +90,13 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Attended(torch.autograd.Function):
-    """A result without content, for which query, key, value and itself are kept."""
+    """A result without content, for which query, key, value and itself are kept; it goes forward only."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, out)
         return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        raise NotImplementedError("a footprint is a forward pass")
 
 
 def _storage(tensor: Tensor) -> int:

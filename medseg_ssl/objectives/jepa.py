@@ -111,6 +111,12 @@ class JEPA(Objective):
             encoder.embed_dim, config.predictor_dim, config.predictor_depth, config.predictor_heads
         )
 
+    @property
+    def _kept(self) -> int:
+        """Tokens that the student sees."""
+        d, h, w = self.grid
+        return max(1, round(self.config.context * d * h * w))
+
     @staticmethod
     def views(config: Config) -> ViewPlan:
         """One augmented crop."""
@@ -124,14 +130,10 @@ class JEPA(Objective):
         hidden_BL = tokens_marked(hidden, patch)
         body_BL = tokens_marked(view.foreground_BDHW & view.valid_BDHW, patch, least=0.0)
         count = d * h * w
-        kept = max(1, round(self.config.context * count))
+        kept = self._kept
         predicted = max(1, min(count - kept, round(self.config.targets * count)))
-        drawn = torch.stack(
-            [
-                torch.rand(2, count, generator=draws.torch_generator(batch.seed, sample, "jepa/tokens"))
-                for sample in batch.sample_index_B.tolist()
-            ]
-        ).to(hidden.device, non_blocking=True)
+        drawn = draws.uniform(batch.seed, batch.sample_index_B.tolist(), (2, count), "jepa/tokens")
+        drawn = drawn.to(hidden.device, non_blocking=True)
         # Drawn numbers below 1 order the tokens of one kind, whole numbers the kinds. Air, and tokens on the wrong side
         # of the blocks, come only where there are too few others: then they are seen, or predicted without counting.
         air_BL = (~body_BL).float()
@@ -181,9 +183,7 @@ class JEPA(Objective):
 
     def asks(self, encoder: TokenEncoder, image_BCDHW: Tensor) -> Tensor:
         """The student's context; the teacher's forward pass, of all tokens, is left out."""
-        d, h, w = self.grid
-        kept = max(1, round(self.config.context * d * h * w))
-        keep_BK = torch.arange(kept, device=image_BCDHW.device).expand(len(image_BCDHW), -1)
+        keep_BK = torch.arange(self._kept, device=image_BCDHW.device).expand(len(image_BCDHW), -1)
         return encoder.tokens(image_BCDHW, keep_BK)
 
     def after_step(self, progress: float) -> None:

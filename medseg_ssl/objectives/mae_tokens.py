@@ -107,14 +107,10 @@ class MAETokens(Objective):
         kept = hidden_BL.shape[1] - unseen_count(self.config.hiding, size, patch)
         if self.config.hiding.counts_alike:
             return hidden, first_indices(hidden_BL.byte(), kept)
-        drawn_BL = torch.stack(
-            [
-                torch.rand(
-                    hidden_BL.shape[1], generator=draws.torch_generator(batch.seed, sample, "mae_tokens/seen")
-                )
-                for sample in batch.sample_index_B.tolist()
-            ]
-        ).to(hidden.device, non_blocking=True)
+        samples, shape = batch.sample_index_B.tolist(), (hidden_BL.shape[1],)
+        drawn_BL = draws.uniform(batch.seed, samples, shape, "mae_tokens/seen").to(
+            hidden.device, non_blocking=True
+        )
         air_BL = ~tokens_marked(view.foreground_BDHW & view.valid_BDHW, patch, least=0.0)
         # drawn numbers below 1 order the tokens of one kind, whole numbers the kinds
         keep_BK = first_indices(drawn_BL + air_BL.float() + 2 * hidden_BL, kept)
