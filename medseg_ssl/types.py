@@ -77,6 +77,7 @@ class View:
             views, where no loss reads it (``prepare_batch``).
         label_BDHW: uint8 classes; ``UNKNOWN_LABEL`` where unknown.
         known_classes_BK: bool, which classes (background first) the annotator stated in this case.
+        noted_mm_B: voxel sizes as numbers, noted by ``to`` when the view leaves the host; ``voxel_mm_B`` reads them.
     """
 
     image_BCDHW: Tensor
@@ -88,6 +89,14 @@ class View:
     clean_BCDHW: Tensor | None = None
     label_BDHW: Tensor | None = None
     known_classes_BK: Tensor | None = None
+    noted_mm_B: tuple[TripleMm, ...] | None = None
+
+    @property
+    def voxel_mm_B(self) -> tuple[TripleMm, ...]:
+        """Voxel size (D, H, W) of each sample as numbers, without waiting for the device the view was sent to."""
+        if self.noted_mm_B is not None:
+            return self.noted_mm_B
+        return tuple((d, h, w) for d, h, w in self.spacing_mm_B3.tolist())
 
     @property
     def target_BCDHW(self) -> Tensor:
@@ -101,7 +110,7 @@ class View:
             for name, value in vars(self).items()
             if hasattr(value, "to")
         }
-        return replace(self, **moved)
+        return replace(self, **moved, noted_mm_B=self.voxel_mm_B)
 
 
 @dataclass

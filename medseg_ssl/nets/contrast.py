@@ -16,6 +16,32 @@ def gather(embedding_BE: Tensor) -> Tensor:
     return torch.cat(dist.gather(embedding_BE), dim=0)
 
 
+def nt_xent(a_BE: Tensor, b_BE: Tensor, *, temperature: float) -> Tensor:
+    """NT-Xent (SimCLR, arXiv 2002.05709) of this process' samples among those of all, in float32.
+
+    Equal to lightly's ``NTXentLoss``, whose indexing by booleans makes the host wait for a GPU in every step.
+
+    Args:
+        a_BE: embeddings of the first views.
+        b_BE: embeddings of the second views.
+        temperature: what similarities are divided by.
+    """
+    from lightly.utils import dist
+
+    # under autocast the products would be cast back to bfloat16
+    with torch.autocast(a_BE.device.type, enabled=False):
+        a, b = (functional.normalize(x.float(), dim=-1) for x in (a_BE, b_BE))
+        every_XE = torch.cat([gather(a), gather(b)])
+        own_B = torch.arange(len(a), device=a.device) + dist.rank() * len(a)
+        partner_B = own_B + len(every_XE) // 2
+        logits = torch.cat([a, b]) @ every_XE.T / temperature
+        numbers_X = torch.arange(len(every_XE), device=a.device)
+        itself = torch.cat([own_B, partner_B])[:, None] == numbers_X
+        return functional.cross_entropy(
+            logits.masked_fill(itself, float("-inf")), torch.cat([partner_B, own_B])
+        )
+
+
 def pair_info_nce(a_BE: Tensor, b_BE: Tensor, subject_B: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric InfoNCE between the two views of each sample (CLIP, arXiv 2103.00020), in float32.
 

@@ -33,7 +33,8 @@ class Points(NamedTuple):
 
 def affine_between(from_B44: Tensor, to_B44: Tensor) -> Tensor:
     """Affine (B, 4, 4), float64, from voxel indices of one view to voxel indices of another."""
-    return torch.linalg.solve(to_B44.double(), from_B44.double())
+    # unchecked, since the check waits for the device; an affine has an inverse
+    return torch.linalg.solve_ex(to_B44.double(), from_B44.double()).result
 
 
 def transform(affine_B44: Tensor, points_BN3: Tensor) -> Tensor:
@@ -51,13 +52,13 @@ def common_points(a: View, b: View, batch: Batch, *, count: int, purpose: str) -
     a_to_b = affine_between(a.affine_B44, b.affine_B44)
     grids, mapped, usable = [], [], []
     size_a, size_b = a.foreground_BDHW.shape[1:], b.foreground_BDHW.shape[1:]
-    limit_b = torch.tensor([s - 1 for s in size_b], dtype=torch.float64, device=device)
+    limit_b = torch.tensor([s - 1 for s in size_b], dtype=torch.float64).to(device, non_blocking=True)
     # A coarse pool of candidates keeps the work independent of the crop size.
     pool = min(8 * count, size_a[0] * size_a[1] * size_a[2])
     for i, sample in enumerate(batch.sample_index_B.tolist()):
         generator = draws.torch_generator(batch.seed, sample, purpose)
-        chosen = torch.randperm(size_a[0] * size_a[1] * size_a[2], generator=generator)[:pool].to(device)
-        index_a = torch.stack(torch.unravel_index(chosen, size_a), dim=-1)
+        chosen = torch.randperm(size_a[0] * size_a[1] * size_a[2], generator=generator)[:pool]
+        index_a = torch.stack(torch.unravel_index(chosen, size_a), dim=-1).to(device, non_blocking=True)
         index_b = transform(a_to_b[i : i + 1], index_a[None])[0]
         inside = ((index_b >= -0.01) & (index_b <= limit_b + 0.01)).all(-1)
         near = (
@@ -89,8 +90,10 @@ def read_features(map_BCDHW: Tensor, index_BN3: Tensor, stride: Triple) -> Tenso
 
     A map of stride s has its cell i centred at input voxel (i + 0.5)·s − 0.5.
     """
-    size = torch.tensor(map_BCDHW.shape[2:], device=index_BN3.device, dtype=torch.float32)
-    steps = torch.tensor(stride, device=index_BN3.device, dtype=torch.float32)
+    size, steps = (
+        torch.tensor(voxels, dtype=torch.float32).to(index_BN3.device, non_blocking=True)
+        for voxels in (map_BCDHW.shape[2:], stride)
+    )
     cell = (index_BN3 + 0.5) / steps - 0.5
     # grid_sample without align_corners: −1 and 1 are the outer faces; its last axis is (x, y, z) = (W, H, D).
     unit = ((cell + 0.5) / size * 2.0 - 1.0).flip(-1)
@@ -126,7 +129,7 @@ def dense_info_nce(
     a = functional.normalize(a_BNE.float(), dim=-1).reshape(batch * count, -1)
     b = functional.normalize(b_BNE.float(), dim=-1).reshape(batch * count, -1)
     usable = points.usable_BN.reshape(-1)
-    radius_B = torch.as_tensor(radius_mm, dtype=torch.float32, device=a.device).expand(batch)
+    radius_B = torch.as_tensor(radius_mm, dtype=torch.float32).to(a.device, non_blocking=True).expand(batch)
     near_BNN = torch.cdist(points.mm_BN3, points.mm_BN3) < radius_B[:, None, None]
     ignored = torch.block_diag(*near_BNN) | ~usable[None, :]
     if subject_B is not None:
@@ -208,7 +211,7 @@ class DenseContrast(nn.Module):
                 points,
                 temperature=self.temperature,
                 radius_mm=radius_B,
-                subject_B=subject_numbers(batch).to(points.usable_BN.device),
+                subject_B=subject_numbers(batch).to(points.usable_BN.device, non_blocking=True),
             )
             losses.append(loss)
             hits.append(hit)

@@ -114,8 +114,8 @@ def _leaves_some(block: Triple, size: Triple, strategy: str) -> bool:
 
 def _block_of(hiding: Hiding, view: View, number: int, unit: Triple, size: Triple) -> Triple:
     wanted: tuple[float, ...] = hiding.block
-    if hiding.block_mm is not None:  # the one place where a draw waits for the device
-        spacing_mm = view.spacing_mm_B3[number].tolist()
+    if hiding.block_mm is not None:
+        spacing_mm = view.voxel_mm_B[number]
         wanted = tuple(mm / spacing for mm, spacing in zip(hiding.block_mm, spacing_mm, strict=True))
     block = [max(1, round(b / u)) * u for b, u in zip(wanted, unit, strict=True)]
     d, h, w = block

@@ -172,12 +172,10 @@ class MaskGuided(Objective):
         between_B44 = affine_between(second.affine_B44, first.affine_B44)
         own = self.config.own_odds > 0 and progress >= self.config.own_from
         found: list[tuple[Tensor, ...]] = []
-        # how many voxels a seed has decides shapes, so the draw waits for the device here
-        spacings_mm = first.spacing_mm_B3.tolist()
         for i, sample in enumerate(batch.sample_index_B.tolist()):
             generator = draws.torch_generator(batch.seed, sample, "mask_guided/regions")
             body_DHW = first.valid_BDHW[i] & first.foreground_BDHW[i]
-            pieces = regions.cut(growth, first.target_BCDHW[i], body_DHW, spacings_mm[i])
+            pieces = regions.cut(growth, first.target_BCDHW[i], body_DHW, first.voxel_mm_B[i])
             kinds = [regions.merged(growth, pieces, generator), regions.banded(growth, pieces, generator)]
             odds = [1.0, self.config.band_odds]
             if own:

@@ -149,13 +149,14 @@ class Paired(Objective):
         loss, logs = pooled_BE.new_zeros(()), {}
         if self.config.global_weight > 0:
             vector_a, vector_b = self.project(pooled_BE).chunk(2)
-            subjects = subject_numbers(batch).to(pooled_BE.device)
+            subjects = subject_numbers(batch).to(pooled_BE.device, non_blocking=True)
             scale = self.log_scale.clamp(max=math.log(100.0)).exp()
             global_loss, hits = pair_info_nce(vector_a, vector_b, subjects, scale=scale)
             loss = loss + self.config.global_weight * global_loss
             logs |= {"global_loss": global_loss.detach(), "top1": hits, "temperature": 1.0 / scale.detach()}
         if self.decoder is not None:
-            aligned = torch.tensor([r in ALIGNED for r in batch.relation_B], device=pooled_BE.device)
+            aligned = torch.tensor([r in ALIGNED for r in batch.relation_B])
+            aligned = aligned.to(pooled_BE.device, non_blocking=True)
             dense_loss, dense_hits = self.dense(
                 self.decoder(maps), a, b, batch, purpose="paired/points", used_B=aligned
             )

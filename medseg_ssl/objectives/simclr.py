@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from medseg_ssl.config import Block
+from medseg_ssl.nets.contrast import nt_xent
 from medseg_ssl.nets.correspondence import DenseContrast
 from medseg_ssl.nets.decoders.base import Decoder, decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
@@ -65,9 +66,6 @@ class SimCLR(Objective):
     def __init__(self, config: Config, encoder: Encoder, facts: Facts) -> None:
         super().__init__(config, encoder, facts)
         if config.global_weight > 0:
-            from lightly.loss import NTXentLoss  # takes seconds to import
-
-            self.nt_xent = NTXentLoss(temperature=config.temperature, gather_distributed=True)
             self.project = projection_head(
                 # no batch norm: the loss must not depend on how many devices share the batch
                 "simclr",
@@ -104,10 +102,7 @@ class SimCLR(Objective):
         if self.config.global_weight > 0:
             vector_a, vector_b = self.project(pooled_BE).chunk(2)
             # Other crops of one subject are fair negatives (CT-FM): "which scanner was it" must not solve the task.
-            with torch.autocast(
-                pooled_BE.device.type, enabled=False
-            ):  # its products would be cast back to bfloat16
-                global_loss = self.nt_xent(vector_a.float(), vector_b.float())
+            global_loss = nt_xent(vector_a, vector_b, temperature=self.config.temperature)
             logs["global_loss"] = global_loss.detach()
             loss = loss + self.config.global_weight * global_loss
         if self.decoder is not None:

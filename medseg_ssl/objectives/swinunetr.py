@@ -19,6 +19,7 @@ from torch.nn import functional
 from medseg_ssl import draws
 from medseg_ssl.config import Block
 from medseg_ssl.nets.blocks import initialise
+from medseg_ssl.nets.contrast import nt_xent
 from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.distortions import Sides, draw_cutouts, inside_boxes, partners, turned
 from medseg_ssl.nets.encoders.base import Encoder
@@ -93,8 +94,6 @@ class SwinUNETR(Objective):
 
     def __init__(self, config: Config, encoder: Encoder, facts: Facts) -> None:
         super().__init__(config, encoder, facts)
-        from lightly.loss import NTXentLoss  # takes seconds to import
-
         self.decoder = decoder_for(encoder, config.decoder)
         self.restoring_head = VoxelHead(self.decoder.channels_out[0], encoder.channels_in)
         self.rotation_head = nn.Linear(encoder.channels[-1], 4)
@@ -107,7 +106,6 @@ class SwinUNETR(Objective):
             channels_out=config.embedding,
             batch_norm=False,
         )
-        self.nt_xent = NTXentLoss(temperature=config.temperature, gather_distributed=True)
 
     @staticmethod
     def views(config: Config) -> ViewPlan:
@@ -177,11 +175,7 @@ class SwinUNETR(Objective):
         restoration = self.config.restoration.error(restored, target, counted)
         scores_B4 = self.rotation_head(pooled_BE).float()
         rotation = functional.cross_entropy(scores_B4, turns)
-        vector_a, vector_b = self.project(pooled_BE).float().chunk(VIEWS)
-        with torch.autocast(
-            pooled_BE.device.type, enabled=False
-        ):  # its products would be cast back to bfloat16
-            contrast = self.nt_xent(vector_a, vector_b)
+        contrast = nt_xent(*self.project(pooled_BE).chunk(VIEWS), temperature=self.config.temperature)
         loss = (
             self.config.restoration_weight * restoration
             + self.config.rotation_weight * rotation

@@ -138,7 +138,7 @@ class TemplatePlaces(Objective):
         for i, sample in enumerate(batch.sample_index_B.tolist()):
             generator = draws.torch_generator(batch.seed, sample, "template/points")
             # candidates with repetition: an order of all voxels of a large crop would cost more than the loss
-            order = torch.randint(voxels, (8 * count,), generator=generator).to(device)
+            order = torch.randint(voxels, (8 * count,), generator=generator).to(device, non_blocking=True)
             body = view.foreground_BDHW[i].flatten()[order]
             first = usable_first(body)[:count]
             chosen.append(torch.stack(torch.unravel_index(order[first], size), dim=-1).float())
@@ -160,7 +160,8 @@ class _Places:
     def on(self, device: torch.device) -> Tensor:
         """Sites (P, 3) in template voxels, on a device."""
         if self.site_P3.device != device:
-            self.site_P3, self._shown_DHW = self.site_P3.to(device), self._shown_DHW.to(device)
+            self.site_P3 = self.site_P3.to(device, non_blocking=True)
+            self._shown_DHW = self._shown_DHW.to(device, non_blocking=True)
         return self.site_P3
 
     def of(self, number: int, affine_44: Tensor, index_N3: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,10 +172,10 @@ class _Places:
         place_3DHW = self._place_S3DHW[number].to(device, non_blocking=True)
         to_lattice_44 = self._to_lattice_S44[number].to(device, non_blocking=True) @ affine_44.double()
         lattice_N3 = transform(to_lattice_44[None], index_N3[None])[0]
-        limit_3 = torch.tensor(place_3DHW.shape[1:], device=device, dtype=torch.float64) - 1
+        limit_3 = torch.tensor(place_3DHW.shape[1:], dtype=torch.float64).to(device, non_blocking=True) - 1
         inside_N = ((lattice_N3 >= -0.5) & (lattice_N3 <= limit_3 + 0.5)).all(dim=1)
         place_N3 = read_features(place_3DHW[None], lattice_N3[None].float(), (1, 1, 1))[0]
-        top_3 = torch.tensor(self._shown_DHW.shape, device=device) - 1
+        top_3 = torch.tensor(self._shown_DHW.shape).to(device, non_blocking=True) - 1
         nearest_N3 = place_N3.round().long()
         there_N = ((nearest_N3 >= 0) & (nearest_N3 <= top_3)).all(dim=1)
         shown_N = self._shown_DHW[tuple(nearest_N3.clamp(min=torch.zeros_like(top_3), max=top_3).T)]

@@ -4,6 +4,7 @@ import torch
 from medseg_ssl.config import ConfigError, parse
 from medseg_ssl.nets.hiding import Hiding, draw_hidden
 from tests.objectives.conftest import make_batch, make_view
+from tests.objectives.waiting import NoWaiting
 
 
 def draw(size=(16, 24, 32), *, first=0, seed=0, view=None, unit=(1, 1, 1), **options):
@@ -131,3 +132,14 @@ def test_something_is_always_left_to_see(options):
     assert (hidden.flatten(1).float().mean(1) == 0.5).all()
     with pytest.raises(ValueError, match="nothing would be left to see"):
         Hiding(block=(16, 16, 32)).check_fits((16, 16, 32))
+
+
+@pytest.mark.parametrize("strategy", ["blocks", "tubes", "foreground"])
+@pytest.mark.parametrize("block", [{"block": (4, 8, 8)}, {"block_mm": (12, 16, 8)}], ids=str)
+def test_drawing_does_not_wait_for_the_device(strategy, block):
+    view = make_view((16, 24, 32)).to("meta")
+    assert view.voxel_mm_B == ((3.0, 2.0, 1.0),) * 2
+    with NoWaiting() as watch:
+        hidden = draw(view=view, strategy=strategy, **block)
+    assert hidden.device.type == "meta"
+    assert not watch.found

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from medseg_ssl import draws
 from medseg_ssl.config import Block, parse
 from medseg_ssl.data.augment import prepare_batch
 from medseg_ssl.data.loader import Loader
@@ -16,6 +17,7 @@ from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.train import runtime
 from medseg_ssl.train.settings import TrainConfig
 from pretrain.run import PretrainConfig, build, templates
+from tests.objectives.waiting import NoWaiting
 from tests.shelves import OBJECTIVES, encoder_for
 from tests.train.archives import TRAIN, quick_templates, write_archive
 
@@ -137,6 +139,21 @@ def test_what_ships_is_live_and_was_trained(trained):
     if exported.decoder is not None:
         coarse = {n for n, p in exported.decoder.named_parameters() if p.grad is None}
         assert not coarse, coarse
+
+
+def test_no_step_makes_the_host_wait_for_the_device(trained, monkeypatch):
+    """Device ``meta`` has no values: whatever reads one back raises; blocking copies and checks are noted."""
+    objective, batch = trained
+    # meta has neither generators nor autocast
+    made, cast = draws.torch_generator, torch.autocast
+    monkeypatch.setattr(draws, "torch_generator", lambda *key: made(*key[:3]))
+    monkeypatch.setattr(torch, "autocast", lambda kind, **options: cast("cpu", **options))
+    objective.to("meta")
+    with NoWaiting() as watch:
+        for progress in (0.1, 0.9):
+            objective(batch.to("meta"), progress).loss.backward()
+            objective.after_step(progress)
+    assert not watch.found
 
 
 @pytest.mark.slow

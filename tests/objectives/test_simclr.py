@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 from medseg_ssl.config import parse
@@ -21,12 +20,6 @@ def pair(batch=4, same=True):
 def test_equal_views_give_the_least_loss(encoder):
     simclr = build(encoder, temperature=0.1).eval()
     assert simclr(pair(same=True), 0.0).loss < simclr(pair(same=False), 0.0).loss
-
-
-def test_loss_of_identical_embeddings_is_the_log_of_the_candidates(encoder):
-    simclr = build(encoder).eval()
-    z = torch.ones(4, 8)
-    assert simclr.nt_xent(z, z).item() == pytest.approx(torch.log(torch.tensor(7.0)).item(), rel=1e-4)
 
 
 def test_dense_term_trains_and_ships_the_decoder(encoder):
