@@ -151,11 +151,14 @@ def run_finetune(
 
     def stream(*, steps: int, first: int = 0, workers: int = 0) -> Iterator[Batch]:
         new = load(steps=steps, start_step=first, workers=workers)
-        if grown is None or replay is None:
+        if grown is None:
             return iter(new)
+        told = map(grown.relabeling.batch, new)
+        if replay is None:
+            return told
         rank = {"rank": machine.rank, "world": machine.world}
         old = replay.batches(config, views, steps=steps, first=first, workers=workers, **rank)
-        return joined(map(grown.relabeling.batch, new), old)
+        return joined(told, old)
 
     load(steps=1)  # says now, before the run folder is touched, what does not go with the archive
     if replay is not None:
@@ -185,11 +188,6 @@ def run_finetune(
         inputs["continue_from"] = hash_file(continue_from)
     if replay is not None:
         inputs["replay"] = replay.identity()
-
-    def finished(batch: Batch) -> Batch:
-        # with replay every part of a batch was told in its classes before the two were joined
-        batch = batch if grown is None or replay is not None else grown.relabeling.batch(batch)
-        return prepare_batch(batch, plan=views)
 
     look = scoring(config.evaluations, partial(predictor, card=card, machine=machine), opened)
 
@@ -248,7 +246,7 @@ def run_finetune(
             training=tuned.training,
             best=best,
             looked_s=looked_s,
-            prepare_batch=finished,
+            prepare_batch=partial(prepare_batch, plan=views),
             preview_batch=lambda: next(stream(steps=1)),
             evaluate=look,
         )
