@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -133,11 +134,29 @@ class Source(ABC):
         """
 
     def files(self, root: Path) -> Iterator[Path]:
-        """Every file under a root, in a stable order.
+        """Every file under a root, in a stable order: also behind links, and broken links, so that they are told.
 
         Raises:
-            UserError: there is no such folder.
+            UserError: there is no such folder, or one below it cannot be read.
         """
         if not Path(root).is_dir():
             raise UserError(f"no folder {root}")
-        return (p for p in sorted(Path(root).rglob("*")) if p.is_file())
+        return iter(sorted(_below(Path(root), ())))
+
+
+def _below(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    """Files below a folder; a link to one of the folders it lies in is not followed in a circle."""
+    try:
+        state = folder.stat()
+        with os.scandir(folder) as found:
+            entries = list(found)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror or error}") from error
+    if (state.st_dev, state.st_ino) in above:
+        return
+    above = (*above, (state.st_dev, state.st_ino))
+    for entry in entries:
+        if entry.is_dir():
+            yield from _below(folder / entry.name, above)
+        elif entry.is_file() or entry.is_symlink():
+            yield folder / entry.name
