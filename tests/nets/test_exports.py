@@ -319,6 +319,23 @@ def test_a_graph_of_a_network_that_thinks_in_millimetres_has_one_spacing(tmp_pat
             )
 
 
+@pytest.mark.parametrize(
+    ("encoder", "decoder"),
+    [
+        ({"name": "primus", "embed_dim": 48, "depth": 1, "heads": 2, "crop": [32, 32, 32]}, "light"),
+        ({"name": "swin"}, "linear"),
+        ({"name": "cnn3d"}, "upernet"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["name"],
+)
+def test_torchscript_runs_where_its_image_is(encoder, decoder):
+    """A trace writes down the device of tensors made on the way: on another one the graph would mix two."""
+    made = exporter("torchscript", size=[32, 32, 32]).make(loaded(encoder, {"name": decoder}, classes=2))
+    code = torch.jit.load(io.BytesIO(made.content)).code
+    assert "torch.device(" not in code
+    assert "ops.prim.device(image_BCDHW)" in code
+
+
 def run_graph(kind: str, path: Path, image: torch.Tensor) -> torch.Tensor:
     if kind == "torchscript":
         with torch.no_grad():

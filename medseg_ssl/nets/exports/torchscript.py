@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,7 +35,8 @@ class TorchScript(Export):
             with torch.no_grad(), warnings.catch_warnings():
                 # tracing warns of every branch on a size, and of its own age; the output is compared below
                 warnings.simplefilter("ignore")
-                traced = torch.jit.trace(module, (image,), check_trace=False)
+                traced: Any = torch.jit.trace(module, (image,), check_trace=False)
+                _follow_the_image(traced.graph)
         except (RuntimeError, TypeError) as error:
             raise UserError(
                 f"the segmenter cannot be traced: {' '.join(str(error).split())[:200]}"
@@ -53,3 +54,16 @@ class TorchScript(Export):
 
         report = check(module, run, image, dynamic=self.config.dynamic, where="torch.jit")
         return Exported(buffer.getvalue(), card, report)
+
+
+def _follow_the_image(graph: Any) -> None:
+    """Put the image's device in place of the one that a trace wrote down for positions and weights made on the way."""
+    torch._C._jit_pass_inline(graph)
+    _, image = graph.inputs()
+    kind = torch._C.DeviceObjType
+    device = graph.create("prim::device", [image], 1)
+    device.output().setType(kind.get())
+    graph.prependNode(device)
+    for constant in graph.findAllNodes("prim::Constant"):
+        if isinstance(constant.output().type(), kind):
+            constant.output().replaceAllUsesWith(device.output())
