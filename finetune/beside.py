@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from medseg_ssl.analysis import change, subgroups
 from medseg_ssl.analysis.metrics import COLUMNS as METRIC_COLUMNS
 from medseg_ssl.analysis.statistics import holm
-from medseg_ssl.analysis.tables import write_csv
+from medseg_ssl.analysis.tables import as_written, write_csv
 from medseg_ssl.config import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def write_robustness(
         return
     evaluation = robustness.Robustness(robustness.Robustness.Config(nsd_tolerance_mm=nsd_tolerance_mm))
     rows: list[dict[str, Any]] = []
-    for setting in evaluation.settings(predictor.card.modalities):
+    for setting in evaluation.settings((*predictor.card.modalities, *predictor.card.other_modalities)):
         part = out / "robustness_cases" / f"{setting.name}.csv"
         if not part.is_file():
             on_case = progress(setting.name, len(cases))
@@ -150,7 +150,9 @@ def write_forgetting(
     if path.is_file():
         return
     on_case = progress("earlier", len(cases))
-    rows = evaluate_cases(before, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
+    found = evaluate_cases(before, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
+    # with the digits of a table, as those of now: equal predictions must differ by nothing
+    rows = [{name: as_written(value) for name, value in row.items()} for row in found]
     now, subjects = read_rows(out / "cases.csv"), _subjects(archive, cases)
     found = []
     for metric in ("dice", "nsd"):  # Holm's correction is over the classes here

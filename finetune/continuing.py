@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from medseg_ssl.config import Block, ConfigError, UserError, resolved
 from medseg_ssl.data.relabeling import Relabeling
 
+from .segmenters import common_spacing
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
@@ -132,7 +134,7 @@ def check_card(card: Card, archive: Archive, *, where: str = "the archive") -> N
                 f"{'+'.join(card.modalities)}; set data.modalities=[{', '.join(card.modalities)}], or prepare {where} "
                 "in that order"
             )
-    here = archive.recipe.spacing_mm
+    here = archive.recipe.spacing_mm if card.spacing_mm is None else common_spacing(archive)
     if not _same_spacing(here, card.spacing_mm):
         wrong.append(
             f"spacing_mm of {where} is {_told(here)}, the segmenter's is {_told(card.spacing_mm)} (D, H, W); prepare "

@@ -307,10 +307,10 @@ def _progress(console: Any) -> Any:
 
 def _origin(card: Card, archive: Archive, cases: Sequence[str]) -> dict[str, str]:
     """The columns that say what was scored on what; budget, draw and seed are known to ``compare`` alone."""
-    scans = archive.cases[cases[0]].scans
+    kinds = {"+".join(archive.scans[key].modality for key in archive.cases[case].scans) for case in cases}
     return {
         "source": "",
-        "target": "+".join(archive.scans[key].modality for key in scans),
+        "target": "/".join(sorted(kinds)),
         "init": card.objective,
     }
 

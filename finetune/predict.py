@@ -33,6 +33,10 @@ def parser() -> Parser:
     parser.add_argument(
         "--probabilities", action="store_true", help="also OUT/probabilities/<case>_<class>.nii.gz, float32"
     )
+    parser.add_argument(
+        "--modality",
+        help="CT, MR or PT: what the files are, for a segmenter of one channel that knows several",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     parser.add_argument(
@@ -63,15 +67,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     predictor = Predictor.load(args.segmenter, device=args.device, precision=args.precision, flips=args.flips)
     cases = find_cases(args.input, channels=predictor.card.channels_in)
-    claim(args.out, {"segmenter": hash_file(args.segmenter), "flips": args.flips})
+    # what is left at its default is not named, so that folders begun before a key was new go on
+    further = {"precision": args.precision} if args.precision != "fp32" else {}
+    further |= {} if args.modality is None else {"modality": args.modality}
+    claim(args.out, {"segmenter": hash_file(args.segmenter), "flips": args.flips, **further})
     failed, written = 0, 0
     for case, files in cases.items():
         target = args.out / f"{case}.nii.gz"
-        if target.exists():
+        maps = _probability_maps(target, predictor.classes) if args.probabilities else []
+        if target.exists() and all(path.exists() for path in maps):
             console.print(f"{case}: {target} exists, left alone", markup=False)
             continue
         try:
-            _predict(predictor, files, target, probabilities=args.probabilities)
+            _predict(predictor, files, target, modality=args.modality, probabilities=args.probabilities)
             written += 1
         except UserError as error:
             failed += 1
@@ -92,8 +100,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def find_cases(path: Path, *, channels: int) -> dict[str, list[Path]]:
     """Case names and their files in channel order.
 
-    A file that lacks the channel number is its own case where the segmenter has one channel. Cases that lack
-    a channel are kept with the files there are; predicting them says so.
+    With one channel a file is a case; ``_0000`` at the end of its name is dropped where no other number stands beside
+    it. With several, the files of a case end in ``_0000``, ``_0001``, …; cases that lack one are kept with the files
+    there are, and ``check_channels`` says so. Hidden files are none.
 
     Raises:
         UserError: nothing there, no NIfTI file in it, or two files that would be the same case.
@@ -102,54 +111,82 @@ def find_cases(path: Path, *, channels: int) -> dict[str, list[Path]]:
 
     if not path.exists():
         raise UserError(f"no file or folder {path}")
-    files = sorted(
-        f for f in (path.iterdir() if path.is_dir() else [path]) if f.is_file() and is_nifti_name(f)
-    )
-    if not files:
+    folder = path if path.is_dir() else path.parent
+    beside = sorted(f for f in folder.iterdir() if is_nifti_name(f) and not f.name.startswith("."))
+    files = beside if path.is_dir() else [path]
+    if not files or not is_nifti_name(files[0]):
         raise UserError(f"{path} is no NIfTI file (.nii, .nii.gz), nor a folder that holds one")
+    numbers: dict[str, set[str]] = {}
+    for file in beside:
+        if found := CHANNEL.fullmatch(nifti_stem(file)):
+            numbers.setdefault(found[1], set()).add(found[2])
+
+    def case_of(file: Path) -> str:
+        stem = nifti_stem(file)
+        found = CHANNEL.fullmatch(stem)
+        if found is None:
+            return stem if channels == 1 else file.name  # without a number it is no channel of a case
+        return found[1] if channels > 1 or numbers.get(found[1], {"0000"}) == {"0000"} else stem
+
     if path.is_file() and channels > 1:
-        found = CHANNEL.fullmatch(nifti_stem(path))
-        if not found:
+        if CHANNEL.fullmatch(nifti_stem(path)) is None:
             raise UserError(
                 f"the segmenter takes {channels} channels: files are named CASE_0000.nii.gz; got {path.name}"
             )
-        files = sorted(
-            f for f in path.parent.iterdir() if is_nifti_name(f) and _case_of(nifti_stem(f)) == found[1]
-        )
+        files = [file for file in beside if case_of(file) == case_of(path)]
     cases: dict[str, list[Path]] = {}
     for file in files:
-        cases.setdefault(_case_of(nifti_stem(file)), []).append(file)
+        cases.setdefault(case_of(file), []).append(file)
     for case, members in cases.items():
-        stems = [nifti_stem(f) for f in members]
-        if len(set(stems)) < len(stems) or (channels == 1 and len(stems) > 1):
+        if len({nifti_stem(f) for f in members}) < len(members) or (channels == 1 and len(members) > 1):
             raise UserError(f"several files would become case {case!r}: {', '.join(f.name for f in members)}")
     return cases
 
 
-def _case_of(stem: str) -> str:
-    found = CHANNEL.fullmatch(stem)
-    return found[1] if found else stem
+def check_channels(files: Sequence[Path], modalities: Sequence[str]) -> None:
+    """See that the files of a case are the channels of a segmenter, each once.
+
+    Raises:
+        UserError: they are not; the message names both.
+    """
+    from medseg_ssl.data.nifti import nifti_stem
+
+    if len(modalities) == 1:
+        return
+    found = [match[2] if (match := CHANNEL.fullmatch(nifti_stem(f))) else "" for f in files]
+    if found != [f"{number:04}" for number in range(len(modalities))]:
+        wanted = ", ".join(f"CASE_{number:04} ({name})" for number, name in enumerate(modalities))
+        raise UserError(f"its files are {', '.join(f.name for f in files)}; the segmenter takes {wanted}")
 
 
-def _predict(predictor: Predictor, files: Sequence[Path], target: Path, *, probabilities: bool) -> None:
-    """Predict one case; the label map is written last, so that its presence says the case is done."""
+def _probability_maps(target: Path, classes: Sequence[str]) -> list[Path]:
+    """The files of a case's probabilities, beside its label map."""
+    case = target.name.removesuffix(".nii.gz")
+    safe = (re.sub(r"[^\w.-]+", "_", name) for name in classes)
+    return [target.parent / "probabilities" / f"{case}_{name}.nii.gz" for name in safe]
+
+
+def _predict(
+    predictor: Predictor,
+    files: Sequence[Path],
+    target: Path,
+    *,
+    modality: str | None,
+    probabilities: bool,
+) -> None:
+    """Predict one case; a label map that is there stays, and is written last: its presence says the case is done."""
     import numpy as np
 
     from medseg_ssl.data.nifti import write_nifti
 
-    found = predictor.predict_nifti(files, probabilities=probabilities)
+    check_channels(files, predictor.card.modalities)
+    found = predictor.predict_nifti(files, modality=modality, probabilities=probabilities)
     volumes = found.prediction.probabilities_KDHW
     if volumes is not None:
-        case = target.name.removesuffix(".nii.gz")
-        for name, volume_DHW in zip(predictor.classes, volumes, strict=True):
-            safe = re.sub(r"[^\w.-]+", "_", name)
-            write_nifti(
-                target.parent / "probabilities" / f"{case}_{safe}.nii.gz",
-                volume_DHW,
-                found.original,
-                np.float32,
-            )
-    write_nifti(target, found.prediction.label_DHW, found.original, np.uint8)
+        for path, volume_DHW in zip(_probability_maps(target, predictor.classes), volumes, strict=True):
+            write_nifti(path, volume_DHW, found.original, np.float32)
+    if not target.exists():
+        write_nifti(target, found.prediction.label_DHW, found.original, np.uint8)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
+    from medseg_ssl.types import TripleMm
 
     from .settings import FinetuneConfig
 
@@ -46,7 +47,7 @@ def make_card(
         channels_in=len(scans),
         classes=archive.classes,
         silent_classes=silent,
-        spacing_mm=first.spacing_mm or archive.recipe.spacing_mm,
+        spacing_mm=first.spacing_mm or common_spacing(archive),
         crop_size=first.size,
         mirror_axes=first.mirror_axes,
         intensity={
@@ -55,11 +56,27 @@ def make_card(
             if name in known
         },
         modalities=tuple(row.modality for row in scans),
+        other_modalities=_others(archive, cases) if len(scans) == 1 else (),
         archive_fingerprint=archive.fingerprint,
         code_version=__version__,
         objective=config.objective.name,
         steps=steps,
     )
+
+
+def common_spacing(archive: Archive) -> TripleMm | None:
+    """Voxel size (D, H, W) that an archive was resampled to, or that all its labeled scans have; else None."""
+    from medseg_ssl.inference.inputs import close_spacing
+
+    labeled = [archive.scans[key].spacing_mm for c in archive.cases.values() if c.labeled for key in c.scans]
+    if archive.recipe.spacing_mm is not None or not labeled:
+        return archive.recipe.spacing_mm
+    return labeled[0] if all(close_spacing(one, labeled[0]) for one in labeled) else None
+
+
+def _others(archive: Archive, cases: Sequence[str]) -> tuple[str, ...]:
+    found = [archive.scans[archive.cases[case].scans[0]].modality for case in cases]
+    return tuple(sorted(set(found) - {found[0]}))
 
 
 def predictor(objective: Objective, *, card: Any, machine: Any) -> Any:

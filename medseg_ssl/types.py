@@ -38,8 +38,8 @@ class ViewSpec:
         pair: ``none`` takes all views from one scan (or case); ``same_box`` takes view 0 and view 1 from two
             scans of a pair, cut so that they overlap physically; ``same_subject`` takes them from two scans of
             a pair at independent places.
-        overlap: smallest share of each axis two views of one scan (or of a ``same_box`` pair) have in common;
-            None means independent places.
+        overlap: smallest share of each axis two views of one scan (or of a ``same_box`` pair) have in common when
+            they are placed; an augmentation that moves each by itself takes some of it. None means independent places.
         labeled: True draws from labeled cases and fills ``View.label_BDHW``.
         pool: ``drawn`` cuts the view from the sample's own scans; ``all`` from another case, one of all those of the
             training subjects that look like the labeled ones (same modalities), whose label is never read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,10 @@ from medseg_ssl.analysis.metrics import case_means, subject_means
 from medseg_ssl.analysis.statistics import holm, paired_interval
 
 OVER_CLASSES = "mean over classes"
-COLUMNS = ("class", "metric", "subjects", "cases", "before", "after", "difference", "ci_low", "ci_high", "p")
+COLUMNS = (
+    *("class", "metric", "subjects", "cases", "one_sided"),
+    *("before", "after", "difference", "ci_low", "ci_high", "p"),
+)
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -31,12 +35,12 @@ def paired_change(
         subjects: case to its subject; none is named in what is returned.
 
     Returns:
-        None where no case has a score in both.
+        None where no case has a score in both. ``one_sided`` counts the cases with a class that has a score on one side
+        alone (a class that is absent has one only where it is predicted): the means do not hold that difference.
     """
-    was, now = (
-        case_means([row for row in rows if name in (OVER_CLASSES, row["class"])], metric)
-        for rows in (before, after)
-    )
+    chosen = [[row for row in rows if name in (OVER_CLASSES, row["class"])] for rows in (before, after)]
+    was, now = (case_means(rows, metric) for rows in chosen)
+    scored = [{(row["case"], row["class"]) for row in rows if _is_number(row[metric])} for rows in chosen]
     both = [case for case in was if case in now]
     if not both:
         return None
@@ -48,6 +52,7 @@ def paired_change(
         "metric": metric,
         "subjects": len(was_N1),
         "cases": len(both),
+        "one_sided": len({case for case, _ in scored[0] ^ scored[1]}),
         "before": float(was_N1.mean()),
         "after": float(now_N1.mean()),
         "difference": float((now_N1 - was_N1).mean()),
@@ -55,6 +60,10 @@ def paired_change(
         "ci_high": found.high,
         "p": found.p,
     }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def change_table(

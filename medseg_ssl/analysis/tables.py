@@ -56,6 +56,11 @@ def format_number(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def as_written(value: Any) -> Any:
+    """A value as a table gives it back: numbers with six significant digits."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], *, columns: Sequence[str]) -> Path:
     """Write a table: None as an empty cell, numbers with six significant digits."""
     stream = io.StringIO()

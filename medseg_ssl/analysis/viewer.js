@@ -75,6 +75,7 @@ class Viewer {
     this.last = "axial";
     this.hidden = new Set();
     this.asked = 0;
+    this.scanned = 0;
     this.listen();
     this.ready = this.open(0);
   }
@@ -87,10 +88,11 @@ class Viewer {
   }
 
   async open(index) {
-    const c = this.controls, asked = ++this.asked, data = this.cases[index];
+    const c = this.controls, asked = ++this.scanned, data = this.cases[index];
     c.case.value = String(index);
+    this.image = null;
     const truth = await this.get(data.truth);
-    if (asked !== this.asked) return;
+    if (asked !== this.scanned) return;
     this.data = data;
     this.truth = truth;
     this.at = this.fullest(truth);
@@ -105,9 +107,10 @@ class Viewer {
   }
 
   async scan() {
-    const c = this.controls, channel = this.data.channels[Number(c.channel.value)], asked = ++this.asked;
+    const c = this.controls, channel = this.data.channels[Number(c.channel.value)], asked = ++this.scanned;
+    this.image = null; // what is chosen meanwhile must not be drawn over another scan
     const image = await this.get(channel.image);
-    if (asked !== this.asked) return; // another one was chosen meanwhile
+    if (asked !== this.scanned) return; // another one was chosen meanwhile
     this.channel = channel;
     c.window.replaceChildren(...channel.presets.map((p, i) => new Option(p.name, String(i))));
     const low = channel.values[0], high = channel.values[255];
@@ -136,7 +139,7 @@ class Viewer {
     const found = this.fit(this.controls.init.value), asked = ++this.asked;
     const label = found ? await this.get(found.label) : null;
     const heat = found && found.saliency ? await this.get(found.saliency) : null;
-    if (asked !== this.asked) return;
+    if (asked !== this.asked || !this.image) return; // a scan that is on its way draws it
     this.label = label;
     this.heat = heat;
     if (this.controls.saliency) this.controls.saliency.disabled = !this.heat;
@@ -193,6 +196,7 @@ class Viewer {
   // -- drawing -----------------------------------------------------------------------------------------------
 
   async draw() {
+    if (!this.image) return;
     for (const figure of this.planes) {
       const name = figure.dataset.plane, plane = PLANES[name], k = this.at[plane.axis];
       this.paint(figure.querySelector("canvas"), plane, k, this.label, {cross: true});
@@ -310,7 +314,7 @@ class Viewer {
     this.small = null;
     if (details.hidden || !details.open) return;
     const asked = this.asked, labels = await Promise.all(inits.map((init) => this.get(this.fit(init).label)));
-    if (asked !== this.asked) return;
+    if (asked !== this.asked || !this.image) return;
     const figures = inits.map((init) => {
       const figure = document.createElement("figure"), caption = document.createElement("figcaption");
       const mean = this.fit(init).dice.mean;

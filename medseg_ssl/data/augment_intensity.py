@@ -3,7 +3,8 @@
 Works on normalised intensities (about zero mean, unit scale). Each transform changes one channel of one
 sample in place; most samples get few of them, so going sample by sample moves less memory than whole-batch
 passes with the untouched samples blended back, and it makes a sample independent of its batch. Nothing waits
-for the device.
+for the device. Of several channels each is 0 where it has no data itself, and keeps what it shows where another
+one has none (``View.valid_BDHW`` is where all have data).
 
 Order, probabilities and ranges of ``segmentation`` are those of nnU-Net v2.8 (``get_training_transforms``);
 arXiv 1904.08128. Statistics are taken over valid voxels, which hold 0 where invalid before and after.
@@ -129,14 +130,21 @@ def augmented(
     for sample, (plan, index) in enumerate(zip(plans, indices, strict=True)):
         if not plan:
             continue
-        valid_DHW = view.valid_BDHW[sample]
-        full = _is_full(valid_DHW)
+        seen = {channel: _seen(view, sample, channel) for _, channel, _ in plan}
+        full = {channel: _is_full(valid_DHW) for channel, valid_DHW in seen.items()}
         for number, (transform, channel, strength) in enumerate(plan):
             salt = f"intensity/{purpose}/{number}"
-            transform(image_BCDHW[sample, channel], valid_DHW, strength, _Source(seed, index, salt))
-            if not full:
-                image_BCDHW[sample, channel].mul_(valid_DHW)
+            transform(image_BCDHW[sample, channel], seen[channel], strength, _Source(seed, index, salt))
+            if not full[channel]:
+                image_BCDHW[sample, channel].mul_(seen[channel])
     return replace(view, image_BCDHW=image_BCDHW, clean_BCDHW=view.image_BCDHW if keep_clean else None)
+
+
+def _seen(view: View, sample: int, channel: int) -> Tensor:
+    # where a channel has data; of several, each may have some where another has none
+    if view.image_BCDHW.shape[1] == 1:
+        return view.valid_BDHW[sample]
+    return view.image_BCDHW[sample, channel] != 0
 
 
 class _Source:

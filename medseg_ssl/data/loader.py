@@ -293,5 +293,6 @@ def _context() -> Any:
 
 def _start_worker(number: int) -> None:
     # Ctrl-C and SIGTERM to the group are the main process's to answer; workers end with it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -3,8 +3,9 @@
 Indices are dealt out in rounds of as many samples as there are units. In a round every modality gets a share
 of samples that grows with (number of units) ** temperature, and a unit comes again only when all of its
 modality have been; so small archives are covered evenly, and a batch seldom holds one scan twice, which
-contrastive objectives would take for two. Nothing is stored but the last rounds, so any index can be asked
-for at any time, in any process.
+contrastive objectives would take for two. A modality with fewer places than units (below temperature 1 the
+largest) is drawn from anew in every round, without repetition within it. Nothing is stored but the last
+rounds, so any index can be asked for at any time, in any process.
 """
 
 from __future__ import annotations

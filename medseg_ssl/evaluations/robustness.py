@@ -137,7 +137,7 @@ class Robustness(Evaluation):
         if not isinstance(model, Predictor):
             raise ConfigError("robustness scores a segmenter, not an encoder; that is 'medseg-ssl evaluate'")
         cases = labeled_cases(archive, split=self.config.split, subset=self.config.subset)
-        for setting in self.settings(model.card.modalities):
+        for setting in self.settings((*model.card.modalities, *model.card.other_modalities)):
             rows = self.rows(model, archive, cases, setting)
             table: list[dict[str, object]] | None = rows
             for metric, found in summarize(rows, SHOWN).items():

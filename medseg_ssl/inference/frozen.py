@@ -160,8 +160,11 @@ def network_crop(
     row = archive.scans[key]
     factor = np.array(network_spacing(card, row)) / np.array(row.spacing_mm)
     own = close_spacing(factor, (1.0, 1.0, 1.0))
-    low = np.rint(start) if own else np.floor(start) - 1
-    high = low + np.array(size) if own else np.ceil(np.array(start) + (np.array(size) - 1) * factor) + 2
+    # with room for interpolation and for the low-pass, whose deviation is half of what a factor is above 1
+    room = 1 + np.ceil(2 * np.maximum(factor - 1, 0))
+    low = np.rint(start) if own else np.floor(start) - room
+    last = np.array(start) + (np.array(size) - 1) * factor
+    high = low + np.array(size) if own else np.ceil(last) + 1 + room
     first, box = _triple(low), _triple(high - low)
     channel = archive_channel(archive, key, policies_of(card, archive), start=first, size=box)
     array, valid = channel.array_DHW, channel.valid

@@ -1,7 +1,8 @@
 """A segmenter on whole scans.
 
 It sees what it was trained on: the card's intensity policy and voxel spacing, zero where there is no data. Its
-probabilities go back to the label's or input's own grid (linear, class by class) before the largest one wins.
+probabilities go back to the label's or input's own grid (linear, class by class) before the largest one wins. Where
+no channel has data nothing was trained, and background is predicted.
 """
 
 from __future__ import annotations
@@ -49,11 +50,19 @@ at batch 1 (tiny U-Net, CPU time of 1 and 2 windows: 24³ 84 and 27 ms, 48³ 288
 
 
 class NetworkInput(NamedTuple):
-    """Normalised channels on one grid; ``empty`` where no channel holds anything but one value."""
+    """Normalised channels on one grid.
+
+    Attributes:
+        image_CDHW: float32, 0 where a channel has no data.
+        affine_44: of the grid.
+        empty: no channel holds anything but one value.
+        seen_DHW: where any channel has data; None means everywhere.
+    """
 
     image_CDHW: np.ndarray
     affine_44: np.ndarray
     empty: bool
+    seen_DHW: np.ndarray | None = None
 
 
 class Prediction(NamedTuple):
@@ -177,11 +186,9 @@ class Predictor:
     def _predictions(
         self, archive: Archive, cases: Sequence[str], *, alter: Alter | None, keep: bool
     ) -> Iterator[tuple[str, Prediction]]:
-        for start in range(0, len(cases), self.window_batch):
-            group = cases[start : start + self.window_batch]
-            inputs = [self.network_input(archive, case, alter) for case in group]
+        for names, inputs in self._groups(archive, cases, alter):
             for case, given, probabilities in zip(
-                group, inputs, self._probabilities(inputs, group), strict=True
+                names, inputs, self._probabilities(inputs, names), strict=True
             ):
                 row = archive.cases[case]
                 if row.labeled:
@@ -192,6 +199,26 @@ class Predictor:
                     shape, affine_44 = first.shape, np.asarray(first.affine_44)
                 grid = (given.affine_44, shape, np.asarray(affine_44))
                 yield case, self._to_grid(probabilities, *grid, keep=keep)
+
+    def _groups(
+        self, archive: Archive, cases: Sequence[str], alter: Alter | None
+    ) -> Iterator[tuple[list[str], list[NetworkInput]]]:
+        """Cases in their order, small ones together; one that needs windows is alone, since it may fill the memory."""
+        names: list[str] = []
+        inputs: list[NetworkInput] = []
+        for case in cases:
+            given = self.network_input(archive, case, alter)
+            small = self._one_pass_shape(given.image_CDHW.shape[1:]) is not None
+            if names and (not small or len(names) == self.window_batch):
+                yield names, inputs
+                names, inputs = [], []
+            if small:
+                names.append(case)
+                inputs.append(given)
+            else:
+                yield [case], [given]
+        if names:
+            yield names, inputs
 
     def network_input(self, archive: Archive, case: str, alter: Alter | None = None) -> NetworkInput:
         """A case as the network sees it; ``alter`` as in ``predict_cases``.
@@ -219,20 +246,29 @@ class Predictor:
 
     # -- files -----------------------------------------------------------------------------------------------
 
-    def predict_nifti(self, paths: Sequence[Path], *, probabilities: bool = False) -> FilePrediction:
+    def predict_nifti(
+        self, paths: Sequence[Path], *, modality: str | None = None, probabilities: bool = False
+    ) -> FilePrediction:
         """Prediction of one case, a file per channel in the card's order, on the grid of the first file.
+
+        Args:
+            paths: the files.
+            modality: of the files of a segmenter of one channel; None: that of the card.
+            probabilities: keep those of every class.
 
         Raises:
             BadScan: a file that is no usable 3D image.
-            UserError: more or fewer files than the segmenter has channels.
+            UserError: more or fewer files than the segmenter has channels, a channel that does not overlap the first,
+                or a modality that must be stated.
         """
         self._check_channels(len(paths), paths[0].name if paths else "no file")
+        modalities = self._modalities(modality)
         volumes = [nifti.read_nifti(path, allow_constant=True) for path in paths]
         grid = self._network_grid(volumes[0].array.shape, volumes[0].affine_44)
         channels = [
-            self._file_channel(v, modality, *grid)
-            for v, modality in zip(volumes, self.card.modalities, strict=True)
+            self._file_channel(v, modality, *grid) for v, modality in zip(volumes, modalities, strict=True)
         ]
+        self._check_overlap(paths, channels)
         given = self._input(channels)
         (found,) = self._probabilities([given], [paths[0].name])
         first = volumes[0]
@@ -240,6 +276,32 @@ class Predictor:
             found, given.affine_44, first.array.shape, first.affine_44, keep=probabilities
         )
         return FilePrediction(prediction, first.original)
+
+    def _modalities(self, stated: str | None) -> tuple[str, ...]:
+        """The modality of each channel of a file."""
+        if stated is not None:
+            if self.card.channels_in > 1:
+                raise UserError("modality is for a segmenter of one channel; the card names those of several")
+            policy_for(self.card.intensity, stated)
+            return (stated,)
+        if self.card.other_modalities:
+            choices = sorted({*self.card.modalities, *self.card.other_modalities})
+            raise UserError(
+                f"the segmenter was trained on scans of {' and '.join(choices)}: state which these are by modality"
+                f" (--modality {choices[0]})"
+            )
+        return self.card.modalities
+
+    def _check_overlap(self, paths: Sequence[Path], channels: Sequence[Channel]) -> None:
+        """See that every channel shows something of the first one's field of view; a constant one is told."""
+        for path, channel in zip(paths, channels, strict=True):
+            if len(paths) > 1 and channel.valid is not None and not channel.valid.any():
+                raise UserError(
+                    f"{path.name} has no data on the grid of {paths[0].name}: another place in space, or another"
+                    " patient's scan"
+                )
+            if len(paths) > 1 and _empty(channel.array_DHW, channel.valid):
+                logger.warning("%s holds one constant value: its channel says nothing", path.name)
 
     def _file_channel(
         self, volume: nifti.Volume, modality: str, shape: Triple, affine_44: np.ndarray
@@ -283,7 +345,7 @@ class Predictor:
         first = channels[0]
         shape, affine_44 = self._network_grid(first.array_DHW.shape, first.affine_44)
         image_CDHW = np.zeros((len(channels), *shape), np.float32)
-        empty = True
+        empty, seen = True, np.zeros(shape, dtype=bool)
         for image_DHW, channel in zip(image_CDHW, channels, strict=True):
             array, valid = channel.array_DHW, channel.valid
             if not same_grid(array.shape, channel.affine_44, shape, affine_44):
@@ -292,7 +354,8 @@ class Predictor:
             image_DHW[...] = channel.line.apply(array)
             if valid is not None:
                 image_DHW[~valid] = 0.0
-        return NetworkInput(image_CDHW, affine_44, empty)
+            seen |= True if valid is None else valid
+        return NetworkInput(image_CDHW, affine_44, empty, None if seen.all() else seen)
 
     def _to_grid(
         self,
@@ -346,6 +409,10 @@ class Predictor:
                 members, self._together([inputs[m] for m in members], padded), strict=True
             ):
                 out[i] = probabilities
+        for given, probabilities_KDHW in zip(inputs, out, strict=True):
+            if probabilities_KDHW is not None and given.seen_DHW is not None:
+                probabilities_KDHW[:, ~given.seen_DHW] = 0.0
+                probabilities_KDHW[0, ~given.seen_DHW] = 1.0
         return out
 
     def _one_pass_shape(self, shape: Sequence[int]) -> Triple | None:
@@ -395,10 +462,17 @@ class Predictor:
                 overlap=self.overlap,
                 mode="gaussian",
                 sw_device=self.device,
-                device=self.device if stitched <= STITCH_ON_DEVICE_BYTES else torch.device("cpu"),
+                device=self.device if stitched <= self._stitch_bytes() else torch.device("cpu"),
             )
         assert isinstance(logits_BKDHW, Tensor)
         return logits_BKDHW[0].softmax(dim=0).cpu().numpy()
+
+    def _stitch_bytes(self) -> int:
+        """What stitched logits may take on the device: half of what is free there, at most."""
+        if self.device.type != "cuda":
+            return STITCH_ON_DEVICE_BYTES
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return min(STITCH_ON_DEVICE_BYTES, free // 2)
 
     @torch.inference_mode()
     def _forward(self, image_BCDHW: Tensor, spacing_mm_B3: Tensor) -> Tensor:

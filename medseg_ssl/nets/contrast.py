@@ -59,7 +59,8 @@ def pair_info_nce(a_BE: Tensor, b_BE: Tensor, subject_B: Tensor, *, scale: Tenso
     a, b, subject = gather(a), gather(b), gather(subject_B)
     own = torch.eye(len(a), dtype=torch.bool, device=a.device)
     ignored = (subject[:, None] == subject[None, :]) & ~own
-    similarity = scale * (a @ b.T)
+    with torch.autocast(a.device.type, enabled=False):  # which would cast the product back to bfloat16
+        similarity = scale.float() * (a @ b.T)
     logits = similarity.masked_fill(ignored, float("-inf"))
     logits_t = similarity.T.masked_fill(ignored, float("-inf"))
     wanted = torch.arange(len(a), device=a.device)

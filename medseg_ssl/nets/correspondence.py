@@ -130,7 +130,9 @@ def dense_info_nce(
     b = functional.normalize(b_BNE.float(), dim=-1).reshape(batch * count, -1)
     usable = points.usable_BN.reshape(-1)
     radius_B = torch.as_tensor(radius_mm, dtype=torch.float32).to(a.device, non_blocking=True).expand(batch)
-    near_BNN = torch.cdist(points.mm_BN3, points.mm_BN3) < radius_B[:, None, None]
+    # without a matrix product, which a GPU may round to TF32: three digits are too few for a radius of some mm
+    apart_BNN = torch.cdist(points.mm_BN3, points.mm_BN3, compute_mode="donot_use_mm_for_euclid_dist")
+    near_BNN = apart_BNN < radius_B[:, None, None]
     ignored = torch.block_diag(*near_BNN) | ~usable[None, :]
     if subject_B is not None:
         again_BB = (subject_B[:, None] == subject_B[None, :]) & ~torch.eye(
@@ -139,8 +141,10 @@ def dense_info_nce(
         ignored = ignored | again_BB.repeat_interleave(count, 0).repeat_interleave(count, 1)
     diagonal = torch.eye(batch * count, dtype=torch.bool, device=a.device)
     ignored = ignored & ~diagonal
-    logits = (a @ b.T / temperature).masked_fill(ignored, float("-inf"))
-    logits_t = (b @ a.T / temperature).masked_fill(ignored, float("-inf"))
+    # under autocast the products would be cast back to bfloat16
+    with torch.autocast(a.device.type, enabled=False):
+        logits = (a @ b.T / temperature).masked_fill(ignored, float("-inf"))
+        logits_t = (b @ a.T / temperature).masked_fill(ignored, float("-inf"))
     wanted = torch.arange(batch * count, device=a.device)
     both = functional.cross_entropy(logits, wanted, reduction="none") + functional.cross_entropy(
         logits_t, wanted, reduction="none"

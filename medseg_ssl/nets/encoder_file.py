@@ -42,6 +42,7 @@ class Card(BaseModel):
         mirror_axes: axes that were mirrored at random in training.
         intensity: intensity policy by modality.
         modalities: modality of each input channel for a segmenter, modalities seen for an encoder.
+        other_modalities: of a segmenter of one channel, what else its training cases were scanned with.
         archives: fingerprints of the archives whose scans were trained on, where they are several or only some of their
             modalities were; empty where ``archive_fingerprint`` says all.
         checked_against: protected scans that no training scan repeats, one entry per archive (``data/leakage.py``).
@@ -63,6 +64,7 @@ class Card(BaseModel):
     mirror_axes: tuple[int, ...] = ()
     intensity: dict[str, dict[str, Any]] = {}
     modalities: tuple[str, ...] = ()
+    other_modalities: tuple[str, ...] = ()
     archive_fingerprint: str = ""
     archives: tuple[str, ...] = ()
     code_version: str = ""

@@ -11,7 +11,19 @@ from torch import Tensor, nn
 from medseg_ssl.config import Record
 from medseg_ssl.nets.decoders.base import Decoder
 from medseg_ssl.nets.encoders.base import Encoder
+from medseg_ssl.nets.teacher import Teacher
 from medseg_ssl.types import Batch, Facts, Template, ViewPlan
+
+
+def still_parameters(objective: nn.Module) -> set[str]:
+    """Names of the parameters that no step changes: those that are frozen, but for a teacher's, which follow."""
+    following = {
+        f"{name}.{inner}"
+        for name, module in objective.named_modules()
+        if isinstance(module, Teacher)
+        for inner, _ in module.named_parameters()
+    }
+    return {name for name, p in objective.named_parameters() if not p.requires_grad} - following
 
 
 class ObjectiveConfig(Record):

@@ -109,7 +109,8 @@ class TemplatePlaces(Objective):
                 place_N3, places.on(place_N3.device), compute_mode="donot_use_mm_for_euclid_dist"
             )
             target_NP = torch.softmax(-0.5 * (apart_NP / self.config.blur_voxels) ** 2, dim=1)
-            scores_NP = embedded_BNE[i] @ sites_PE.T / self.config.temperature
+            with torch.autocast(sites_PE.device.type, enabled=False):  # its product would be bfloat16 again
+                scores_NP = embedded_BNE[i] @ sites_PE.T / self.config.temperature
             losses.append((-(target_NP * scores_NP.log_softmax(dim=1)).sum(dim=1) * weight_N).sum())
             nearest_N = apart_NP.gather(1, scores_NP.detach().argmax(dim=1, keepdim=True))[:, 0]
             errors.append((nearest_N * places.spacing_mm * weight_N).sum())

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from medseg_ssl.config import ConfigError
+from medseg_ssl.objectives.base import still_parameters
 from medseg_ssl.train.settings import KeepBest
 
 PREFIX = "eval/"
@@ -79,8 +80,8 @@ class Best:
         if not math.isfinite(value) or (now.step is not None and sign * value <= sign * now.value):
             self._memory = now._replace(worse=now.worse + 1)
             return
-        frozen = {name for name, p in objective.named_parameters() if not p.requires_grad}
-        kept = {name: v.detach().clone() for name, v in objective.state_dict().items() if name not in frozen}
+        still = still_parameters(objective)
+        kept = {name: v.detach().clone() for name, v in objective.state_dict().items() if name not in still}
         self._memory = now._replace(worse=0, step=step, value=value, weights=kept)
 
     def settle(self, objective: nn.Module) -> None:

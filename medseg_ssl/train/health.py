@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,15 @@ class FeatureRank:
         self._rows += features_BE.shape[0]
         while self._rows - self._blocks[0].shape[0] >= ROWS_KEPT:
             self._rows -= self._blocks.popleft().shape[0]
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """The rows that are kept, for the checkpoint."""
+        return {"blocks": list(self._blocks)}
+
+    def load_state_dict(self, state: Mapping[str, list[Tensor]], *, device: torch.device) -> None:
+        """Put saved rows back; an empty state leaves all as it is."""
+        for block in state.get("blocks", []):
+            self.add(block.to(device))
 
     def value(self) -> float | None:
         """Effective rank, or None while there are too few rows to tell."""
@@ -150,6 +160,15 @@ class Means:
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Sums and counts since the last call of ``take``, for the checkpoint."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, device: torch.device) -> None:
+        """Put saved sums back; an empty state leaves all as it is."""
+        self._sums |= {name: total.to(device) for name, total in state.get("sums", {}).items()}
+        self._counts |= state.get("counts", {})
 
     def take(self) -> dict[str, Tensor]:
         """The means since the last call, still on the device; starts anew."""

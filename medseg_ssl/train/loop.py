@@ -95,6 +95,7 @@ def fit(
         guard.check()
         state = {"step": step, "objective": objective.state_dict(), "average": average.state_dict()}
         state |= {} if best is None else {"best": best.state_dict()}
+        state |= {"means": means.state_dict(), "rank": rank.state_dict()}
         checkpoint.save(
             {**state, "optimizer": stepper.optimizer.state_dict(), "due": due, **recorder.state_dict()}
         )
@@ -112,7 +113,10 @@ def fit(
     def enough() -> bool:
         return best is not None and runtime.any_process(best.finished)
 
-    step, due = _resume(checkpoint.load(), objective, stepper.optimizer, average, recorder, best)
+    state = checkpoint.load()
+    step, due = _resume(state, objective, stepper.optimizer, average, recorder, best)
+    for part, name in ((means, "means"), (rank, "rank")):
+        part.load_state_dict((state or {}).get(name, {}), device=runtime.device)
     stream = iter(batches(step)) if step < plan.steps else iter(())
     training(objective)
     with StopRequest() as stop:
@@ -174,6 +178,9 @@ def fit(
                 paused = time.perf_counter()
                 if any(step % every == 0 or step == plan.steps for every, _ in actions):
                     due = True
+                    guard.check()  # nothing looks at broken weights
+                    if runtime.world > 1:
+                        save(due=True)  # several processes cannot be interrupted within an evaluation
                     act()
                     due = False
                     stopped = enough()

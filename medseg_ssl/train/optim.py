@@ -57,8 +57,8 @@ def param_groups(
     """Trainable parameters by role (encoder, decoder, rest) and layer, with and without weight decay.
 
     Encoder and decoder are known by the name prefixes ``encoder.`` and ``decoder.``; what begins with one of ``fresh``
-    belongs to the rest, since nothing has trained it yet. Vectors (norms, biases) are never decayed, nor are parameters
-    named in ``undecayed``. A group's ``scale`` is its layer's factor on the learning rate.
+    belongs to the rest, since nothing has trained it yet. Vectors (norms, biases), learned tokens and positions are
+    never decayed, nor are parameters named in ``undecayed``. A group's ``scale`` is its layer's factor on the rate.
 
     Raises:
         ConfigError: rates by layer for an encoder that does not say which layers it has.
@@ -70,7 +70,7 @@ def param_groups(
             part = name.split(".", 1)[0]
             role = part if part in ("encoder", "decoder") and not name.startswith(fresh) else "rest"
             scale = scale_of(name) if role == "encoder" else 1.0
-            decays = parameter.ndim > 1 and name not in undecayed
+            decays = name not in undecayed and not _is_vector(name, parameter)
             parts.setdefault((role, scale, decays), []).append(parameter)
     groups = []
     for (role, scale, decays), parameters in sorted(parts.items(), key=lambda item: item[0]):
@@ -78,6 +78,14 @@ def param_groups(
         group = {"params": parameters, "weight_decay": decay, "role": role, "lr": config.lr, "scale": scale}
         groups.append(group)
     return groups
+
+
+def _is_vector(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is added to or scales what passes: biases, norms, and tokens and positions (1, N, E)."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf.endswith("weight"):
+        return parameter.ndim < 2
+    return parameter.ndim < 2 or parameter.shape[0] == 1 or leaf == "relative_position_bias_table"
 
 
 def _layer_scales(objective: Objective, decay: float) -> Callable[[str], float]:
@@ -159,6 +167,7 @@ def build_optimizer(
 def _from_timm(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     from timm.optim._optim_factory import (  # slow, so only where asked for
         create_optimizer_v2,
+        get_optimizer_info,
         list_optimizers,
     )
 
@@ -168,4 +177,15 @@ def _from_timm(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         names = ", ".join(known)
         raise ConfigError(f"no optimizer named {config.name!r}{hint}; known: adamw, sgd, and in timm {names}")
-    return create_optimizer_v2(groups, opt=config.name, lr=config.lr, weight_decay=config.weight_decay)
+    defaults = OptimConfig()
+    asked = {name: getattr(config, name) for name in ("betas", "momentum")}
+    asked = {name: value for name, value in asked.items() if value != getattr(defaults, name)}
+    facts = get_optimizer_info(config.name)
+    taken = {"betas": facts.has_betas, "momentum": facts.has_momentum}
+    if foreign := [
+        f"optim.{name}" for name in asked if not taken[name]
+    ]:  # timm would drop them without a word
+        raise ConfigError(f"optimizer {config.name!r} does not take {' and '.join(foreign)}")
+    return create_optimizer_v2(
+        groups, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **asked
+    )

@@ -21,7 +21,7 @@ class OptimConfig(Record):
     Attributes:
         name: ``adamw`` and ``sgd`` are torch's own; other names are timm's (``lion``, ``lamb``, ``muon``, …).
         lr: peak learning rate, but for the two scales below.
-        weight_decay: never applied to norms, biases and other vectors.
+        weight_decay: never applied to norms, biases, learned tokens, positions and other vectors.
         betas: of Adam-like optimizers.
         momentum: of SGD (Nesterov, as in nnU-Net).
         schedule: what follows the warm-up.
@@ -71,7 +71,8 @@ class TrainConfig(Record):
         accumulate: micro-batches per optimizer step; ``data.batch_size`` is split among them. Losses that compare
             samples (contrastive) see one micro-batch at a time.
         precision: ``fp32``, or ``bf16`` for bfloat16 autocast with fp32 weights.
-        ema: decay of an exponential moving average of the weights, which is then what ships; null keeps none.
+        ema: decay of an exponential moving average of the weights, which is then what ships; null keeps none. Of
+            `jepa` a teacher ships, an average already, which this one does not touch.
         log_every: between two lines of ``metrics.jsonl``.
         save_every: between two writes of ``last.ckpt``.
         preview_every: between two sets of pictures; null makes none.

@@ -47,3 +47,18 @@ def test_every_subject_counts_once_however_many_cases_it_has():
     assert (found["subjects"], found["cases"]) == (2, 4)
     assert found["difference"] == pytest.approx((0.0 + np.mean([-0.3, -0.1, 0.1])) / 2)
     assert (found["before"], found["after"]) == pytest.approx((0.7, 0.65))
+
+
+def test_a_class_that_is_scored_on_one_side_alone_is_counted():
+    """A false lesion in a healthy case: absent before (no score), wrong after (0); no mean can hold that."""
+    was, now = rows(WAS), rows(NOW)
+    was[1]["dice"] = None
+    found = paired_change(
+        was, now, name="lesion", metric="dice", subjects={f"c{n}.0": f"s{n}" for n in range(4)}
+    )
+    assert (found["cases"], found["one_sided"]) == (3, 1)
+    found = paired_change(
+        was, now, name=OVER_CLASSES, metric="dice", subjects={f"c{n}.0": f"s{n}" for n in range(4)}
+    )
+    assert (found["cases"], found["one_sided"]) == (4, 1), "its other class has a score on both sides"
+    assert change(1)["one_sided"] == 0

@@ -112,6 +112,15 @@ def test_unknown_voxels_enter_nothing():
     assert (row["dice"], row["nsd"], row["hd95_mm"], row["precision"]) == (1.0, 1.0, 0.0, 1.0)
 
 
+@pytest.mark.parametrize("off", [-3e-8, 0.0, 3e-8])
+def test_a_headers_rounding_does_not_decide_what_is_tolerated(off):
+    label, prediction = np.zeros((12, 12, 12), np.uint8), np.zeros((12, 12, 12), np.uint8)
+    label[2:10, 2:10, 2:10] = 1
+    prediction[4:10, 2:10, 2:10] = 1
+    row = rows_of(prediction, label, spacing=(1 + off, 1 + off, 1 + off), tolerance=2.0)["a"]
+    assert row["nsd"] == 1.0
+
+
 def test_border_to_unknown_voxels_is_no_surface():
     label = np.zeros((12, 12, 12), np.uint8)
     label[:6] = 1
@@ -119,8 +128,12 @@ def test_border_to_unknown_voxels_is_no_surface():
     prediction = np.zeros_like(label)
     prediction[:5] = 1
     row = rows_of(prediction, label, tolerance=0.5)["a"]
-    # the truth ends where nobody knows: its last plane is a surface at the volume's border only
-    assert 0 < row["nsd"] < 1
+    # the truth ends where nobody knows: its last plane is a surface at the volume's border only (44 side voxels),
+    # while the prediction's last plane is one whole; those 44 and its 100 inner ones lie a voxel off
+    surface_truth, surface_prediction = 144 + 5 * 44, 144 + 3 * 44 + 144
+    within_truth, within_prediction = surface_truth - 44, surface_prediction - 100
+    expected = (within_truth + within_prediction) / (surface_truth + surface_prediction)
+    assert row["nsd"] == pytest.approx(expected)
     assert row["recall"] == pytest.approx(5 / 6)
 
 

@@ -115,7 +115,7 @@ def test_another_spacing_intensity_or_order_of_channels_is_told_all_at_once(worl
     other = {"CT": {**card.intensity["CT"], "low": -77.0}}
     with pytest.raises(ConfigError) as error:
         check_card(card.model_copy(update={"spacing_mm": (3.0, 1.0, 1.5), "intensity": other}), archive)
-    assert "spacing_mm of the archive is each scan's own, the segmenter's is [3.0, 1.0, 1.5] mm" in str(
+    assert "spacing_mm of the archive is [1.0, 1.0, 1.0] mm, the segmenter's is [3.0, 1.0, 1.5] mm" in str(
         error.value
     )
     assert "prepare the archive with spacing_mm: [3.0, 1.0, 1.5]" in str(error.value)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.predict import find_cases, main
+from finetune.predict import check_channels, find_cases, main
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.nifti import original_grid, read_label, read_nifti, write_nifti
 from medseg_ssl.inference.predictor import Predictor
@@ -24,7 +24,13 @@ def write_scan(path, shape=(14, 13, 12)):
 def segmenter(monkeypatch):
     def use(**changes):
         one = Predictor(Threshold(), card(**changes))
-        monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **options: one)
+        one.asked = {}
+
+        def load(path, **options):
+            one.asked.update(options)
+            return one
+
+        monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", load)
         return one
 
     use()
@@ -67,6 +73,41 @@ def test_existing_output_is_left_alone(tmp_path, segmenter, capsys):
     assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"precious"
     assert (tmp_path / "out" / "b.nii.gz").is_file()
     assert "left alone" in capsys.readouterr().err
+
+
+def test_probabilities_asked_for_later_are_written_beside_the_label_map(tmp_path, segmenter):
+    write_scan(tmp_path / "in" / "a.nii.gz")
+    out = run(tmp_path)
+    (out / "a.nii.gz").write_bytes(b"precious")
+    run(tmp_path, "--probabilities")
+    assert len(list((out / "probabilities").iterdir())) == 2
+    assert (out / "a.nii.gz").read_bytes() == b"precious"
+
+
+def test_options_reach_the_predictor_and_the_folder(tmp_path, segmenter):
+    one = segmenter(mirror_axes=(0,))
+    write_scan(tmp_path / "in" / "a.nii.gz")
+    run(tmp_path, "--flips", "--precision", "bf16", "--device", "cpu")
+    assert one.asked == {"flips": True, "precision": "bf16", "device": "cpu"}
+    with pytest.raises(ConfigError, match="differ in precision"):
+        run(tmp_path, "--flips")
+    segmenter(other_modalities=("MR",))
+    (tmp_path / "out" / "identity.json").unlink()
+    (tmp_path / "out" / "a.nii.gz").unlink()
+    run(tmp_path, "--modality", "CT")
+    with pytest.raises(ConfigError, match="differ in modality"):
+        run(tmp_path, "--modality", "MR")
+
+
+def test_numbers_that_are_subjects_are_kept(tmp_path, segmenter):
+    """amos_0001 and amos_0002 are two patients of a segmenter of one channel, whatever file is asked for."""
+    for name in ("amos_0001", "amos_0002", "lone_0000", "year_2021"):
+        write_scan(tmp_path / "in" / f"{name}.nii.gz")
+    (tmp_path / "in" / "._amos_0001.nii.gz").write_bytes(b"of a Mac")
+    for source in ("in/amos_0001.nii.gz", "in/amos_0002.nii.gz", "in"):
+        out = run(tmp_path, source=source)
+    found = {f.name for f in out.iterdir()} - {"identity.json"}
+    assert found == {"amos_0001.nii.gz", "amos_0002.nii.gz", "lone.nii.gz", "year_2021.nii.gz"}
 
 
 def test_another_segmenter_needs_another_folder(tmp_path, segmenter):
@@ -128,7 +169,8 @@ def test_several_channels_are_named_as_nnunet_does(tmp_path, segmenter, capsys):
         write_scan(tmp_path / "in" / f"{name}.nii.gz")
     with pytest.raises(UserError, match="1 of 2"):
         run(tmp_path)
-    assert "lone: lone_0000.nii.gz has 1 channel(s), the segmenter takes 2" in capsys.readouterr().err
+    told = "lone: its files are lone_0000.nii.gz; the segmenter takes CASE_0000 (CT), CASE_0001 (CT)"
+    assert told in capsys.readouterr().err
     assert (tmp_path / "out" / "a.nii.gz").is_file()
     assert one.segmenter.seen[0][0][1] == 2
     assert list(find_cases(tmp_path / "in" / "a_0000.nii.gz", channels=2)) == ["a"]
@@ -149,6 +191,12 @@ def test_wrong_input_is_one_clear_line(tmp_path, segmenter):
     write_scan(tmp_path / "in" / "a_0000.nii.gz")
     with pytest.raises(UserError, match=r"would become case 'a': a.nii.gz, a_0000.nii.gz"):
         run(tmp_path)
+    (tmp_path / "in" / "a_0002.nii.gz").write_bytes(b"")
+    cases = find_cases(tmp_path / "in", channels=2)
+    assert sorted(cases) == ["a", "a.nii.gz"], "a file without a number is no channel of a case"
+    for case in cases:
+        with pytest.raises(UserError, match=r"its files are .*takes CASE_0000 \(CT\), CASE_0001 \(PT\)"):
+            check_channels(cases[case], ("CT", "PT"))
     with pytest.raises(UserError, match="CASE_0000"):
         find_cases(tmp_path / "in" / "a.nii.gz", channels=2)
 

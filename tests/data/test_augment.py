@@ -214,3 +214,24 @@ def test_thick_slices_are_only_turned_in_their_plane():
         np.testing.assert_allclose(turn[0], (1, 0, 0), atol=1e-12)
         np.testing.assert_allclose(turn[:, 0], (1, 0, 0), atol=1e-12)
         assert abs(turn[1, 2]) > 0
+
+
+@pytest.mark.parametrize("name", sorted(set(Intensity.model_fields) - {"channel_dropout"}))
+def test_a_channel_is_augmented_by_what_it_shows_itself(name):
+    """PET beyond the CT's field of view: what the CT lacks there must change nothing of it, nor be taken away."""
+    image = image_of(count=1, channels=2) - 0.5
+    inside = torch.ones(1, 12, 14, 10, dtype=torch.bool)
+    inside[..., 7:] = False
+    chance = {"low": 0.6, "high": 0.9}
+    both = batch_of(image)
+    view = both.views["crop"][0]
+    view.image_BCDHW[:, 0] *= inside
+    view.valid_BDHW, view.foreground_BDHW = inside, inside
+    alone = batch_of(image)
+    done, expected = (
+        prepare_batch(given, plan_of(), recipes=only(name, **chance)).views["crop"][0].image_BCDHW
+        for given in (both, alone)
+    )
+    torch.testing.assert_close(done[:, 1], expected[:, 1])
+    assert not done[:, 0][~inside].any(), "no data stays 0"
+    assert done[:, 0][inside].std() > 0.05

@@ -141,18 +141,85 @@ def test_card_spacing_resamples_for_the_network_and_back():
     assert not found[:4].any()
 
 
-def test_no_data_is_zero_for_the_network():
-    # zero lies above the threshold of this segmenter, so hidden voxels are class 1 if, and only if, they are
-    # zero
+@pytest.mark.parametrize("whole_volume", [0.0, 2.0])
+def test_no_data_is_zero_for_the_network_and_background_for_the_reader(whole_volume):
+    # zero lies above the threshold of this segmenter: it says class 1 of what it does not see
     volume = bright_cube((16, 16, 16), BOX)
     valid = np.ones(volume.shape, bool)
     valid[:, :, 12:] = False
     archive = MemoryArchive()
     archive.add_scan("s", volume, subject="p", valid=valid)
     archive.add_case("c", ["s"], (volume > 0).astype(np.uint8))
-    found = predictor(above=-0.5).predict_case(archive, "c")
-    assert found[:, :, 12:].all()
+    one = predictor(above=-0.5, whole_volume=whole_volume)
+    given = one.network_input(archive, "c")
+    assert not given.image_CDHW[:, ~valid].any()
+    assert np.array_equal(given.seen_DHW, valid)
+    found = one.predict_case(archive, "c")
+    assert not found[:, :, 12:].any()
     assert np.array_equal(found[:, :, :12], volume[:, :, :12] > 0)
+    (probabilities,) = (p for _, p in one.case_probabilities(archive, ["c"]))
+    assert np.array_equal(probabilities[0, ~valid], np.ones((~valid).sum(), np.float32))
+
+
+def test_what_one_channel_sees_is_no_background():
+    volume = bright_cube((16, 16, 16), BOX)
+    valid = np.ones(volume.shape, bool)
+    valid[:, :, 12:] = False
+    archive = MemoryArchive()
+    archive.add_scan("a", volume, subject="p", valid=valid)
+    archive.add_scan("b", volume, subject="p")
+    archive.add_case("c", ["a", "b"], (volume > 0).astype(np.uint8))
+    one = predictor(above=-0.5, channels_in=2, modalities=("CT", "CT"))
+    assert one.network_input(archive, "c").seen_DHW is None
+    assert one.predict_case(archive, "c")[:, :, 12:].all(), (
+        "of the second channel, which this network leaves out"
+    )
+
+
+def test_a_case_that_needs_windows_is_alone_and_order_is_kept():
+    archive, shapes = (
+        MemoryArchive(),
+        {"a": (12, 12, 12), "b": (40, 37, 45), "c": (12, 12, 12), "d": (12, 12, 12)},
+    )
+    for case, shape in shapes.items():
+        archive.add_scan(f"s{case}", bright_cube(shape, BOX), subject=case)
+        archive.add_case(case, [f"s{case}"], np.zeros(shape, np.uint8))
+    one = predictor(window_batch=4)
+    assert [names for names, _ in one._groups(archive, list(shapes), None)] == [["a"], ["b"], ["c", "d"]]
+    assert [case for case, _ in one.predict_cases(archive, list(shapes))] == list(shapes)
+
+
+def test_files_of_a_segmenter_of_several_modalities_say_theirs(tmp_path):
+    volume = bright_cube((14, 13, 12), BOX)
+    write_nifti(tmp_path / "scan.nii.gz", volume, original_grid(volume.shape, affine((1.0, 1.0, 1.0))))
+    one = predictor(other_modalities=("MR",))
+    with pytest.raises(UserError, match=r"trained on scans of CT and MR: state .*--modality CT"):
+        one.predict_nifti([tmp_path / "scan.nii.gz"])
+    with pytest.raises(UserError, match="no modality 'XX'; its card names CT, MR"):
+        one.predict_nifti([tmp_path / "scan.nii.gz"], modality="XX")
+    as_ct, as_mr = (
+        one.predict_nifti([tmp_path / "scan.nii.gz"], modality=name).prediction.label_DHW
+        for name in ("CT", "MR")
+    )
+    assert np.array_equal(as_ct, volume > 0)
+    assert not np.array_equal(as_ct, as_mr), "a z-score is no window of HU"
+
+
+def test_a_channel_from_another_place_is_refused(tmp_path, caplog):
+    volume = bright_cube((14, 13, 12), BOX)
+    here, there = affine((1.0, 1.0, 1.0)), affine((1.0, 1.0, 1.0), origin=(900.0, 0.0, 0.0))
+    for name, grid, array in (
+        ("a", here, volume),
+        ("b", there, volume),
+        ("c", here, np.zeros_like(volume) + 7),
+    ):
+        write_nifti(tmp_path / f"{name}.nii.gz", array, original_grid(volume.shape, grid))
+    one = predictor(channels_in=2, modalities=("CT", "CT"))
+    with pytest.raises(UserError, match=r"b\.nii\.gz has no data on the grid of a\.nii\.gz"):
+        one.predict_nifti([tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"])
+    with caplog.at_level(logging.WARNING):
+        one.predict_nifti([tmp_path / "a.nii.gz", tmp_path / "c.nii.gz"])
+    assert "c.nii.gz holds one constant value" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["constant", "no data"])

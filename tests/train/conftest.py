@@ -117,14 +117,17 @@ def run_tiny(
     batches=None,
     dropout=0.1,
     best=None,
+    built=None,
     **plan,
 ):
-    """``fit`` on the tiny objective in a folder; returns (objective, result, recorder)."""
+    """``fit`` on the tiny objective in a folder; returns (objective, result); ``built`` sees the objective before."""
     plan = TrainPlan(steps=steps, **{"log_every": 3, "save_every": 5, **plan})
     torch.manual_seed(plan.seed)
     config = parse(TrainConfig, {"steps": steps, "accelerator": "cpu", **(train or {})})
     machine = runtimes.start(config)
     objective = TinyObjective(TinyObjective.Config(dropout=dropout))
+    if built is not None:
+        built(objective)
     optimizer = build_optimizer(objective, parse(OptimConfig, optim or {"lr": 0.01}), total_steps=steps)
     folder.mkdir(exist_ok=True)
     with Recorder(folder, writes=machine.is_main) as recorder:

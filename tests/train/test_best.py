@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from medseg_ssl.config import ConfigError, parse
+from medseg_ssl.nets.teacher import Teacher
 from medseg_ssl.train.best import Best
 from medseg_ssl.train.health import alarms
 from medseg_ssl.train.runtime import Runtime
@@ -38,6 +39,22 @@ def test_the_best_weights_are_kept_and_patience_ends():
     again.settle(objective)
     assert objective.head.bias.item() == 4.0
     assert again.finished
+
+
+def test_a_teacher_which_moves_without_gradients_is_kept_too():
+    """Of jepa it is what ships; the last teacher under the best step's name would be another network."""
+    objective = TinyObjective()
+    objective.teacher = Teacher(objective.encoder)
+    best = Best(KeepBest(score="a/b"))
+    names = [name for name, _ in objective.teacher.named_parameters()]
+    for step, value in ((2, 0.5), (4, 0.4)):
+        with torch.no_grad():
+            for parameter in objective.teacher.parameters():
+                parameter.fill_(float(step))
+        best.see(step, {"eval/a/b": value}, objective)
+    assert names
+    best.settle(objective)
+    assert all((parameter == 2.0).all() for parameter in objective.teacher.parameters())
 
 
 def test_smaller_may_be_better_and_a_wrong_name_lists_the_scores():

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from medseg_ssl.config import UserError, parse
 from medseg_ssl.train import interrupt
 from medseg_ssl.train import runtime as runtimes
 from medseg_ssl.train.checkpoint import Checkpoint
+from medseg_ssl.train.health import FiniteGuard
 from medseg_ssl.train.interrupt import Interrupted, StopRequest
 from medseg_ssl.train.settings import TrainConfig
 from tests.train.conftest import TinyObjective, run_tiny, same, tiny_batches, weights
@@ -63,7 +65,13 @@ def test_resume_is_exact(tmp_path, ema, optim):
     assert Checkpoint(tmp_path / "broken" / "last.ckpt").load()["step"] == 5
     continued, _ = run_tiny(tmp_path / "broken", ema=ema, optim=optim)
     assert same(weights(whole), weights(continued))
-    assert [r["step"] for r in lines(tmp_path / "broken")] == [3, 6, 9, 12]
+    unlike = {"time_s", "system/samples_per_s", "system/data_share", "system/memory_gib"}
+    told, expected = (
+        [{k: v for k, v in row.items() if k not in unlike} for row in lines(tmp_path / run)]
+        for run in ("broken", "whole")
+    )
+    assert [row["step"] for row in told] == [3, 6, 9, 12]
+    assert told == expected, "a line of the log that the interruption falls into holds all of its steps"
 
 
 def test_resume_is_exact_with_accumulation(tmp_path):
@@ -203,15 +211,42 @@ def test_an_interrupted_action_is_run_again(tmp_path):
 
 
 def test_actions_see_averaged_weights_in_eval_mode(tmp_path):
-    seen = []
-    objective = None
+    seen, held, looked = [], [], []
 
     def look(step):
-        seen.append((step, torch.is_grad_enabled()))
+        (objective,) = held
+        seen.append((step, torch.is_grad_enabled(), objective.training))
+        looked.append(objective.head.weight.detach().clone())
 
-    run_tiny(tmp_path, actions=[(5, look), (100, look)])
-    assert seen == [(5, False), (10, False), (12, False), (12, False)]
-    assert objective is None
+    objective, _ = run_tiny(tmp_path, actions=[(5, look), (100, look)], ema=0.9, built=held.append)
+    assert seen == [(step, False, False) for step in (5, 10, 12, 12)]
+    live = Checkpoint(tmp_path / "last.ckpt").load()["objective"]["head.weight"]
+    assert torch.equal(looked[-1], objective.head.weight), "the average, which ships"
+    assert not torch.equal(looked[-1], live)
+
+
+def test_nothing_looks_at_broken_weights(tmp_path):
+    """On a GPU the check of a step comes a step later; before an evaluation it comes at once."""
+    looked = []
+
+    def broken(number, batch):
+        if number == 4:
+            batch.views["crop"][0].image_BCDHW.fill_(torch.nan)
+        return batch
+
+    def later(self, device):
+        guard_init(self, device)
+        self._later = True
+
+    guard_init = FiniteGuard.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FiniteGuard, "__init__", later)
+        patch.setattr(
+            torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+        )
+        with pytest.raises(UserError, match=r"the loss is nan at step 5; scans in this batch: scan32"):
+            run_tiny(tmp_path, actions=[(5, looked.append)], change=broken)
+    assert not looked
 
 
 def test_batches_that_end_early_are_told(tmp_path):

@@ -175,3 +175,34 @@ def test_rates_by_layer_need_layers():
 def test_what_decay_would_harm_is_left_alone():
     groups = param_groups(TinyObjective(), OptimConfig(), undecayed=("encoder.first.weight",))
     assert [g["weight_decay"] for g in groups if g["role"] == "encoder"] == [0.0]
+
+
+def test_tokens_and_positions_are_not_decayed_and_layers_are():
+    class WithTokens(TinyObjective):
+        def __init__(self, config):
+            super().__init__(config)
+            self.unknown = torch.nn.Parameter(torch.zeros(1, 1, 8))
+            self.places = torch.nn.Parameter(torch.zeros(1, 27, 8))
+            self.relative_position_bias_table = torch.nn.Parameter(torch.zeros(27, 2))
+            self.sites = torch.nn.Parameter(torch.zeros(27, 2))
+
+    objective = WithTokens(TinyObjective.Config())
+    groups = param_groups(objective, parse(OptimConfig, {"weight_decay": 0.1}))
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name in ("unknown", "places", "relative_position_bias_table"):
+        assert id(getattr(objective, name)) not in decayed, name
+    assert id(objective.sites) in decayed
+    assert id(objective.head.weight) in decayed, (
+        "of one output: its first side is 1 and it is a layer all the same"
+    )
+    assert id(objective.head.bias) not in decayed
+
+
+def test_betas_and_momentum_reach_optimizers_of_timm_or_are_refused():
+    def built(name):
+        config = parse(OptimConfig, {"name": name, "betas": [0.8, 0.98]})
+        return build_optimizer(TinyObjective(TinyObjective.Config()), config, total_steps=4)
+
+    assert built("lamb").optimizer.param_groups[0]["betas"] == (0.8, 0.98)
+    with pytest.raises(ConfigError, match=r"optimizer 'madgrad' does not take optim\.betas"):
+        built("madgrad")
