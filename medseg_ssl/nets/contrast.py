@@ -16,6 +16,13 @@ def gather(embedding_BE: Tensor) -> Tensor:
     return torch.cat(dist.gather(embedding_BE), dim=0)
 
 
+def process_number() -> int:
+    """Which of the processes this is; 0 in a single one."""
+    from lightly.utils import dist
+
+    return dist.rank()
+
+
 def nt_xent(a_BE: Tensor, b_BE: Tensor, *, temperature: float) -> Tensor:
     """NT-Xent (SimCLR, arXiv 2002.05709) of this process' samples among those of all, in float32.
 
@@ -26,13 +33,11 @@ def nt_xent(a_BE: Tensor, b_BE: Tensor, *, temperature: float) -> Tensor:
         b_BE: embeddings of the second views.
         temperature: what similarities are divided by.
     """
-    from lightly.utils import dist
-
     # under autocast the products would be cast back to bfloat16
     with torch.autocast(a_BE.device.type, enabled=False):
         a, b = (functional.normalize(x.float(), dim=-1) for x in (a_BE, b_BE))
         every_XE = torch.cat([gather(a), gather(b)])
-        own_B = torch.arange(len(a), device=a.device) + dist.rank() * len(a)
+        own_B = torch.arange(len(a), device=a.device) + process_number() * len(a)
         partner_B = own_B + len(every_XE) // 2
         logits = torch.cat([a, b]) @ every_XE.T / temperature
         numbers_X = torch.arange(len(every_XE), device=a.device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medseg_ssl import draws
+from medseg_ssl.nets.contrast import gather, process_number
 from medseg_ssl.nets.decoders.base import Decoder
 from medseg_ssl.nets.heads import VoxelHead
 from medseg_ssl.types import Batch, Triple, View
@@ -116,10 +117,10 @@ def dense_info_nce(
 ) -> tuple[Tensor, Tensor]:
     """Symmetric voxel InfoNCE (DenseCL, arXiv 2011.09157; PixPro, arXiv 2011.10043), in float32.
 
-    Positives are the same point in both views; negatives are all other points of the batch, except points of the same
-    sample nearer than ``radius_mm`` (a number, or one per sample): they show nearly the same tissue, and registration
-    is never exact. Points of other samples with the same number in ``subject_B`` are no negatives either: they may show
-    the same place.
+    Positives are the same point in both views; negatives are all other points of all processes, except points of the
+    same sample nearer than ``radius_mm`` (a number, or one per sample): they show nearly the same tissue, and
+    registration is never exact. Points of other samples with the same number in ``subject_B`` are no negatives either:
+    they may show the same place.
 
     Returns:
         The loss and the share of points whose nearest neighbour among all candidates is their partner; both are 0 when
@@ -129,30 +130,34 @@ def dense_info_nce(
     a = functional.normalize(a_BNE.float(), dim=-1).reshape(batch * count, -1)
     b = functional.normalize(b_BNE.float(), dim=-1).reshape(batch * count, -1)
     usable = points.usable_BN.reshape(-1)
+    # candidates X are the points of all processes, those of this one from `first` on
+    every_a, every_b, seen_X = gather(a), gather(b), gather(usable.to(torch.uint8)).bool()
+    first, points_in_all = batch * count * process_number(), len(every_a)
+    wanted = torch.arange(batch * count, device=a.device) + first
     radius_B = torch.as_tensor(radius_mm, dtype=torch.float32).to(a.device, non_blocking=True).expand(batch)
     # without a matrix product, which a GPU may round to TF32: three digits are too few for a radius of some mm
     apart_BNN = torch.cdist(points.mm_BN3, points.mm_BN3, compute_mode="donot_use_mm_for_euclid_dist")
-    near_BNN = apart_BNN < radius_B[:, None, None]
-    ignored = torch.block_diag(*near_BNN) | ~usable[None, :]
+    near = torch.block_diag(*(apart_BNN < radius_B[:, None, None]))
+    ignored = functional.pad(near, (first, points_in_all - first - len(near))) | ~seen_X
     if subject_B is not None:
-        again_BB = (subject_B[:, None] == subject_B[None, :]) & ~torch.eye(
-            batch, dtype=torch.bool, device=a.device
-        )
-        ignored = ignored | again_BB.repeat_interleave(count, 0).repeat_interleave(count, 1)
-    diagonal = torch.eye(batch * count, dtype=torch.bool, device=a.device)
-    ignored = ignored & ~diagonal
+        every_subject = gather(subject_B)
+        own_B = torch.arange(batch, device=a.device) + batch * process_number()
+        again_BX = subject_B[:, None] == every_subject
+        again_BX = again_BX & (own_B[:, None] != torch.arange(len(every_subject), device=a.device))
+        ignored = ignored | again_BX.repeat_interleave(count, 0).repeat_interleave(count, 1)
+    ignored = ignored & (wanted[:, None] != torch.arange(points_in_all, device=a.device))
     # under autocast the products would be cast back to bfloat16
     with torch.autocast(a.device.type, enabled=False):
-        logits = (a @ b.T / temperature).masked_fill(ignored, float("-inf"))
-        logits_t = (b @ a.T / temperature).masked_fill(ignored, float("-inf"))
-    wanted = torch.arange(batch * count, device=a.device)
+        logits = (a @ every_b.T / temperature).masked_fill(ignored, float("-inf"))
+        logits_t = (b @ every_a.T / temperature).masked_fill(ignored, float("-inf"))
     both = functional.cross_entropy(logits, wanted, reduction="none") + functional.cross_entropy(
         logits_t, wanted, reduction="none"
     )
     weight = usable.float()
-    total = weight.sum().clamp(min=1.0)
-    loss = 0.5 * (both * weight).sum() / total
-    hits = ((logits.argmax(dim=1) == wanted) * weight).sum() / total
+    # the mean over the points of all processes, whose gradients are averaged
+    processes = points_in_all // len(a)
+    loss = processes * (0.5 * (both * weight).sum() / seen_X.float().sum().clamp(min=1.0))
+    hits = ((logits.argmax(dim=1) == wanted) * weight).sum() / weight.sum().clamp(min=1.0)
     return loss, hits.detach()
 
 
