@@ -144,7 +144,7 @@ def _seen(view: View, sample: int, channel: int) -> Tensor:
     # where a channel has data; of several, each may have some where another has none
     if view.image_BCDHW.shape[1] == 1:
         return view.valid_BDHW[sample]
-    return view.image_BCDHW[sample, channel] != 0
+    return view.valid_BDHW[sample] | (view.image_BCDHW[sample, channel] != 0)
 
 
 class _Source:
