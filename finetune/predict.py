@@ -112,7 +112,9 @@ def find_cases(path: Path, *, channels: int) -> dict[str, list[Path]]:
     if not path.exists():
         raise UserError(f"no file or folder {path}")
     folder = path if path.is_dir() else path.parent
-    beside = sorted(f for f in folder.iterdir() if is_nifti_name(f) and not f.name.startswith("."))
+    beside = sorted(
+        f for f in folder.iterdir() if f.is_file() and is_nifti_name(f) and not f.name.startswith(".")
+    )
     files = beside if path.is_dir() else [path]
     if not files or not is_nifti_name(files[0]):
         raise UserError(f"{path} is no NIfTI file (.nii, .nii.gz), nor a folder that holds one")

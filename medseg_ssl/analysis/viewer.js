@@ -75,6 +75,7 @@ class Viewer {
     this.last = "axial";
     this.hidden = new Set();
     this.asked = 0;
+    this.opened = 0;
     this.scanned = 0;
     this.listen();
     this.ready = this.open(0);
@@ -88,11 +89,12 @@ class Viewer {
   }
 
   async open(index) {
-    const c = this.controls, asked = ++this.scanned, data = this.cases[index];
+    const c = this.controls, asked = ++this.opened, data = this.cases[index];
+    this.scanned++; // of the case before
     c.case.value = String(index);
     this.image = null;
     const truth = await this.get(data.truth);
-    if (asked !== this.scanned) return;
+    if (asked !== this.opened) return;
     this.data = data;
     this.truth = truth;
     this.at = this.fullest(truth);

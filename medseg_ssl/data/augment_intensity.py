@@ -141,7 +141,8 @@ def augmented(
 
 
 def _seen(view: View, sample: int, channel: int) -> Tensor:
-    # where a channel has data; of several, each may have some where another has none
+    # where a channel has data; of several, each may have some where another has none, which only its zeros tell: a
+    # voxel there whose value is exactly 0 counts as no data
     if view.image_BCDHW.shape[1] == 1:
         return view.valid_BDHW[sample]
     return view.valid_BDHW[sample] | (view.image_BCDHW[sample, channel] != 0)

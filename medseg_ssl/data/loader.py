@@ -292,7 +292,6 @@ def _context() -> Any:
 
 
 def _start_worker(number: int) -> None:
-    # Ctrl-C and SIGTERM to the group are the main process's to answer; workers end with it
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # Ctrl-C is the main process's to answer; SIGTERM must end a worker, which may be stuck when the run is over
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

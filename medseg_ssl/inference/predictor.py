@@ -472,6 +472,7 @@ class Predictor:
         if self.device.type != "cuda":
             return STITCH_ON_DEVICE_BYTES
         free, _ = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return min(STITCH_ON_DEVICE_BYTES, free // 2)
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ def gather(embedding_BE: Tensor) -> Tensor:
 
     if dist.world_size() == 1:
         return embedding_BE
-    return torch.cat(dist.gather(embedding_BE), dim=0)
+    return torch.cat(dist.gather(embedding_BE.contiguous()), dim=0)  # NCCL takes no views
 
 
 def process_number() -> int:

@@ -63,8 +63,10 @@ class FeatureRank:
             self._rows -= self._blocks.popleft().shape[0]
 
     def state_dict(self) -> dict[str, list[Tensor]]:
-        """The rows that are kept, for the checkpoint."""
-        return {"blocks": list(self._blocks)}
+        """The rows that this process keeps, for the checkpoint."""
+        return {
+            "blocks": [block.clone() for block in self._blocks]
+        }  # of a view the whole storage would be saved
 
     def load_state_dict(self, state: Mapping[str, list[Tensor]], *, device: torch.device) -> None:
         """Put saved rows back; an empty state leaves all as it is."""
@@ -162,7 +164,10 @@ class Means:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Sums and counts since the last call of ``take``, for the checkpoint."""
+        """Sums and counts of this process since the last call of ``take``, for the checkpoint.
+
+        The main process' are saved: with several, the line into which an interruption falls is that one's alone.
+        """
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from medseg_ssl.config import UserError
 from medseg_ssl.objectives.base import Objective
 from medseg_ssl.train.averaging import Average
 from medseg_ssl.train.health import COLLAPSED_RANK, FeatureRank, FiniteGuard, Means
@@ -218,7 +219,13 @@ def _resume(
     if state is None:
         return 0, False
     objective.load_state_dict(state["objective"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:
+        raise UserError(
+            f"the checkpoint's optimizer groups its parameters otherwise ({error}): another version began this run, and"
+            " only that one can end it; name a new folder"
+        ) from error
     average.load_state_dict(state["average"])
     if best is not None:
         best.load_state_dict(state["best"])

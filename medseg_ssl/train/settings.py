@@ -22,8 +22,8 @@ class OptimConfig(Record):
         name: ``adamw`` and ``sgd`` are torch's own; other names are timm's (``lion``, ``lamb``, ``muon``, …).
         lr: peak learning rate, but for the two scales below.
         weight_decay: never applied to norms, biases, learned tokens, positions and other vectors.
-        betas: of Adam-like optimizers.
-        momentum: of SGD (Nesterov, as in nnU-Net).
+        betas: of Adam-like optimizers; one of timm's keeps its own unless others than these are stated.
+        momentum: of SGD (Nesterov, as in nnU-Net), likewise.
         schedule: what follows the warm-up.
         warmup: length of the linear warm-up.
         final: factor on the learning rate reached at the end by ``cosine`` and ``linear``.

@@ -53,12 +53,14 @@ def test_files_behind_links_are_found_once_and_broken_links_told(tmp_path):
     touch(elsewhere, "CT.nii.gz", "MR.nii.gz")
     (root / "p2").symlink_to(elsewhere)
     (root / "p1" / "round").symlink_to(root)
+    (root / "again").symlink_to(root / "p1")
+    (root / "a").symlink_to(root / "a")
     (root / "p3").mkdir()
     (root / "p3" / "CT.nii.gz").symlink_to(tmp_path / "gone")
     (root / "p3" / "MR.nii.gz").symlink_to(elsewhere / "MR.nii.gz")
     cls, config = Block(**FOLDER).resolve(SHELF, Source, prefix="source")
     found = [path.relative_to(root).as_posix() for path in cls(config).files(root)]
-    assert found == ["p1/CT.nii.gz", "p2/CT.nii.gz", "p2/MR.nii.gz", "p3/CT.nii.gz", "p3/MR.nii.gz"]
+    assert found == ["a", "p1/CT.nii.gz", "p2/CT.nii.gz", "p2/MR.nii.gz", "p3/CT.nii.gz", "p3/MR.nii.gz"]
 
 
 @pytest.mark.parametrize("name", shelf(SHELF))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from medseg_ssl.config import Record, UserError
+
+logger = logging.getLogger(__name__)
 
 
 class SourceConfig(Record):
@@ -137,26 +141,36 @@ class Source(ABC):
         """Every file under a root, in a stable order: also behind links, and broken links, so that they are told.
 
         Raises:
-            UserError: there is no such folder, or one below it cannot be read.
+            UserError: there is no such folder, or it cannot be read; one below it is left out with a warning.
         """
         if not Path(root).is_dir():
             raise UserError(f"no folder {root}")
-        return iter(sorted(_below(Path(root), ())))
+        return iter(sorted(_below(Path(root))))
 
 
-def _below(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Files below a folder; a link to one of the folders it lies in is not followed in a circle."""
-    try:
-        state = folder.stat()
-        with os.scandir(folder) as found:
-            entries = list(found)
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror or error}") from error
-    if (state.st_dev, state.st_ino) in above:
-        return
-    above = (*above, (state.st_dev, state.st_ino))
-    for entry in entries:
-        if entry.is_dir():
-            yield from _below(folder / entry.name, above)
-        elif entry.is_file() or entry.is_symlink():
-            yield folder / entry.name
+def _below(root: Path) -> Iterator[Path]:
+    """Files below a folder, each folder once: those that lie there first, then what links lead to besides."""
+    entered: set[tuple[int, int]] = set()
+    links = deque([root])
+    while links:
+        folders = [links.popleft()]
+        while folders:
+            folder = folders.pop()
+            try:
+                state = folder.stat()
+                if (state.st_dev, state.st_ino) in entered:
+                    continue
+                with os.scandir(folder) as found:
+                    entries = list(found)
+            except OSError as error:
+                if folder == root:
+                    raise UserError(f"cannot read the folder {root}: {error.strerror or error}") from error
+                logger.warning("cannot read the folder %s, left out: %s", folder, error.strerror or error)
+                continue
+            entered.add((state.st_dev, state.st_ino))
+            for entry in entries:
+                path = folder / entry.name
+                if path.is_dir():
+                    (links if entry.is_symlink() else folders).append(path)
+                elif path.is_file() or entry.is_symlink():
+                    yield path
