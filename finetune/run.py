@@ -170,15 +170,10 @@ def run_finetune(
     before = {name: known.model_dump(mode="json") for name, known in cards.items()}
 
     def card(steps: int = steps) -> Card:
-        made = make_card(config, opened, views, used, silent=unstated, steps=steps)
-        # scans of the segmenter's first archive stay readable
-        known = {} if grown is None else grown.loaded.card.intensity
-        if grown is not None and made.channels_in == 1:
-            earlier = grown.loaded.card
-            others = {*earlier.modalities, *earlier.other_modalities, *made.other_modalities}
-            made = made.model_copy(update={"other_modalities": tuple(sorted(others - {*made.modalities}))})
+        earlier = None if grown is None else grown.loaded.card
+        made = make_card(config, opened, views, used, silent=unstated, steps=steps, earlier=earlier)
         seen = {"checked_against": (*inherited(before.values()), *checked)}
-        return made.model_copy(update={"classes": classes, "intensity": {**known, **made.intensity}, **seen})
+        return made.model_copy(update={"classes": classes, **seen})
 
     inputs = {
         "archive": opened.fingerprint[:16],

@@ -31,8 +31,9 @@ def make_card(
     *,
     silent: tuple[str, ...],
     steps: int,
+    earlier: Card | None = None,
 ) -> Card:
-    """The card of the segmenter that this run ships."""
+    """The card of the segmenter that this run ships; scans that an ``earlier`` one knew stay readable."""
     from medseg_ssl.nets.encoder_file import Card
 
     assert config.encoder is not None
@@ -40,6 +41,10 @@ def make_card(
     scans = [archive.scans[key] for key in archive.cases[cases[0]].scans]
     # of chosen modalities it knows no others: what it is not made for is not scored with it
     known = config.data.modalities or tuple(archive.intensity)
+    others: set[str] = set()
+    if len(scans) == 1:
+        others = {archive.scans[archive.cases[case].scans[0]].modality for case in cases}
+        others |= set() if earlier is None else {*earlier.modalities, *earlier.other_modalities}
     return Card(
         kind="segmenter",
         encoder=config.encoder.model_dump(mode="json"),
@@ -50,13 +55,14 @@ def make_card(
         spacing_mm=first.spacing_mm or common_spacing(archive),
         crop_size=first.size,
         mirror_axes=first.mirror_axes,
-        intensity={
+        intensity=({} if earlier is None else earlier.intensity)
+        | {
             name: policy.model_dump(mode="json")
             for name, policy in archive.intensity.items()
             if name in known
         },
         modalities=tuple(row.modality for row in scans),
-        other_modalities=_others(archive, cases) if len(scans) == 1 else (),
+        other_modalities=tuple(sorted(others - {scans[0].modality})),
         archive_fingerprint=archive.fingerprint,
         code_version=__version__,
         objective=config.objective.name,
@@ -72,11 +78,6 @@ def common_spacing(archive: Archive) -> TripleMm | None:
     if archive.recipe.spacing_mm is not None or not labeled:
         return archive.recipe.spacing_mm
     return labeled[0] if all(close_spacing(one, labeled[0]) for one in labeled) else None
-
-
-def _others(archive: Archive, cases: Sequence[str]) -> tuple[str, ...]:
-    found = [archive.scans[archive.cases[case].scans[0]].modality for case in cases]
-    return tuple(sorted(set(found) - {found[0]}))
 
 
 def predictor(objective: Objective, *, card: Any, machine: Any) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from medseg_ssl.analysis.metrics import case_means, subject_means
+from medseg_ssl.analysis.metrics import case_means, is_score, subject_means
 from medseg_ssl.analysis.statistics import holm, paired_interval
 
 OVER_CLASSES = "mean over classes"
@@ -40,7 +39,7 @@ def paired_change(
     """
     chosen = [[row for row in rows if name in (OVER_CLASSES, row["class"])] for rows in (before, after)]
     was, now = (case_means(rows, metric) for rows in chosen)
-    scored = [{(row["case"], row["class"]) for row in rows if _is_number(row[metric])} for rows in chosen]
+    scored = [{(row["case"], row["class"]) for row in rows if is_score(row[metric])} for rows in chosen]
     both = [case for case in was if case in now]
     if not both:
         return None
@@ -60,10 +59,6 @@ def paired_change(
         "ci_high": found.high,
         "p": found.p,
     }
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def change_table(

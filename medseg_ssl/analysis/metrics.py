@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeGuard
 
 import numpy as np
 
@@ -167,12 +168,17 @@ def _distances_mm(points: np.ndarray, others: np.ndarray, spacing: np.ndarray) -
     return tree.query(points * spacing)[0]
 
 
+def is_score(value: object) -> TypeGuard[float]:
+    """Whether a cell holds a number: an empty metric is None or NaN."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def case_means(rows: Iterable[Mapping[str, object]], metric: str) -> dict[str, float]:
     """Mean over classes within each case (empty metrics left out); cases without any value are left out."""
     values: dict[str, list[float]] = {}
     for row in rows:
         value = row[metric]
-        if isinstance(value, int | float) and math.isfinite(value):
+        if is_score(value):
             values.setdefault(str(row["case"]), []).append(float(value))
     return {case: sum(v) / len(v) for case, v in values.items()}
 

@@ -16,6 +16,12 @@ def gather(embedding_BE: Tensor) -> Tensor:
     return torch.cat(dist.gather(embedding_BE.contiguous()), dim=0)  # NCCL takes no views
 
 
+def similarities(a_XE: Tensor, b_YE: Tensor) -> Tensor:
+    """Inner products (X, Y) in float32, also under autocast, which would cast them back to bfloat16."""
+    with torch.autocast(a_XE.device.type, enabled=False):
+        return a_XE.float() @ b_YE.float().T
+
+
 def process_number() -> int:
     """Which of the processes this is; 0 in a single one."""
     from lightly.utils import dist
@@ -33,18 +39,14 @@ def nt_xent(a_BE: Tensor, b_BE: Tensor, *, temperature: float) -> Tensor:
         b_BE: embeddings of the second views.
         temperature: what similarities are divided by.
     """
-    # under autocast the products would be cast back to bfloat16
-    with torch.autocast(a_BE.device.type, enabled=False):
-        a, b = (functional.normalize(x.float(), dim=-1) for x in (a_BE, b_BE))
-        every_XE = torch.cat([gather(a), gather(b)])
-        own_B = torch.arange(len(a), device=a.device) + process_number() * len(a)
-        partner_B = own_B + len(every_XE) // 2
-        logits = torch.cat([a, b]) @ every_XE.T / temperature
-        numbers_X = torch.arange(len(every_XE), device=a.device)
-        itself = torch.cat([own_B, partner_B])[:, None] == numbers_X
-        return functional.cross_entropy(
-            logits.masked_fill(itself, float("-inf")), torch.cat([partner_B, own_B])
-        )
+    a, b = (functional.normalize(x.float(), dim=-1) for x in (a_BE, b_BE))
+    every_XE = torch.cat([gather(a), gather(b)])
+    own_B = torch.arange(len(a), device=a.device) + process_number() * len(a)
+    partner_B = own_B + len(every_XE) // 2
+    logits = similarities(torch.cat([a, b]), every_XE) / temperature
+    numbers_X = torch.arange(len(every_XE), device=a.device)
+    itself = torch.cat([own_B, partner_B])[:, None] == numbers_X
+    return functional.cross_entropy(logits.masked_fill(itself, float("-inf")), torch.cat([partner_B, own_B]))
 
 
 def pair_info_nce(a_BE: Tensor, b_BE: Tensor, subject_B: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,8 +66,7 @@ def pair_info_nce(a_BE: Tensor, b_BE: Tensor, subject_B: Tensor, *, scale: Tenso
     a, b, subject = gather(a), gather(b), gather(subject_B)
     own = torch.eye(len(a), dtype=torch.bool, device=a.device)
     ignored = (subject[:, None] == subject[None, :]) & ~own
-    with torch.autocast(a.device.type, enabled=False):  # which would cast the product back to bfloat16
-        similarity = scale.float() * (a @ b.T)
+    similarity = scale.float() * similarities(a, b)
     logits = similarity.masked_fill(ignored, float("-inf"))
     logits_t = similarity.T.masked_fill(ignored, float("-inf"))
     wanted = torch.arange(len(a), device=a.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medseg_ssl import draws
-from medseg_ssl.nets.contrast import gather, process_number
+from medseg_ssl.nets.contrast import gather, process_number, similarities
 from medseg_ssl.nets.decoders.base import Decoder
 from medseg_ssl.nets.heads import VoxelHead
 from medseg_ssl.types import Batch, Triple, View
@@ -146,10 +146,8 @@ def dense_info_nce(
         again_BX = again_BX & (own_B[:, None] != torch.arange(len(every_subject), device=a.device))
         ignored = ignored | again_BX.repeat_interleave(count, 0).repeat_interleave(count, 1)
     ignored = ignored & (wanted[:, None] != torch.arange(points_in_all, device=a.device))
-    # under autocast the products would be cast back to bfloat16
-    with torch.autocast(a.device.type, enabled=False):
-        logits = (a @ every_b.T / temperature).masked_fill(ignored, float("-inf"))
-        logits_t = (b @ every_a.T / temperature).masked_fill(ignored, float("-inf"))
+    logits = (similarities(a, every_b) / temperature).masked_fill(ignored, float("-inf"))
+    logits_t = (similarities(b, every_a) / temperature).masked_fill(ignored, float("-inf"))
     both = functional.cross_entropy(logits, wanted, reduction="none") + functional.cross_entropy(
         logits_t, wanted, reduction="none"
     )
@@ -206,6 +204,7 @@ class DenseContrast(nn.Module):
         points = common_points(a, b, batch, count=self.points, purpose=purpose)
         if used_B is not None:
             points = points._replace(usable_BN=points.usable_BN & used_B[:, None])
+        subject_B = subject_numbers(batch).to(points.usable_BN.device, non_blocking=True)
         losses, hits = [], []
         for head, stride, level in zip(self.heads, self.strides, features, strict=False):
             map_a, map_b = level.chunk(2)
@@ -220,7 +219,7 @@ class DenseContrast(nn.Module):
                 points,
                 temperature=self.temperature,
                 radius_mm=radius_B,
-                subject_B=subject_numbers(batch).to(points.usable_BN.device, non_blocking=True),
+                subject_B=subject_B,
             )
             losses.append(loss)
             hits.append(hit)

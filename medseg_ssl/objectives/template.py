@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from medseg_ssl import draws
 from medseg_ssl.config import Block, UserError
+from medseg_ssl.nets.contrast import similarities
 from medseg_ssl.nets.correspondence import read_features, transform, usable_first
 from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
@@ -109,8 +110,7 @@ class TemplatePlaces(Objective):
                 place_N3, places.on(place_N3.device), compute_mode="donot_use_mm_for_euclid_dist"
             )
             target_NP = torch.softmax(-0.5 * (apart_NP / self.config.blur_voxels) ** 2, dim=1)
-            with torch.autocast(sites_PE.device.type, enabled=False):  # its product would be bfloat16 again
-                scores_NP = embedded_BNE[i] @ sites_PE.T / self.config.temperature
+            scores_NP = similarities(embedded_BNE[i], sites_PE) / self.config.temperature
             losses.append((-(target_NP * scores_NP.log_softmax(dim=1)).sum(dim=1) * weight_N).sum())
             nearest_N = apart_NP.gather(1, scores_NP.detach().argmax(dim=1, keepdim=True))[:, 0]
             errors.append((nearest_N * places.spacing_mm * weight_N).sum())

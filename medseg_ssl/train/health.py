@@ -64,9 +64,8 @@ class FeatureRank:
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """The rows that this process keeps, for the checkpoint."""
-        return {
-            "blocks": [block.clone() for block in self._blocks]
-        }  # of a view the whole storage would be saved
+        # copies: of a view the whole storage would be saved
+        return {"blocks": [block.clone() for block in self._blocks]}
 
     def load_state_dict(self, state: Mapping[str, list[Tensor]], *, device: torch.device) -> None:
         """Put saved rows back; an empty state leaves all as it is."""

@@ -182,9 +182,8 @@ def _from_timm(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim
     asked = {name: value for name, value in asked.items() if value != getattr(defaults, name)}
     facts = get_optimizer_info(config.name)
     taken = {"betas": facts.has_betas, "momentum": facts.has_momentum}
-    if foreign := [
-        f"optim.{name}" for name in asked if not taken[name]
-    ]:  # timm would drop them without a word
+    foreign = [f"optim.{name}" for name in asked if not taken[name]]
+    if foreign:  # timm would drop them without a word
         raise ConfigError(f"optimizer {config.name!r} does not take {' and '.join(foreign)}")
     return create_optimizer_v2(
         groups, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **asked
