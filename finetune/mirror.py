@@ -238,9 +238,18 @@ def send_comparison(
         compared = found.summary.get("comparisons", ())
         if compared:
             recorder.table("differences", DIFFERENCES, [[c[name] for name in DIFFERENCES] for c in compared])
-        saved = [s for about in found.summary.get("inits", {}).values() for s in about.get("savings", ())]
+        of_inits = found.summary.get("inits", {}).values()
+        saved = [s for about in of_inits for s in about.get("savings", ())]
         if saved:
             recorder.table("savings", SAVINGS, [[s[name] for name in SAVINGS] for s in saved])
+        each = [
+            s
+            for about in of_inits
+            for found_ in about.get("savings_by_baseline", {}).values()
+            for s in found_
+        ]
+        if each:
+            recorder.table("savings_by_baseline", SAVINGS, [[s[name] for name in SAVINGS] for s in each])
         lines = found.summary.get("verdicts", ())
         if lines:
             recorder.table("verdicts", ("verdict",), [[line] for line in lines])

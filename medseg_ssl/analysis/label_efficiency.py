@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from medseg_ssl.analysis.metrics import METRICS
-from medseg_ssl.analysis.savings import strictest_savings
+from medseg_ssl.analysis.savings import savings_by_baseline, strictest_savings
 from medseg_ssl.analysis.scores import Row, Table, Tables, budgets_of, common, inits_of, shared, tables
 from medseg_ssl.analysis.statistics import (
     Interval,
@@ -198,7 +198,8 @@ def summarise(
         own = area(dice, init, everywhere) if everywhere else crossed_interval(np.empty((0, 0)))
         per_init[init] = {"area": own.mean, "area_ci": [own.low, own.high], "area_budgets": everywhere}
         if init not in baselines:
-            per_init[init]["savings"] = strictest_savings(dice, init, baselines)
+            each = savings_by_baseline(dice, init, baselines)
+            per_init[init] |= {"savings": strictest_savings(each), "savings_by_baseline": each}
     summary = {
         "task": rows[0]["task"] if rows else "",
         "baselines": baselines,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -110,14 +110,22 @@ def _ends(
     return _crossing(labels_G, low_G, first), _crossing(labels_G, high_G, first)  # narrower than the grid
 
 
-def strictest_savings(dice: Tables, init: str, baselines: Sequence[str]) -> list[dict[str, Any]]:
+def savings_by_baseline(dice: Tables, init: str, baselines: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """``savings`` against each baseline: one with the same steps of fine-tuning, one with those of pretraining too."""
+    return {baseline: savings(dice, init=init, baseline=baseline) for baseline in baselines}
+
+
+def strictest_savings(each: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Savings against the baseline that needs fewest labels at each budget: the strictest reading.
 
     Where two are bounds at the same number of labels, the one that scores more there.
+
+    Args:
+        each: of ``savings_by_baseline``.
     """
     by_budget: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for baseline in baselines:
-        for item in savings(dice, init=init, baseline=baseline):
+    for items in each.values():
+        for item in items:
             by_budget[item["budget"]].append(item)
     return [
         min(items, key=lambda i: (i["savings"], i["censored"], i["gap"]))

@@ -23,8 +23,7 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         scopes = [[c for c in own if c["scope"] == scope] for scope in ("low budgets", "area")]
         pooled = next(filter(None, scopes), own)
         if pooled:
-            saved = _savings(summary["inits"][init].get("savings") or (), summary["low_budgets"])
-            lines.append(_verdict(init, pooled, saved=saved))
+            lines.append(_verdict(init, pooled, saved=_saved(summary["inits"][init], summary["low_budgets"])))
     if not lines and inits:
         lines.append("No scratch baseline has finished fits yet: nothing can be said about savings.")
     return lines
@@ -99,13 +98,42 @@ def few_levels(items: Sequence[Comparison]) -> str:
     )
 
 
+def _saved(about: Mapping[str, Any], low_budgets: Sequence[int]) -> str:
+    """The strictest savings, and where they show none, what a laxer baseline alone would have shown."""
+    strictest = about.get("savings") or ()
+    told = [_savings(strictest, low_budgets)]
+    better = {item["budget"]: item["baseline"] for item in strictest if not _above_one(item)}
+    for baseline, found in about.get("savings_by_baseline", {}).items():
+        shown = [
+            item
+            for item in found
+            if item["budget"] in low_budgets
+            and better.get(item["budget"], baseline) != baseline
+            and _above_one(item)
+        ]
+        if shown:
+            stricter = _and(list(dict.fromkeys(better[item["budget"]] for item in shown)))
+            times = ", ".join(
+                f"{'at least ' if item['censored'] else ''}{item['savings']:.2f} times with"
+                f" {labels_text(item['budget'])} ({_ends(item)})"
+                for item in shown
+            )
+            told.append(f"Against {baseline} alone {times}: no claim, since {stricter} needs fewer.")
+    return " ".join(filter(None, told))
+
+
+def _above_one(item: Mapping[str, Any]) -> bool:
+    """Whether the interval of a saving says that there is one."""
+    return min(item["cases"], item["draws"]) > 1 and item["ci_low"] is not None and item["ci_low"] > 1
+
+
 def _savings(found: Sequence[Mapping[str, Any]], low_budgets: Sequence[int]) -> str:
     """How many labels the init saved at the low budgets, with the interval; open ends in words."""
     told = [item for item in found if item["budget"] in low_budgets] or list(found)
     if not told:
         return ""
     judged = [item for item in told if min(item["cases"], item["draws"]) > 1]
-    sure = [item["budget"] for item in judged if item["ci_low"] is not None and item["ci_low"] > 1]
+    sure = [item["budget"] for item in judged if _above_one(item)]
     parts = [
         f"{'at least ' if item['censored'] else 'at most ' if item['at_most'] else ''}{item['savings']:.2f} times with"
         f" {labels_text(item['budget'])}" + (f" ({_ends(item)})" if sure else "")

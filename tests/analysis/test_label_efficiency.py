@@ -166,6 +166,24 @@ def test_savings_take_the_better_baseline():
     assert first["baseline"] == "scratch"
     assert first["savings"] == pytest.approx(2.0, abs=0.05)
     assert "savings" not in summary["inits"]["scratch"]
+    each = summary["inits"]["better"]["savings_by_baseline"]
+    assert list(each) == ["scratch", "scratch_long"]
+    assert each["scratch"] == summary["inits"]["better"]["savings"]
+
+
+def test_a_saving_against_the_laxer_baseline_alone_is_told_and_not_claimed():
+    long = {budget: score + 0.1 for budget, score in SCRATCH.items()}
+    rows = rows_of(
+        {"scratch": SCRATCH, "scratch_long": long, "mae": {b: s + 0.1 for b, s in SCRATCH.items()}}
+    )
+    summary = le.summarise(rows, baselines=["scratch", "scratch_long"])
+    (line,) = summary["verdicts"]
+    assert {s["baseline"] for s in summary["inits"]["mae"]["savings"]} == {"scratch_long"}
+    first = summary["inits"]["mae"]["savings_by_baseline"]["scratch"][0]
+    assert first["ci_low"] > 1
+    assert "No label saving is shown: " in line
+    assert f"Against scratch alone {first['savings']:.2f} times with 1 label (95 % interval " in line
+    assert line.endswith(": no claim, since scratch_long needs fewer.")
 
 
 def test_of_two_bounds_the_baseline_that_scores_more_counts():
