@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 from medseg_ssl.data.appearance import near_pairs
@@ -25,33 +25,45 @@ class Copies(NamedTuple):
     Attributes:
         scans: rows that stay, flagged ``duplicate`` or ``near_duplicate``.
         cases: cases that stay.
-        dropped: key and reason of the scans that go.
+        dropped: row and reason of each scan that goes.
         twins: near copies across subjects, also where one of the two went.
     """
 
     scans: list[ScanRow]
     cases: list[CaseRow]
-    dropped: list[tuple[str, str]]
+    dropped: list[tuple[ScanRow, str]]
     twins: list[Twins]
 
 
 def find_copies(
-    scans: Sequence[ScanRow], cases: Sequence[CaseRow], *, drop: bool | Literal["near"], threshold: float
+    scans: Sequence[ScanRow],
+    cases: Sequence[CaseRow],
+    *,
+    drop: bool | Literal["near"],
+    threshold: float,
+    earlier: Collection[str] = (),
 ) -> Copies:
     """Flag copies of an earlier scan, or drop them where the recipe says so.
 
-    Of several copies a labeled one is kept, then the one of the earliest generation. A case of several channels is
-    never torn apart, a labeled scan never dropped. Two contrasts of one subject are no copies, however alike.
+    Of several copies a labeled one is kept, then the one of the earliest generation, then the one that no earlier run
+    called a copy. A case of several channels is never torn apart, a labeled scan never dropped. Two contrasts of one
+    subject are no copies, however alike.
 
     Args:
         scans: every row.
         cases: every case.
         drop: nothing (False), scans with the same voxels (True), or near copies too (``near``).
         threshold: cosine of two appearances from which scans are near copies.
+        earlier: keys of the rows that are in the archive already; rows of this run have no generation yet.
     """
     labeled = {key for case in cases if case.labeled for key in case.scans}
     channels = {key for case in cases if len(case.scans) > 1 for key in case.scans}
-    ranked = sorted(scans, key=lambda row: (row.key not in labeled, row.generation))
+
+    def rank(row: ScanRow) -> tuple[bool, bool, int, bool]:
+        called = not {"duplicate", "near_duplicate"}.isdisjoint(row.quality)
+        return row.key not in labeled, row.key not in earlier, row.generation, called
+
+    ranked = sorted(scans, key=rank)
     first: dict[str, str] = {}
     for row in ranked:
         first.setdefault(row.content_hash, row.key)
@@ -68,7 +80,8 @@ def find_copies(
         if row.key not in gone
     ]
     kept = [case for case in cases if not gone & set(case.scans)]
-    return Copies(flagged, kept, [(key, unwanted[key]) for key in sorted(gone)], twins)
+    dropped = sorted(((row, unwanted[row.key]) for row in scans if row.key in gone), key=lambda d: d[0].key)
+    return Copies(flagged, kept, dropped, twins)
 
 
 def notes(copies: Copies) -> list[str]:

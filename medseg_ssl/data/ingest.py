@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from medseg_ssl.data.quality import findings
 from medseg_ssl.data.recipe import Recipe
 from medseg_ssl.data.sources.base import RawScan
 from medseg_ssl.types import UNKNOWN_LABEL, Triple
+
+_MOST_VOXELS = 2**31
+"""Of a volume in the archive: 8 GiB as float32, beside as much again while it is resampled."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,13 @@ def _ingest(task: CaseTask) -> Outcome:
     return Outcome(tuple(rows), (case,), tuple(dropped))
 
 
+def lost(task: CaseTask) -> Outcome:
+    """What is left of a case that no memory held, or whose worker died over it; another run tries it again."""
+    reason = "it did not fit into memory, or the process that prepared it died"
+    dropped = [Dropped(scan.key, scan.raw.path, reason) for scan in task.scans]
+    return Outcome(dropped=tuple(dropped + _label_goes_too(task, "its scan was dropped")))
+
+
 def _label_goes_too(task: CaseTask, reason: str) -> list[Dropped]:
     return [Dropped(task.label.key, task.label.path, reason)] if task.label is not None else []
 
@@ -239,7 +250,14 @@ def _target_grid(grid: Grid, task: CaseTask, *, native: Grid | None, first: Scan
         return Grid(first.shape, np.array(first.affine_44))
     if task.recipe.spacing_mm is None:
         return grid
-    return Grid(*resample.grid_for_spacing(grid.shape, grid.affine_44, task.recipe.spacing_mm))
+    target = Grid(*resample.grid_for_spacing(grid.shape, grid.affine_44, task.recipe.spacing_mm))
+    if math.prod(target.shape) > _MOST_VOXELS:
+        own = "×".join(f"{mm:g}" for mm in resample.spacing_of(grid.affine_44))
+        raise BadScan(
+            f"resampled it would have {_shown(target.shape)} voxels, more than {_MOST_VOXELS}: its header states "
+            f"{_shown(grid.shape)} voxels of {own} mm"
+        )
+    return target
 
 
 def _store_scan(scan: ScanTask, task: CaseTask, volume: Volume, target: Grid, *, stamp: str) -> ScanRow:
@@ -284,6 +302,7 @@ def _store_scan(scan: ScanTask, task: CaseTask, volume: Volume, target: Grid, *,
         raise BadScan("; ".join(unwanted))
     quality = [*volume.quality, *found]
     quality += ["clipped"] if stored.clipped else []
+    quality += ["no_hu"] if (raw.modality, raw.unit) == ("CT", "raw") else []
     quality += ["no_data"] if not valid.all() else []
     row = ScanRow(
         key=scan.key,
@@ -361,7 +380,8 @@ def _ingest_label(label: LabelTask, task: CaseTask, row: ScanRow, native: Grid) 
 def _classes(array_DHW: np.ndarray, label: LabelTask) -> np.ndarray:
     """Class indices of a label map as it stands in its file."""
     present = np.flatnonzero(np.bincount(array_DHW.ravel(), minlength=256))
-    lookup = {**label.lookup, UNKNOWN_LABEL: UNKNOWN_LABEL}
+    # a class that the source gives the value 255 is a class; else 255 is what nobody classified
+    lookup = {UNKNOWN_LABEL: UNKNOWN_LABEL, **label.lookup}
     wrong = [int(value) for value in present if int(value) not in lookup]
     if wrong:
         known = ", ".join(str(value) for value in sorted(label.lookup))

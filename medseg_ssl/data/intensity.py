@@ -106,10 +106,9 @@ def linear(policy: Policy, statistics: Statistics, *, unit: str = "") -> Linear:
     Args:
         policy: the modality's policy.
         statistics: the scan's own, in physical units.
-        unit: the scan's unit; a ``suv_window`` on a ``raw`` PET, whose numbers are no SUV, becomes a robust
-            z-score.
+        unit: the scan's unit; a window on ``raw`` numbers, which are no HU and no SUV, becomes a robust z-score.
     """
-    if policy.kind == "window" and policy.hu_range is not None:
+    if policy.kind == "window" and policy.hu_range is not None and unit != "raw":
         low, high = policy.hu_range
         # the window's centre is soft tissue's neighbourhood; six spreads fill it
         return Linear(low, high, (low + high) / 2, (high - low) / 6)
@@ -125,15 +124,15 @@ def linear(policy: Policy, statistics: Statistics, *, unit: str = "") -> Linear:
 
 
 def foreground_threshold(
-    volume_DHW: np.ndarray, valid_DHW: np.ndarray | None, *, modality: str, unit: str = "raw"
+    volume_DHW: np.ndarray, valid_DHW: np.ndarray | None, *, modality: str, unit: str | None = None
 ) -> float:
     """The physical value above which a voxel counts as body.
 
-    CT: -500 HU. PET in SUV: 0.1; raw PET: 2 % of the 99.5th percentile. MR: half of Otsu's threshold over the
-    valid non-zero voxels; half, because in a crop without air Otsu's own threshold parts bright tissue from
-    dark.
+    CT: -500 HU. PET in SUV: 0.1; raw PET: 2 % of the 99.5th percentile. MR, and CT that is not in HU: half of Otsu's
+    threshold over the valid non-zero voxels; half, because in a crop without air Otsu's own threshold parts bright
+    tissue from dark. ``unit`` None: HU for CT, raw for the others.
     """
-    if modality == "CT":
+    if modality == "CT" and unit != "raw":
         return CT_FOREGROUND_HU
     if modality == "PT" and unit == "SUV":
         return PT_FOREGROUND_SUV
@@ -170,7 +169,7 @@ def foreground(
     valid_DHW: np.ndarray | None,
     modality: str,
     *,
-    unit: str = "raw",
+    unit: str | None = None,
     threshold: float | None = None,
 ) -> np.ndarray:
     """Bool (D, H, W): valid voxels above the threshold (``foreground_threshold`` unless given)."""
@@ -185,7 +184,7 @@ def statistics(
     valid_DHW: np.ndarray | None,
     *,
     modality: str,
-    unit: str = "raw",
+    unit: str | None = None,
     threshold: float | None = None,
 ) -> Statistics:
     """Intensities over the valid foreground, in physical units.

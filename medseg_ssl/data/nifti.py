@@ -28,6 +28,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _GZIP_RATIO = 1032
 """The most that deflate can shrink."""
 _MOST_INFLATED = 16 * 2**30
+_PLAUSIBLE_MM = (0.002, 50.0)
+"""Voxel sizes of scans, from microtomography to thick slices."""
 
 
 class BadScan(UserError):  # noqa: N818 -- it is a verdict on a file, listed in dropped.csv
@@ -53,6 +55,7 @@ class OriginalGrid:
         sform_code: NIfTI code of the sform, 0 for unknown.
         qform_code: NIfTI code of the qform, 0 for unknown.
         xyzt_units: NIfTI units byte.
+        mm_per_unit: millimetres of the unit in which the file states its geometry.
     """
 
     shape_ijk: Triple
@@ -61,6 +64,7 @@ class OriginalGrid:
     sform_code: int = 2
     qform_code: int = 0
     xyzt_units: int = 2
+    mm_per_unit: float = 1.0
 
     @property
     def shape(self) -> Triple:
@@ -323,14 +327,14 @@ def write_nifti(path: Path, array_DHW: np.ndarray, original: OriginalGrid, dtype
     if not is_nifti_name(path):
         raise UserError(f"{path}: a NIfTI file name ends in .nii or .nii.gz")
     kind = np.dtype(dtype or (np.uint8 if array_DHW.dtype == bool else array_DHW.dtype))
-    image = nib.Nifti1Image(
-        np.asarray(original.to_file(array_DHW), dtype=kind), original.affine_ijk_44, dtype=kind
-    )
+    affine = original.affine_ijk_44.copy()
+    affine[:3] /= original.mm_per_unit
+    image = nib.Nifti1Image(np.asarray(original.to_file(array_DHW), dtype=kind), affine, dtype=kind)
     header: Any = image.header
     header["xyzt_units"] = original.xyzt_units
     # the sform holds any affine exactly; the qform only those without shear
-    image.set_sform(original.affine_ijk_44, code=original.sform_code or 2)
-    image.set_qform(original.affine_ijk_44, code=original.qform_code, strip_shears=True)
+    image.set_sform(affine, code=original.sform_code or 2)
+    image.set_qform(affine, code=original.qform_code, strip_shears=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     ending = path.name[len(nifti_stem(path)) :].lower()
     temporary = path.with_name(f".{nifti_stem(path)}.{os.getpid()}.part{ending}")
@@ -451,7 +455,12 @@ def _original_grid(image: Any, path: Path, *, volume: int | None) -> OriginalGri
         raise BadScan(f"{len(shape)} axes; a scan has three", path)
     if min(shape) < 1:
         raise BadScan(f"no voxels (shape {shape})", path)
-    affine = np.asarray(image.affine, dtype=np.float64)
+    header = image.header
+    codes = {name: int(header[name]) if name in header else 1 for name in ("sform_code", "qform_code")}
+    units = int(header["xyzt_units"]) if "xyzt_units" in header else 2
+    affine = np.array(image.affine, dtype=np.float64)
+    if not any(codes.values()):
+        affine[0] *= -1  # nibabel guesses that the first axis runs to the left; the format says to the right
     if not np.isfinite(affine).all():
         raise BadScan("the affine holds NaN or infinite numbers", path)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
@@ -460,10 +469,26 @@ def _original_grid(image: Any, path: Path, *, volume: int | None) -> OriginalGri
     orientation = nib.orientations.io_orientation(affine)
     if not np.isfinite(orientation).all():
         raise BadScan("the affine is singular (an axis without direction)", path)
-    header = image.header
-    codes = {name: int(header[name]) if name in header else 1 for name in ("sform_code", "qform_code")}
-    units = int(header["xyzt_units"]) if "xyzt_units" in header else 2
-    return OriginalGrid((shape[0], shape[1], shape[2]), affine, orientation, xyzt_units=units, **codes)
+    mm_per_unit = _mm_per_unit(units, sizes)
+    affine[:3] *= mm_per_unit
+    return OriginalGrid(
+        (shape[0], shape[1], shape[2]),
+        affine,
+        orientation,
+        xyzt_units=units,
+        mm_per_unit=mm_per_unit,
+        **codes,
+    )
+
+
+def _mm_per_unit(xyzt_units: int, sizes: np.ndarray) -> float:
+    """Millimetres of the unit that a header states: 1 unless voxels of a scan's size come out in metres or micrometres.
+
+    Files that state a unit and mean millimetres all the same are as common as those that mean it.
+    """
+    stated = {1: 1000.0, 3: 0.001}.get(xyzt_units & 7, 1.0)
+    low, high = _PLAUSIBLE_MM
+    return stated if (sizes * stated >= low).all() and (sizes * stated <= high).all() else 1.0
 
 
 def _voxels(image: Any, original: OriginalGrid, path: Path, *, volume: int | None) -> np.ndarray:

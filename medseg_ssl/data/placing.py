@@ -69,10 +69,13 @@ def place_subjects(
     plan: Plan,
     earlier: Split | None,
     twins: Sequence[Twins] = (),
+    copies: Sequence[ScanRow] = (),
 ) -> Split:
     """Place every subject: as an earlier generation placed it, as the source or the config says, or by lot.
 
-    Lots are drawn among the subjects with labels where there are any: nothing can be scored on the others.
+    A copy that was dropped still ties its subject to that of the scan that stayed: a subject reserved for test takes
+    along whoever holds the same voxels, with or without a scan of its own left. Lots are drawn among the subjects with
+    labels where there are any: nothing can be scored on the others.
 
     Args:
         wanted: numbers, seed and named subjects.
@@ -81,21 +84,23 @@ def place_subjects(
         plan: names of the subjects, and those a source reserves for test.
         earlier: the split of an earlier generation, which is kept; None before the first.
         twins: near copies across subjects, who go to one side where no name or earlier split says otherwise.
+        copies: scans that were dropped as copies.
 
     Raises:
         ConfigError: impossible numbers.
         UserError: a subject would stand in two splits, by name or by a scan that two subjects share.
     """
     hashes: dict[str, set[str]] = {}
-    for row in scans:
+    for row in (*scans, *copies):
         hashes.setdefault(row.subject, set()).add(row.content_hash)
     alike = _alike(hashes, twins)
+    held = {row.subject for row in scans}
     key = {name: subject for subject, name in plan.names.items()}
     test = (plan.reserved_test | {key[name] for name in wanted.test_subjects}) & set(hashes)
     development = {key[name] for name in wanted.development_subjects} & set(hashes)
     if earlier is not None:
-        return _grown(earlier, hashes, test, plan, alike=alike)
-    labeled = {case.subject for case in cases if case.labeled} or set(hashes)
+        return _of(held, _grown(earlier, hashes, test, plan, alike=alike))
+    labeled = {case.subject for case in cases if case.labeled} or held
     lots = {s: sorted(h) for s, h in alike.items() if s in labeled | test and s not in development}
     split = budgets.make_split(
         lots,
@@ -107,7 +112,13 @@ def place_subjects(
     development |= set(split.development)
     places = {**dict.fromkeys(split.train, "train"), **dict.fromkeys(split.test, "test")}
     sides = {**places, **dict.fromkeys(development, "development")}
-    return _placed(split, hashes, sides, plan, alike=alike)
+    return _of(held, _placed(split, hashes, sides, plan, alike=alike))
+
+
+def _of(subjects: set[str], split: Split) -> Split:
+    """The split of some of its subjects: those who have a scan left."""
+    sides = {side: tuple(s for s in getattr(split, side) if s in subjects) for side in budgets.SIDES}
+    return split.model_copy(update=sides)
 
 
 def _alike(hashes: Mapping[str, set[str]], twins: Sequence[Twins]) -> dict[str, set[str]]:

@@ -11,8 +11,9 @@ import csv
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from medseg_ssl.analysis.tables import write_text
 from medseg_ssl.config import ConfigError, UserError
@@ -21,7 +22,7 @@ from medseg_ssl.data.budgets import SIDES
 from medseg_ssl.data.coregistration import check_library
 from medseg_ssl.data.duplicates import Copies, find_copies
 from medseg_ssl.data.duplicates import notes as copy_notes
-from medseg_ssl.data.ingest import Dropped, Outcome, ingest
+from medseg_ssl.data.ingest import CaseTask, Dropped, Outcome, ingest, lost
 from medseg_ssl.data.manifest import CaseRow, ScanRow, Split
 from medseg_ssl.data.overview import overview_page
 from medseg_ssl.data.placing import PrepareSplit, check_split, place_subjects
@@ -29,7 +30,9 @@ from medseg_ssl.data.planning import Plan, plan_tasks
 from medseg_ssl.data.recipe import Recipe
 from medseg_ssl.data.relating import NOTES, relate
 from medseg_ssl.data.sources.base import FanOut, Listing, Source
-from medseg_ssl.fanout import map_tasks
+from medseg_ssl.fanout import Failure, WorkerDiedError, map_tasks
+from medseg_ssl.locking import locked
+from medseg_ssl.types import UNKNOWN_LABEL
 
 Progress = Callable[[int, int], None]
 """Called with (cases done, cases in all)."""
@@ -52,10 +55,14 @@ class PrepareConfig(Recipe):
         tree = self.checked().model_dump()
         for name in ("test_subjects", "development_subjects"):
             tree["split"].pop(name)
-        # names of subjects and of folders in the source stay out of the archive
-        tree["source"].pop("test_subjects", None)
-        tree["source"].pop("folders", None)
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate({**tree, "source": _without_names(tree["source"])})
+
+
+def _without_names(tree: Any) -> Any:
+    """A source's block without names of subjects and of folders, at any depth: they stay out of the archive."""
+    if isinstance(tree, Mapping):
+        return {k: _without_names(v) for k, v in tree.items() if k not in ("test_subjects", "folders")}
+    return tree
 
 
 def prepare(
@@ -87,7 +94,7 @@ def prepare(
     Raises:
         ConfigError: the archive has another recipe, or the config does not fit the source.
         UserError: a root is missing or holds no scan, no scan was kept, a subject in two splits, a package
-            that is not installed, or a disk that is full.
+            that is not installed, a disk that is full, or another process that prepares this archive.
     """
     source_class, options = config.source.resolve("medseg_ssl.data.sources", Source, prefix="source")
     fan_out = FanOut(workers, engine, on_files)
@@ -101,20 +108,66 @@ def prepare(
     )
     recipe = config.recipe()
     check_library(recipe.coregister)
-    writer = ArchiveWriter.open(Path(out), recipe, tuple(classes.values()))
+    out = Path(out)
+    lock = out / "private" / ".lock"
+    with ExitStack() as held:
+        # before anything of another process is swept away; a folder that is not there yet is locked once it is
+        there = lock.parent.is_dir()
+        if there:
+            held.enter_context(locked(lock, folder=out))
+        writer = ArchiveWriter.open(out, recipe, tuple(classes.values()))
+        if not there:
+            held.enter_context(locked(lock, folder=out))
+        work = _Work(workers, engine, on_progress, on_pairs)
+        _fill(writer, config, listings, classes, work)
+    return out
+
+
+class _Work(NamedTuple):
+    """How the work of ``prepare`` is shared out."""
+
+    workers: int
+    engine: str
+    on_progress: Progress | None
+    on_pairs: Progress | None
+
+
+def _fill(
+    writer: ArchiveWriter,
+    config: PrepareConfig,
+    listings: Sequence[tuple[Path, Listing]],
+    classes: Mapping[int, str],
+    work: _Work,
+) -> None:
+    """Prepare what is listed and commit it."""
+    recipe, (workers, engine, on_progress, on_pairs) = writer.recipe, work
     plan = plan_tasks(listings, writer, recipe=recipe, classes=classes)
-    outcomes = _run(ingest, plan.tasks, workers=workers, engine=engine, on_progress=on_progress)
+    outcomes = _ingested(plan.tasks, workers=workers, engine=engine, on_progress=on_progress)
     plan.dropped += [d for outcome in outcomes for d in outcome.dropped]
     scans, cases = _merge(writer, outcomes)
     plan.tasks.clear()
-    copies = find_copies(scans, cases, drop=recipe.drop_duplicates, threshold=recipe.near_duplicate)
+    copies = find_copies(
+        scans,
+        cases,
+        drop=recipe.drop_duplicates,
+        threshold=recipe.near_duplicate,
+        earlier=writer.scans.keys(),
+    )
     scans, cases = copies.scans, copies.cases
-    plan.dropped += [Dropped(key, Path(plan.sources.get(key, key)), reason) for key, reason in copies.dropped]
+    plan.dropped += [
+        Dropped(row.key, Path(plan.sources.get(row.key, row.key)), reason) for row, reason in copies.dropped
+    ]
     if not scans:
         _discard(writer)
         raise UserError(_nothing_kept(plan, listings))
     split = place_subjects(
-        config.split, scans, cases=cases, plan=plan, earlier=writer.split(), twins=copies.twins
+        config.split,
+        scans,
+        cases=cases,
+        plan=plan,
+        earlier=writer.split(),
+        twins=copies.twins,
+        copies=[row for row, _ in copies.dropped],
     )
 
     def run(
@@ -144,8 +197,31 @@ def prepare(
         summary=summary,
     )
     (writer.path / "private" / NOTES).unlink(missing_ok=True)  # its lines are rows now
-    write_text(Path(out) / "overview.html", overview_page(archive))
-    return Path(out)
+    write_text(writer.path / "overview.html", overview_page(archive))
+
+
+def _ingested(
+    tasks: Sequence[CaseTask], *, workers: int, engine: str, on_progress: Progress | None
+) -> list[Outcome]:
+    """What became of each case; one that no memory holds must not keep the others out of the archive."""
+
+    def stop(_: int, result: Any) -> None:
+        if isinstance(result, Failure) and not isinstance(result.error, WorkerDiedError | MemoryError):
+            raise result.error
+
+    results = _run(
+        ingest,
+        tasks,
+        workers=workers,
+        engine=engine,
+        on_progress=on_progress,
+        on_result=stop,
+        on_error="return",
+    )
+    return [
+        lost(task) if isinstance(result, Failure) else result
+        for task, result in zip(tasks, results, strict=True)
+    ]
 
 
 def _run(
@@ -187,6 +263,11 @@ def _classes(listings: Sequence[Listing]) -> dict[int, str]:
         different = next(other for other in labeled[1:] if other != labeled[0])
         raise ConfigError(
             f"the roots have different classes, {labeled[0]} and {different}; prepare an archive for each"
+        )
+    if max(labeled[0]) > UNKNOWN_LABEL or len(labeled[0]) >= UNKNOWN_LABEL:
+        raise ConfigError(
+            f"{len(labeled[0])} classes with values up to {max(labeled[0])}; a label map here holds values up to "
+            f"{UNKNOWN_LABEL} and {UNKNOWN_LABEL - 1} classes beside the background"
         )
     return {0: "background", **labeled[0]}
 

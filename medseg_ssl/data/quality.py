@@ -37,6 +37,7 @@ SEVERITY: dict[str, float] = {
     "extreme_spacing": 1.0,
     "variable_gaps": 1.0,
     "no_suv": 0.5,
+    "no_hu": 0.5,
     "tilted": 0.5,
     "lossy": 0.5,
     "anisotropic": 0.5,

@@ -29,7 +29,7 @@ from medseg_ssl.data.coregistration import (
     with_transforms,
 )
 from medseg_ssl.data.manifest import PairRow, ScanRow
-from medseg_ssl.data.pairing import derive_pairs
+from medseg_ssl.data.pairing import derive_pairs, derive_relation
 from medseg_ssl.data.recipe import Recipe
 from medseg_ssl.fanout import Failure, WorkerDiedError
 
@@ -71,7 +71,13 @@ def relate(
         UserError: a volume's file is missing or damaged.
     """
     # sources of earlier generations need not be listed in this run; what registration found is no statement of theirs
-    stated = {p.ends: p.relation_before or p.relation for p in writer.pairs}
+    # (and what the rows alone gave then, they give again, if they still do)
+    stated = {
+        p.ends: relation
+        for p in writer.pairs
+        if (relation := p.relation_before or p.relation)
+        != derive_relation(writer.scans[p.scan_a], writer.scans[p.scan_b])
+    }
     derived = derive_pairs(scans, declared=stated | dict(declared))
     pairs = _with_earlier(derived.rows, scans, writer=writer, recipe=recipe)
     if recipe.measure_pairs:

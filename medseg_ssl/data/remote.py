@@ -1,20 +1,23 @@
 """Roots that lie elsewhere (``s3://``, ``gs://``, ``https://`` …): mirrored file by file, then prepared like any other.
 
 fsspec does the talking, credentials come from where its file systems look for them. A mirror needs the space of the raw
-scans; what is there already, of the same size and version as far as the server states them, is not fetched again, and
-a file appears whole or not at all.
+scans; what is there already, of the same size and version as far as the server states them, is not fetched again, what
+the server no longer has is removed, and a file appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from medseg_ssl.config import UserError
+
+logger = logging.getLogger(__name__)
 
 _STATE = ".versions.json"
 _SAVE_EVERY = 200
@@ -62,6 +65,7 @@ def mirror(address: str, cache: Path, *, on_progress: Callable[[int, int], None]
                 _write_state(target / _STATE, state)
             if on_progress is not None:
                 on_progress(number + 1, len(files))
+        _forget(target, start, [name for name in state if name not in files], state)
     except OSError as error:
         raise UserError(
             f"cannot mirror {address} to {target}: {error.strerror or _first_line(error)}"
@@ -90,6 +94,15 @@ def _fetch(system: Any, name: str, info: Mapping[str, Any], place: Path, state: 
     finally:
         partial.unlink(missing_ok=True)
     state[name] = version
+
+
+def _forget(target: Path, start: str, gone: Sequence[str], state: dict[str, str]) -> None:
+    """Remove mirrored files that the server no longer has: a scan that was withdrawn must not live on here."""
+    for name in gone:
+        _place(target, name, start).unlink(missing_ok=True)
+        del state[name]
+    if gone:
+        logger.warning("%d files are no longer at the address and were removed from its mirror", len(gone))
 
 
 def _place(target: Path, name: str, start: str) -> Path:

@@ -28,6 +28,7 @@ _LARGEST = 32767
 _CHUNK = 64
 _BLOCK = 32
 _STEPS_ACROSS_BODY = 8192
+_LEAST_SUV = 50.0
 
 
 class Quantised(NamedTuple):
@@ -50,7 +51,7 @@ def quantise(
     HU and whole-numbered volumes within int16 keep scale 1 (exact where they are whole). Others get a step of
     a 8192th of the spread between the 0.5th and 99.5th percentile, so 0 stays 0, or a coarser one that covers
     the full range; where outliers would make it coarser than a 1024th of that spread they are clipped
-    instead.
+    instead (SUV never below 50: most of a field of view is air, and lesions lie far above its spread).
 
     Args:
         volume_DHW: float32 physical values.
@@ -76,7 +77,11 @@ def quantise(
         full = (high - low) / (2 * _LARGEST - 2)
         clipped = full > spread / 1024
         if clipped:
-            low, high = max(low, float(p_low) - 4 * spread), min(high, float(p_high) + 4 * spread)
+            top = float(p_high) + 4 * spread
+            low, high = (
+                max(low, float(p_low) - 4 * spread),
+                min(high, max(top, _LEAST_SUV) if unit == "SUV" else top),
+            )
             full = (high - low) / (2 * _LARGEST - 2)
         scale = max(full, spread / _STEPS_ACROSS_BODY)
         offset = 0.0 if max(abs(low), abs(high)) <= scale * _LARGEST else (low + high) / 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from medseg_ssl import __version__
 from medseg_ssl.config import ConfigError, UserError, to_yaml
+from medseg_ssl.locking import lock
 
 if TYPE_CHECKING:
     from medseg_ssl.train.runtime import Runtime
@@ -87,7 +87,7 @@ class RunFolder:
         self._today = type(config).model_validate if today is None else today
         self.shipped = self.path / ships
         self._prepare()
-        self._lock = _lock(self.path / ".lock")
+        self._lock = lock(self.path / ".lock")
         try:
             self._check_or_write(config, inputs, device)
         except BaseException:
@@ -193,7 +193,7 @@ def open_run(
 def locked(path: Path) -> Iterator[bool]:
     """Keep other processes out of a run folder while the context lasts; yields whether none was working on it."""
     try:
-        descriptor = _lock(Path(path) / ".lock")
+        descriptor = lock(Path(path) / ".lock")
     except UserError:
         yield False
         return
@@ -201,19 +201,6 @@ def locked(path: Path) -> Iterator[bool]:
         yield True
     finally:
         os.close(descriptor)
-
-
-def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        # the kernel lets go of it when the process ends, however it ends
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise UserError(
-            f"another process is working on {path.parent}; wait for it, or name another folder"
-        ) from error
-    return descriptor
 
 
 def differences(old: Any, new: Any, *, prefix: str = "") -> list[str]:

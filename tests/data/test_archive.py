@@ -466,3 +466,16 @@ def test_recipe_config():
     ]:
         with pytest.raises(ConfigError, match=match):
             parse(Recipe, {**block, **wrong})
+
+
+def test_a_hot_bladder_does_not_cut_the_suv_of_a_lesion():
+    """Of a whole-body PET most is air: a bladder of 200 once cut all above 12.5."""
+    values = np.zeros((40, 40, 40), np.float32)
+    values[:4] = 2.5
+    values[20, 20, 20], values[30, 30, 30] = 25.0, 200.0
+    stored = store.quantise(values, None, unit="SUV")
+    back = stored.stored * stored.scale + stored.offset
+    assert back[20, 20, 20] == pytest.approx(25.0, abs=0.01)
+    assert back[0, 0, 0] == pytest.approx(2.5, abs=0.002)
+    assert stored.clipped
+    assert back[30, 30, 30] == pytest.approx(50.0, abs=0.01)

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import pytest
 
@@ -189,6 +190,22 @@ def test_linked_folders_are_followed_but_not_in_a_circle(tmp_path):
     (tmp_path / "tree" / "sub-01").symlink_to(tmp_path / "real" / "sub-01")
     (tmp_path / "tree" / "again").symlink_to(tmp_path / "tree")
     assert len(found(tmp_path / "tree").cases) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_left_out(tmp_path, monkeypatch, caplog):
+    dataset(tmp_path, anat("T1w"))
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    scan = os.scandir
+
+    def refused(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert len(found(tmp_path).cases) == 1
+    assert "left out: cannot read the folder" in caplog.text
 
 
 # -- sidecars --------------------------------------------------------------------------------------------------------

@@ -43,6 +43,19 @@ def test_pet_window_and_its_fallback_for_raw_counts():
     assert raw.shift == 4000
 
 
+def test_a_ct_that_is_not_in_hu_has_no_window():
+    """Stored 0 to 4095 with soft tissue at 1064: a window of HU would make all of it one constant."""
+    volume, inside = head()
+    stored = (volume / 10 + np.where(inside, 1024, 24)).astype(np.float32)
+    stats = statistics(stored, None, modality="CT", unit="raw")
+    line = linear(DEFAULT_POLICIES["CT"], stats, unit="raw")
+    assert line == linear(DEFAULT_POLICIES["MR"], stats)
+    assert line.apply(stored).std() > 0.2
+    body = intensity.foreground(stored, None, "CT", unit="raw")
+    assert (body == inside).all()
+    assert linear(DEFAULT_POLICIES["CT"], stats, unit="HU").high == 1000
+
+
 def test_robust_zscore_ignores_outliers():
     rng = np.random.default_rng(0)
     values = rng.normal(700, 90, size=(30, 30, 30)).astype(np.float32)

@@ -10,7 +10,7 @@ import pytest
 
 from medseg_ssl.config import Block, ConfigError, UserError
 from medseg_ssl.data.archive import Archive
-from medseg_ssl.data.prepare import PrepareConfig, prepare
+from medseg_ssl.data.prepare import PrepareConfig, _without_names, prepare
 from medseg_ssl.data.sources.base import Source
 from tests.data.dicom_files import places, write_series
 from tests.data.scans import msd_task
@@ -98,6 +98,36 @@ def test_subjects_can_be_reserved_for_test(tmp_path):
     assert listing(tmp_path, test_subjects=["a/p2"]).test_subjects == {"a/p2"}
     with pytest.raises(UserError, match=r"source\.test_subjects names 'p2'"):
         listing(tmp_path, test_subjects=["p2"])
+
+
+def test_folders_of_days_and_kinds_are_no_subjects(tmp_path):
+    """One person is one subject over days and contrasts, and a whole site is not one."""
+    touch(tmp_path, "p01/day1/T1.nii.gz", "p01/day2/T1.nii.gz", "p01/flair/FLAIR.nii.gz", "p01/T2.nii.gz")
+    touch(tmp_path, "site/p01/mri/T1.nii.gz", "site/p02/mri/T1.nii.gz", "site/p02/20200131/CT.nii.gz")
+    touch(tmp_path, "set/day1/p3_T1.nii.gz", "T1/baseline/T1.nii.gz")
+    listed = listing(tmp_path)
+    found = {c.name: c.scans[0].subject for c in listed.cases}
+    assert {
+        found[f"p01/{n}"] for n in ("day1/T1.nii.gz", "day2/T1.nii.gz", "flair/FLAIR.nii.gz", "T2.nii.gz")
+    } == {"p01/p01"}
+    assert found["site/p01/mri/T1.nii.gz"] == "site/p01"
+    assert {found["site/p02/mri/T1.nii.gz"], found["site/p02/20200131/CT.nii.gz"]} == {"site/p02"}
+    assert found["set/day1/p3_T1.nii.gz"] == "set/p3"
+    [(path, reason)] = [r for r in listed.rejected if r[0].name == "T1.nii.gz"]
+    assert path.parent.name == "baseline"
+    assert reason == "neither its name nor its folders tell whose scan it is; source.folders can explain them"
+
+
+def test_patients_reserved_for_test_stand_in_one_place_and_in_no_archive():
+    tree = {"source": {"name": "mixed", "dicom": {"test_subjects": ["DOE^JOHN"]}}}
+    with pytest.raises(ConfigError, match=r"give the patients reserved for test in source\.test_subjects"):
+        PrepareConfig.model_validate(tree).recipe()
+    names = {
+        "dicom": {"test_subjects": ["DOE^JOHN"], "minimum_slices": 8},
+        "test_subjects": ["a"],
+        "folders": {},
+    }
+    assert _without_names(names) == {"dicom": {"minimum_slices": 8}}
 
 
 def test_names_of_folders_stay_out_of_the_recipe():

@@ -178,6 +178,42 @@ def test_no_orientation_is_flagged(tmp_path, ramp):
     assert "no_orientation" in read_nifti(path).quality
 
 
+def test_without_qform_and_sform_the_first_axis_runs_to_the_right(tmp_path, ramp):
+    """NIfTI-1, method 1: +x is right; nibabel's own guess is left."""
+    path = patched(tmp_path / "a.nii", ramp, sform_code=0, qform_code=0)
+    volume = read_nifti(path)
+    assert np.array_equal(volume.array, ramp.transpose(2, 1, 0))
+    assert volume.affine_44[0, 2] > 0
+    again = write_nifti(tmp_path / "b.nii", volume.array, volume.original)
+    assert np.array_equal(nib.load(again).get_fdata(), ramp)
+    np.testing.assert_allclose(read_nifti(again).affine_44, volume.affine_44, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("unit", "size", "mm"),
+    [
+        (3, 50.0, 0.05),
+        (1, 0.001, 1.0),
+        (2, 1.5, 1.5),
+        (0, 1.5, 1.5),
+        (1, 1.5, 1.5),
+        (3, 1.5, 1.5),
+        (11, 50.0, 0.05),
+    ],
+)
+def test_units_other_than_millimetres(tmp_path, ramp, unit, size, mm):
+    """Metres and micrometres, and files that state them and mean millimetres; the time unit is another matter."""
+    path = save(tmp_path / "a.nii", ramp, np.diag([size, size, size, 1.0]))
+    raw = bytearray(path.read_bytes())
+    raw[123] = unit  # xyzt_units
+    path.write_bytes(raw)
+    volume = read_nifti(path)
+    np.testing.assert_allclose(volume.spacing_mm, mm, rtol=1e-5)
+    again = nib.load(write_nifti(tmp_path / "b.nii", volume.array, volume.original))
+    np.testing.assert_allclose(again.affine, nib.load(path).affine, rtol=1e-6)
+    assert int(again.header["xyzt_units"]) == unit
+
+
 def test_labels_must_be_whole_numbers(tmp_path, ramp):
     label = (ramp % 3).astype(np.float32)
     read = read_label(save(tmp_path / "a.nii.gz", label))

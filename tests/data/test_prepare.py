@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from medseg_ssl.config import ConfigError, UserError, parse
-from medseg_ssl.data import ingest, placing, store
+from medseg_ssl.data import ingest, nifti, placing, store
 from medseg_ssl.data.archive import Archive
 from medseg_ssl.data.manifest import Split
 from medseg_ssl.data.planning import Plan
@@ -236,6 +236,111 @@ def test_two_names_for_one_scan_cannot_part(tmp_path):
     }
     with pytest.raises(UserError, match="share a scan; one subject is in one split only"):
         made(tmp_path, split=split)
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_a_dropped_copy_of_a_test_subject_still_binds(tmp_path, near):
+    """Its voxels are a test subject's under whatever name they stay."""
+    msd_task(tmp_path / "raw", 4, test=1)
+    copy = body(2) + (1 if near else 0)  # the same look in another number format
+    save(tmp_path / "raw" / "imagesTs" / "case_004.nii.gz", copy)
+    split = {"test": 0, "development": 0}
+    archive = made(tmp_path, split=split, drop_duplicates="near" if near else True)
+    assert len(archive.scans) == 4
+    [subject] = archive.split().test
+    assert len(archive.split().train) == 3
+    [row] = [row for row in archive.scans.values() if row.subject == subject]
+    assert (whole(archive, row.key) == body(2)).all()
+
+
+def test_a_copy_reserved_for_test_of_what_trains_already_is_refused(tmp_path):
+    msd_task(tmp_path / "raw", 4)
+    made(tmp_path, split={"test": 0, "development": 0}, drop_duplicates=True)
+    msd_task(tmp_path / "raw", 4, test=1)
+    save(tmp_path / "raw" / "imagesTs" / "case_004.nii.gz", body(2))
+    with pytest.raises(UserError, match="share a scan; one subject is in one split only"):
+        made(tmp_path, split={"test": 0, "development": 0}, drop_duplicates=True)
+
+
+def test_a_class_may_have_the_value_255(tmp_path):
+    msd_task(tmp_path / "raw", 3, labels={"0": "background", "255": "lesion"})
+    for i in range(3):
+        save(tmp_path / "raw" / "labelsTr" / f"case_00{i}.nii.gz", box_label(value=255))
+    archive = made(tmp_path, split={"test": 0, "development": 0})
+    for case in archive.cases.values():
+        label = archive.read_label(case.case, (0, 0, 0), archive.scans[case.scans[0]].shape)
+        assert (label == box_label()).all()
+        assert case.known_classes == (True, True)
+
+
+@pytest.mark.parametrize("labels", [{"0": "background", "256": "x"}, {str(i): f"c{i}" for i in range(256)}])
+def test_more_classes_than_a_label_map_holds(tmp_path, labels):
+    msd_task(tmp_path / "raw", 3, labels=labels)
+    with pytest.raises(ConfigError, match="a label map here holds values up to 255 and 254 classes"):
+        made(tmp_path)
+
+
+def test_a_header_that_would_fill_the_memory_drops_its_scan(tmp_path):
+    msd_task(tmp_path / "raw", 3)
+    save(tmp_path / "raw" / "imagesTr" / "case_001.nii.gz", body(1), affine((1000.0, 1000.0, 1000.0)))
+    archive = made(tmp_path, split={"test": 0, "development": 0}, spacing_mm=[1.0, 1.0, 1.0])
+    assert len(archive.scans) == 2
+    reason = only_reason(tmp_path, "imagesTr/case_001.nii.gz")
+    assert reason.startswith("resampled it would have 10000×12000×14000 voxels, more than 2147483648")
+    assert reason.endswith("its header states 10×12×14 voxels of 1000×1000×1000 mm")
+
+
+def test_a_case_that_no_memory_holds_is_dropped_and_tried_again(tmp_path, monkeypatch):
+    msd_task(tmp_path / "raw", 3)
+    read, refused = nifti.read_nifti, [True]
+
+    def big(path, **options):
+        if refused[0] and path.name == "case_001.nii.gz":
+            raise MemoryError
+        return read(path, **options)
+
+    monkeypatch.setattr(nifti, "read_nifti", big)
+    split = {"test": 0, "development": 0}
+    assert len(made(tmp_path, split=split).scans) == 2
+    reason = only_reason(tmp_path, "imagesTr/case_001.nii.gz")
+    assert reason == "it did not fit into memory, or the process that prepared it died"
+    refused[0] = False
+    assert len(made(tmp_path, split=split).scans) == 3
+    assert reasons(tmp_path / "out") == {}
+
+
+def test_two_runs_do_not_share_an_archive(tmp_path, monkeypatch):
+    msd_task(tmp_path / "raw", 3)
+    messages = []
+
+    def meanwhile(task):
+        try:
+            made(tmp_path)
+        except UserError as error:
+            messages.append(str(error))
+        return ingest.ingest(task)
+
+    monkeypatch.setattr("medseg_ssl.data.prepare.ingest", meanwhile)
+    assert len(made(tmp_path).scans) == 3
+    assert set(messages) == {
+        f"another process is working on {tmp_path / 'out'}; wait for it, or name another folder"
+    }
+    monkeypatch.undo()
+    assert len(made(tmp_path).scans) == 3
+
+
+def test_a_relation_that_rows_gave_goes_with_them(tmp_path):
+    """Two scans once in one frame of reference; the source was corrected since."""
+    root = tmp_path / "raw"
+    for name, seed in (("T1w", 1), ("T2w", 2)):
+        save(root / "sub-01/anat" / f"sub-01_{name}.nii.gz", body(seed))
+        (root / "sub-01/anat" / f"sub-01_{name}.json").write_text('{"FrameOfReferenceUID": "1.2"}')
+    save(root / "sub-02/anat/sub-02_T1w.nii.gz", body(3))
+    (root / "dataset_description.json").write_text('{"Name": "s", "BIDSVersion": "1.8.0"}')
+    split = {"test": 0, "development": 0}
+    assert [p.relation for p in made(tmp_path, {"name": "bids"}, split=split).pairs] == ["same_frame"]
+    (root / "sub-01/anat/sub-01_T2w.json").write_text('{"FrameOfReferenceUID": "1.3"}')
+    assert [p.relation for p in made(tmp_path, {"name": "bids"}, split=split).pairs] == ["same_study"]
 
 
 def test_a_twin_of_a_twin_stays_on_its_side():

@@ -60,6 +60,16 @@ def test_a_mirror_holds_the_files_and_is_not_fetched_twice(served, tmp_path):
     assert lost.is_file()
 
 
+def test_what_the_server_withdrew_goes_from_the_mirror(served, tmp_path, caplog):
+    address, root = served
+    local = mirror(f"{address}/set/", tmp_path / "cache")
+    (root / "set" / "sub_1_CT.nii.gz").unlink()
+    assert mirror(f"{address}/set/", tmp_path / "cache") == local
+    assert not (local / "sub_1_CT.nii.gz").exists()
+    assert (local / "sub_0_CT.nii.gz").exists()
+    assert "1 files are no longer at the address" in caplog.text
+
+
 def test_prepare_takes_an_address(served, tmp_path, capsys):
     from tests.data.scans import FOLDER
 

@@ -256,6 +256,23 @@ def test_msd_task(tmp_path):
     assert (found.cases[0].scans[0].modality, found.cases[0].scans[0].volume) == ("MR", None)
 
 
+@pytest.mark.parametrize("name", ["msd", "nnunet"])
+def test_a_case_reserved_for_test_stands_for_its_subject(tmp_path, name):
+    root = msd_task(tmp_path, 4)
+    if name == "nnunet":
+        for path in (root / "imagesTr").iterdir():
+            path.rename(path.with_name(path.name.replace(".nii.gz", "_0000.nii.gz")))
+    options = {"subject_regex": "(?P<subject>case)_.*", "test_subjects": ["case_002"]}
+    cases = listing(root, name=name, **options).cases
+    subjects = {case.name: case.scans[0].subject for case in cases}
+    found = listing(root, name=name, **options).test_subjects
+    assert found == {subjects["case_002"]} == {"case"}
+    again = listing(root, name=name, **(options | {"test_subjects": sorted(found)}))
+    assert again.test_subjects == found
+    with pytest.raises(UserError, match=r"source\.test_subjects names 'case_02', which is not below"):
+        listing(root, name=name, test_subjects=["case_02"])
+
+
 def test_msd_channels_of_a_4d_file(tmp_path):
     msd_task(tmp_path, 1)
     task = json.loads((tmp_path / "dataset.json").read_text())

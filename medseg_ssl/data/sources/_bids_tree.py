@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 from medseg_ssl.config import UserError
 from medseg_ssl.data.nifti import is_nifti_name, nifti_stem
 from medseg_ssl.data.sources._json import read_mapping
+
+logger = logging.getLogger(__name__)
 
 SIDECAR_BYTES = 16 * 2**20
 """A sidecar holds parameters, at most the frame times of a long PET; one that is larger is not read."""
@@ -129,7 +132,7 @@ class Sidecars:
 def read_tree(root: Path) -> BIDSTree:
     tree = BIDSTree()
     # the root is named by the user: that makes it a data set even where the description was lost
-    lost = any(entry.is_dir() and entry.name.startswith("sub-") for entry in _entries(root))
+    lost = any(_is_folder(entry) and entry.name.startswith("sub-") for entry in _entries(root))
     tree.datasets = lost
     _walk(root, root, tree, top=root if lost else None, dataset="", derivative="", above=())
     return tree
@@ -145,12 +148,21 @@ def _walk(
     derivative: str,
     above: tuple[tuple[int, int], ...],
 ) -> None:
-    """Add what a folder holds; links to folders are followed, but never in a circle."""
-    state = folder.stat()
-    if (state.st_dev, state.st_ino) in above:
+    """Add what a folder holds; links to folders are followed, but never in a circle.
+
+    A folder below the root that cannot be read is left out with a warning.
+    """
+    try:
+        state = folder.stat()
+        if (state.st_dev, state.st_ino) in above:
+            return
+        entries = _entries(folder)
+    except (OSError, UserError) as error:
+        if folder == root:
+            raise
+        logger.warning("left out: %s", error)
         return
     above = (*above, (state.st_dev, state.st_ino))
-    entries = _entries(folder)
     relative = folder.relative_to(root)
     if "derivatives" not in relative.parts and any(entry.name == DESCRIPTION for entry in entries):
         top, dataset = folder, "" if folder == root else relative.as_posix()
@@ -164,12 +176,19 @@ def _walk(
         derivative = derivative or "derivatives"
     for entry in entries:
         path = folder / entry.name
-        if entry.is_dir():
+        if _is_folder(entry):
             _walk(path, root, tree, top=top, dataset=dataset, derivative=derivative, above=above)
         elif entry.name.endswith(".json"):
             tree.sidecars.setdefault(folder, []).append(entry.name)
         elif is_nifti_name(path):
             tree.volumes.append(_volume(path, root, top=top, dataset=dataset, derivative=derivative))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

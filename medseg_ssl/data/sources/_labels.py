@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from medseg_ssl.config import UserError
 from medseg_ssl.data.sources._kinds import Kind
-from medseg_ssl.data.sources.base import RawScan, SourceConfig
+from medseg_ssl.data.sources.base import RawCase, RawScan, SourceConfig
 
 
 class TaskConfig(SourceConfig):
@@ -26,7 +26,7 @@ class TaskConfig(SourceConfig):
             3 and 4, and so on (left and right hippocampus of a person, say). Not together with ``subject_regex``.
         unknown_when_absent: classes (values or names) that are unknown, not absent, in a case without a voxel
             of them.
-        test_subjects: subjects reserved for test, beside those of imagesTs.
+        test_subjects: subjects reserved for test, beside those of imagesTs; a case stands for its subject.
     """
 
     modalities: dict[str, Kind] = Field(default_factory=dict)
@@ -84,6 +84,21 @@ class TaskConfig(SourceConfig):
             )
             for i, (path, kind) in enumerate(zip(paths, channels, strict=True))
         )
+
+
+def reserved_subjects(names: Iterable[str], cases: Iterable[RawCase], root: Path) -> frozenset[str]:
+    """The subjects that a config reserves for test, by their own name or by that of one of their cases.
+
+    Raises:
+        UserError: a name that is neither.
+    """
+    of_case = {case.name: case.scans[0].subject for case in cases}
+    # a subject's own name goes before the case of another that happens to have it
+    known = of_case | {subject: subject for subject in of_case.values()}
+    unknown = sorted(set(names) - known.keys())
+    if unknown:
+        raise UserError(f"source.test_subjects names {unknown[0]!r}, which is not below {root}")
+    return frozenset(known[name] for name in names)
 
 
 def class_values(chosen: Iterable[int | str], classes: Mapping[int, str]) -> frozenset[int]:

@@ -170,7 +170,9 @@ def _below(root: Path) -> Iterator[Path]:
             entered.add((state.st_dev, state.st_ino))
             for entry in entries:
                 path = folder / entry.name
-                if path.is_dir():
+                if os.path.isdir(
+                    path
+                ):  # not the path's own method, which raises in a folder that cannot be entered
                     (links if entry.is_symlink() else folders).append(path)
-                elif path.is_file() or entry.is_symlink():
+                elif os.path.isfile(path) or entry.is_symlink():
                     yield path

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from medseg_ssl.config import Block, UserError
 from medseg_ssl.data.nifti import is_nifti_name, nifti_stem
@@ -34,6 +34,12 @@ _TOKEN = re.compile(
 _LABEL = re.compile(
     r"(?i)(?:.+[_\-. ])?(?:auto|manual)?(?:masks?|seg|segmentation|labels?|lesions?|roi|gt|gtv)"
 )
+_NO_SUBJECT = re.compile(
+    rf"(?i)(?:ses(?:sion)?|visit|day|week|month|year|tp|time[-_ ]?point|scan|study|exam|baseline|follow[-_ ]?up"
+    rf"|pre[-_ ]?op|post[-_ ]?op)[-_ ]?[a-z]?\d*|\d{{8}}|\d{{4}}-\d{{2}}-\d{{2}}"
+    rf"|mri?|anat|nii|nifti|niftis|raw|orig|images?|volumes?|{KNOWN_NAMES}"
+)
+"""Folders between a subject's and its files: sessions, days, kinds of data."""
 _NEVER_DICOM = (
     ".json",
     ".csv",
@@ -69,7 +75,8 @@ class MixedConfig(SourceConfig):
     Attributes:
         folders: folder below the root to the block of the source that reads it, where its layout does not show by
             itself (``{name: folder, pattern: …}``); it goes before anything that is found.
-        dicom: options of the source ``dicom`` for the DICOM files (no ``regions``: labels are left out).
+        dicom: options of the source ``dicom`` for the DICOM files (no ``regions``: labels are left out; no
+            ``test_subjects``: the list below is for them too).
         shared_subjects: one subject name means one person in every data set below the root; without it a name
             counts within its data set (DICOM's PatientID counts everywhere).
         test_subjects: subjects reserved for test, beside those that a set reserves, as ``SET/SUBJECT``: the data set's
@@ -80,6 +87,13 @@ class MixedConfig(SourceConfig):
     dicom: DicomConfig = DicomConfig()
     shared_subjects: bool = False
     test_subjects: tuple[str, ...] = ()
+
+    @field_validator("dicom")
+    @classmethod
+    def _names_in_one_place(cls, value: DicomConfig) -> DicomConfig:
+        if value.test_subjects:
+            raise ValueError("give the patients reserved for test in source.test_subjects")
+        return value
 
 
 @dataclass(frozen=True)
@@ -156,7 +170,10 @@ class Mixed(Source):
         yield _without_labels(found, prefix=prefix)
 
     def _loose(self, volumes: Iterable[Path], root: Path) -> Listing:
-        """NIfTI files whose names tell subject and modality: ``SUBJECT_T1.nii.gz`` or ``SUBJECT/T1.nii.gz``."""
+        """NIfTI files whose names tell subject and modality: ``SUBJECT_T1.nii.gz`` or ``SUBJECT/T1.nii.gz``.
+
+        Between a subject's folder and its files there may be folders of sessions and of kinds of data.
+        """
         cases, rejected = [], []
         for path in volumes:
             found = _TOKEN.fullmatch(nifti_stem(path)) if is_nifti_name(path) else None
@@ -164,8 +181,17 @@ class Mixed(Source):
                 rejected.append((path, _why_not(path)))
                 continue
             relative = path.relative_to(root)
+            folders = relative.parts[:-1] or (root.name,)
             top = relative.parts[0] if len(relative.parts) > 1 else ""
-            subject = found["subject"] or path.parent.name
+            subject = found["subject"] or next(
+                (name for name in reversed(folders) if not _NO_SUBJECT.fullmatch(name)), None
+            )
+            if subject is None:
+                reason = (
+                    "neither its name nor its folders tell whose scan it is; source.folders can explain them"
+                )
+                rejected.append((path, reason))
+                continue
             kind = kind_of(found["token"], {})
             scan = RawScan(
                 path=path,

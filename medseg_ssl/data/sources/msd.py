@@ -9,7 +9,14 @@ from typing import Any
 
 from medseg_ssl.config import UserError
 from medseg_ssl.data.sources._kinds import Kind, kind_of
-from medseg_ssl.data.sources._labels import TaskConfig, check_reserved, class_values, numbered, read_task
+from medseg_ssl.data.sources._labels import (
+    TaskConfig,
+    check_reserved,
+    class_values,
+    numbered,
+    read_task,
+    reserved_subjects,
+)
 from medseg_ssl.data.sources.base import Listing, RawCase, Source
 
 
@@ -65,7 +72,7 @@ class MSD(Source):
             relation="registered" if len(channels) > 1 else None,
             unknown_when_absent=class_values(self.config.unknown_when_absent, classes),
             rejected=tuple(rejected),
-            test_subjects=frozenset(test.union(self.config.test_subjects)),
+            test_subjects=reserved_subjects(self.config.test_subjects, cases, root) | test,
         )
 
     def _case(self, image: Path, label: Path | None, channels: tuple[Kind, ...]) -> RawCase:

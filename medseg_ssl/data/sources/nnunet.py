@@ -8,7 +8,14 @@ from typing import Any
 
 from medseg_ssl.config import UserError
 from medseg_ssl.data.sources._kinds import kind_of
-from medseg_ssl.data.sources._labels import TaskConfig, check_reserved, class_values, numbered, read_task
+from medseg_ssl.data.sources._labels import (
+    TaskConfig,
+    check_reserved,
+    class_values,
+    numbered,
+    read_task,
+    reserved_subjects,
+)
 from medseg_ssl.data.sources.base import Listing, RawCase, Source
 
 
@@ -57,7 +64,7 @@ class NNUNet(Source):
             unknown_when_absent=class_values(self.config.unknown_when_absent, classes),
             ignored_values=ignored,
             rejected=tuple(rejected),
-            test_subjects=frozenset(subjects["Ts"].union(self.config.test_subjects)),
+            test_subjects=reserved_subjects(self.config.test_subjects, cases, root) | subjects["Ts"],
         )
 
 
