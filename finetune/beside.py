@@ -58,13 +58,15 @@ def write_robustness(
         return
     evaluation = robustness.Robustness(robustness.Robustness.Config(nsd_tolerance_mm=nsd_tolerance_mm))
     rows: list[dict[str, Any]] = []
-    for setting in evaluation.settings((*predictor.card.modalities, *predictor.card.other_modalities)):
+    for setting in evaluation.settings(robustness.modalities_of(archive, cases)):
         part = out / "robustness_cases" / f"{setting.name}.csv"
+        chosen = robustness.touched(archive, cases, setting)
         if not part.is_file():
-            on_case = progress(setting.name, len(cases))
-            found = evaluation.rows(predictor, archive, cases, setting, on_case=on_case)
+            on_case = progress(setting.name, len(chosen))
+            found = evaluation.rows(predictor, archive, chosen, setting, on_case=on_case)
             write_csv(part, found, columns=robustness.CASE_COLUMNS)
-        rows += read_rows(part)
+        # an earlier version also wrote the cases that the setting leaves as they are
+        rows += [row for row in read_rows(part) if row["case"] in chosen]
     write_csv(
         out / ROBUSTNESS,
         robustness.robustness_table(rows, subjects=_subjects(archive, cases)),

@@ -91,8 +91,7 @@ class Gallery:
                     continue
                 dice, case = sorted(known)[place]
                 png = self._picture(init, case, wrong=True)
-                why = shortcomings(self._rows[init, self.budget, case], self._truth_ml(case))
-                caption = "; ".join([f"{init}: Dice {dice:.3f}, case {case[:8]}", *why])
+                caption = "; ".join([f"{init}: Dice {dice:.3f}, case {case[:8]}", *self._why(init, case)])
                 if png:
                     row.append(Picture(png, caption))
             if row:
@@ -187,12 +186,14 @@ class Gallery:
         found = [c for c in self.scores.cases if any(self._explains(init, c) for init in self.inits)]
         return [c for c in found if self._volume(c).is_file()]
 
-    def _truth_ml(self, case: str) -> dict[str, float]:
+    def _why(self, init: str, case: str) -> list[str]:
+        """What is wrong in numbers, and which classes nobody stated: a contour of theirs has no truth beside it."""
         path = self._volume(case)
-        if not path.is_file():
-            return {}
-        volume = read_volume(path)
-        return dict(zip(volume.classes, volume.truth_ml, strict=True))
+        volume = read_volume(path) if path.is_file() else None
+        truth_ml = {} if volume is None else dict(zip(volume.classes, volume.truth_ml, strict=True))
+        unstated = () if volume is None else volume.unstated
+        found = shortcomings(self._rows[init, self.budget, case], truth_ml)
+        return [*found, f"nobody stated {', '.join(unstated)} here"] if unstated else found
 
     def _picture(self, init: str, case: str, *, wrong: bool = False) -> bytes:
         """The slice with most of the label (or most wrong voxels, where the volume is there); empty without any."""
@@ -200,7 +201,7 @@ class Gallery:
 
         if case in self._predictions.get((init, self.budget), {}) and self._volume(case).is_file():
             volume, label_DHW = read_volume(self._volume(case)), self._prediction(init, case).label_DHW
-            wrong_DHW = (label_DHW != volume.truth_DHW) & (volume.truth_DHW != UNKNOWN_LABEL)
+            wrong_DHW = volume.wrong(label_DHW)
             shown_DHW = wrong_DHW if wrong and wrong_DHW.any() else volume.truth_DHW
             return contour_png(_slice_of(case, volume, label_DHW, depth=_depth(shown_DHW)))
         item = self._slices[init].get(case)

@@ -117,6 +117,7 @@ def case_volume(archive: Archive, case: str, *, voxels: int = CASE_VOXELS) -> Ca
         spacing_mm=spacing_of(affine_44),
         box=box,
         truth_ml=volumes_ml(label_DHW, spacing_mm, len(archive.classes)),
+        known=tuple(row.known_classes),
     )
 
 

@@ -85,8 +85,11 @@ def case_scores(rows: Sequence[Row]) -> CaseScores:
 # -- sections --------------------------------------------------------------------------------------------------------
 
 
-def scatter_html(scores: CaseScores, *, baselines: Sequence[str], name: str) -> str:
-    """Two inits against each other, chosen by the reader; empty with fewer than two inits."""
+def scatter_html(scores: CaseScores, *, baselines: Sequence[str], name: str, viewer: str = "") -> str:
+    """Two inits against each other, chosen by the reader; empty with fewer than two inits.
+
+    ``viewer`` is the id of the element that a click opens a case in: several comparisons on a page may share cases.
+    """
     if len(scores.inits) < 2:
         return ""
     tree = {
@@ -121,14 +124,17 @@ def scatter_html(scores: CaseScores, *, baselines: Sequence[str], name: str) -> 
         "holds for new cases and draws stands in the paired table: many points on one side are not a test."
     )
     return (
-        f'<div class="two-inits" id="{text(name)}"><div class="controls">{controls}</div>'
+        f'<div class="two-inits" id="{text(name)}" data-viewer="{text(viewer)}"><div class="controls">{controls}</div>'
         '<div class="pair"><div class="points"></div><div class="steps"></div></div><p class="numbers"></p>'
         f'<p class="caption">{text(caption)}</p><script type="application/json">{data}</script></div>'
     )
 
 
-def worst_cases_html(scores: CaseScores, *, viewed: Sequence[str] = ()) -> str:
-    """All cases, worst first by mean over inits, a table per budget; columns sort on a click."""
+def worst_cases_html(scores: CaseScores, *, viewer: str = "", viewed: Sequence[str] = ()) -> str:
+    """All cases, worst first by mean over inits, a table per budget; columns sort on a click.
+
+    ``viewed`` are the cases that the element with the id ``viewer`` holds; a button opens them there.
+    """
     tables = {}
     for place, budget in enumerate(scores.budgets):
         column = {case: i for i, case in enumerate(scores.cases)}
@@ -139,7 +145,8 @@ def worst_cases_html(scores: CaseScores, *, viewed: Sequence[str] = ()) -> str:
             spread = float(known_I.max() - known_I.min()) if len(known_I) else math.nan
             key = f"<code>{text(case[:8])}</code>"
             if case in viewed:
-                key = f'<button type="button" class="view" data-case="{text(case)}">{key}</button>'
+                opens = f'data-viewer="{text(viewer)}" data-case="{text(case)}" data-budget="{budget}"'
+                key = f'<button type="button" class="view" {opens}>{key}</button>'
             rows.append(
                 [str(rank), key, _cell(mean), _cell(spread, plain=True), *map(_cell, values_I.tolist())]
             )
@@ -193,13 +200,17 @@ def shortcomings(rows: Sequence[Row], truth_ml: Mapping[str, float]) -> list[str
 
 
 def case_sections(
-    scores: CaseScores, *, baselines: Sequence[str], name: str, viewed: Sequence[str] = ()
+    scores: CaseScores,
+    *,
+    baselines: Sequence[str],
+    name: str,
+    viewer: str = "",
+    viewed: Sequence[str] = (),
 ) -> list[str]:
-    """Scatter and table of all cases."""
-    return [
-        section("Two inits, case by case", scatter_html(scores, baselines=baselines, name=name)),
-        section("Worst cases first", worst_cases_html(scores, viewed=viewed) if scores.cases else ""),
-    ]
+    """Scatter and table of all cases; ``viewer`` and ``viewed`` as in ``worst_cases_html``."""
+    scatter = scatter_html(scores, baselines=baselines, name=name, viewer=viewer)
+    worst = worst_cases_html(scores, viewer=viewer, viewed=viewed) if scores.cases else ""
+    return [section("Two inits, case by case", scatter), section("Worst cases first", worst)]
 
 
 def _ml(value: float) -> str:

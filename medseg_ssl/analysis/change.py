@@ -35,7 +35,8 @@ def paired_change(
 
     Returns:
         None where no case has a score in both. ``one_sided`` counts the cases with a class that has a score on one side
-        alone (a class that is absent has one only where it is predicted): the means do not hold that difference.
+        alone (a class that is absent has one, 0, only where it is predicted): no difference of that class holds it. The
+        mean over classes does, where the case has another class: a false alarm lowers the mean of its case.
     """
     chosen = [[row for row in rows if name in (OVER_CLASSES, row["class"])] for rows in (before, after)]
     was, now = (case_means(rows, metric) for rows in chosen)

@@ -11,6 +11,7 @@ from medseg_ssl.analysis.page import details, table, text
 from medseg_ssl.analysis.scores import Row
 from medseg_ssl.analysis.verdicts import labels_text
 
+UNJUDGED = "Of a single draw (or case) the interval is for new cases (or draws) alone, and judges nothing"
 METRIC_LABELS = {
     "dice": "Dice",
     "nsd": "NSD",
@@ -74,13 +75,7 @@ def differences_table(summary: Mapping[str, Any]) -> str:
         ]
         for c in found
     ]
-    unjudged = (
-        ""
-        if all(map(_judged, found))
-        else (
-            " Of a single draw (or case) the interval is for new cases (or draws) alone, and judges nothing: no colour."
-        )
-    )
+    unjudged = "" if all(map(_judged, found)) else f" {UNJUDGED}: no colour."
     told = any(not math.isnan(c.get("detectable", math.nan)) for c in found)
     head = [
         "pair",

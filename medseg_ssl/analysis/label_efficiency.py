@@ -119,7 +119,9 @@ def comparisons(
     Pooling averages the differences of a (case, draw, pretraining) over the budgets: budgets are nested within a draw,
     so a pooled cell stays one observation. ``detectable`` is the smallest true difference that four of five such
     comparisons would find at 5 %; NaN where there is a single case or draw, since the error then lacks a part.
-    ``one_sided`` counts the cells that only one of the two has a score for, which enter no difference.
+    ``one_sided`` counts the cells that only one of the two has a score for, which enter no difference; ``partly`` the
+    cases that both have a score for under some of the draws alone, which enter none either: what decides whether an
+    absent class has a score is a false alarm, so the other draws cannot be filled from those.
     """
     shared = [b for b in budgets_of(tables_, init) if (baseline, b) in tables_]
     low = [b for b in shared if b in low_budgets]
@@ -144,12 +146,29 @@ def comparisons(
 def _comparison(
     first_NDP, second_NDP, init: str, baseline: str, scope: str, budgets: Sequence[int]
 ) -> dict[str, Any]:
+    first_NDP, partly = _without_partly(first_NDP, second_NDP)
     interval, tests = paired_interval(first_NDP, second_NDP), paired_tests(first_NDP, second_NDP)
     head = {"init": init, "baseline": baseline, "scope": scope, "budgets": list(budgets)}
     whole = min(interval.cases, interval.draws) > 1
     detectable = detectable_difference(interval.standard_error, interval.freedom) if whole else math.nan
     tail = {"t_p": tests.t_p, "wilcoxon_p": tests.wilcoxon_p, "detectable": detectable}
-    return head | asdict(interval) | tail
+    return head | asdict(interval) | tail | {"partly": partly}
+
+
+def _without_partly(first_NDP: np.ndarray, second_NDP: np.ndarray) -> tuple[np.ndarray, int]:
+    """The first table without the cases that have a pair under some of the fits only, and how many these were.
+
+    A fit of which nothing is scored is not finished yet, or failed: that leaves no case out. Where no case would be
+    left, all stay.
+    """
+    paired_NDP = ~np.isnan(first_NDP) & ~np.isnan(second_NDP)
+    scored_N = np.any(paired_NDP, axis=(1, 2))
+    partly_N = scored_N & np.any(np.any(paired_NDP, axis=0) & ~paired_NDP, axis=(1, 2))
+    if not np.any(scored_N & ~partly_N):
+        return first_NDP, 0
+    whole_NDP = first_NDP.copy()
+    whole_NDP[partly_N] = np.nan
+    return whole_NDP, int(partly_N.sum())
 
 
 def adjust(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -156,11 +156,14 @@ def _case_parts(c: Comparison, prefix: str) -> list[str]:
     viewed = c.viewer is not None and bool(c.viewer.cases)
     keys = [json.loads(found)["case"] for _, found in c.viewer.cases] if c.viewer is not None else []
     baselines = c.summary.get("baselines", ())
+    viewer = f"{prefix}-viewer"
     parts = []
     if c.cases is not None:
-        parts += case_sections(c.cases, baselines=baselines, name=f"{prefix}-scatter", viewed=keys)
+        parts += case_sections(
+            c.cases, baselines=baselines, name=f"{prefix}-scatter", viewer=viewer, viewed=keys
+        )
     if c.viewer is not None and viewed:
-        parts.append(section("Slices", viewer_html(c.viewer, name=f"{prefix}-viewer")))
+        parts.append(section("Slices", viewer_html(c.viewer, name=viewer)))
     return [
         *parts,
         section("Example slices", gallery(c.pictures)),

@@ -39,15 +39,17 @@ for (const box of document.querySelectorAll(".two-inits")) {
     const draws = data.draws[budget];
     box.querySelector(".numbers").textContent = !both.length ? "No case has a score under both." :
       `${data.inits[y]} is better in ${won} of ${both.length} cases; mean difference ${mean >= 0 ? "+" : "−"}${Math.abs(mean).toFixed(3)} (${draws} draw${draws > 1 ? "s" : ""}).`;
-    box.keys = {points: both.map((p) => p.key), steps: sorted.map((p) => p.key), init: data.inits[y]};
+    const keys = {points: both.map((p) => p.key), steps: sorted.map((p) => p.key)};
+    box.keys = {...keys, init: data.inits[y], budget: data.budgets[budget]};
   };
 
   draw();
   for (const select of Object.values(pick)) select.addEventListener("change", draw);
   for (const part of ["points", "steps"]) {
     box.querySelector("." + part).on("plotly_click", (e) => {
-      const key = box.keys[part][e.points[0].pointIndex];
-      [...document.querySelectorAll(".viewer")].some((other) => other.viewer.show(key, box.keys.init));
+      const key = box.keys[part][e.points[0].pointIndex], {init, budget} = box.keys;
+      // that of this comparison: another one on the page may hold the same case
+      document.getElementById(box.dataset.viewer)?.viewer.show(key, init, budget);
     });
   }
 }

@@ -28,6 +28,7 @@ for (const panes of document.querySelectorAll(".panes")) {
 }
 for (const button of document.querySelectorAll("button.view")) {
   button.addEventListener("click", () => {
-    [...document.querySelectorAll(".viewer")].some((box) => box.viewer.show(button.dataset.case));
+    const {viewer, case: key, budget} = button.dataset; // other comparisons on the page may hold the same case
+    document.getElementById(viewer)?.viewer.show(key, null, budget);
   });
 }

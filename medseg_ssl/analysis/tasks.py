@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from medseg_ssl.analysis.statistics import EXACT, Interval, complete, crossed_in
 
 MIN_TASKS = 4
 """Independent tasks below which nothing is said about other tasks: with 3, the critical value is above 4."""
+MIN_CASES = 3
+"""Subjects (cases, where the rows name no subject) below which a task has no deviation to divide by."""
 LOWER_IS_BETTER = ("hd95_mm",)
 
 
@@ -37,7 +39,7 @@ class Pooled:
         new_high: upper end of the same.
         tasks: how many.
         blocks: groups of tasks that share neither cases nor, perhaps, pretrainings.
-        reason: why there is no interval for new tasks; empty where there is one.
+        reason: why there is no interval for new tasks, or no mean; empty where there are both.
     """
 
     mean: float
@@ -98,13 +100,7 @@ def summarise_tasks(
     for init in inits:
         rank = pool([r[init] for r in ranks], blocks, level=level, bounds=(1.0, float(len(inits))))
         effects = {
-            baseline: asdict(
-                pool(
-                    [standardised(t.tables[init], t.tables[baseline]) for t in found],
-                    blocks,
-                    level=level,
-                )
-            )
+            baseline: asdict(_effect(found, init, baseline, blocks, level=level))
             for baseline in baselines
             if baseline in inits and init not in baselines
         }
@@ -140,15 +136,35 @@ def standardised(scores_NDP: np.ndarray, baseline_NDP: np.ndarray) -> Interval:
         As ``crossed_interval``; NaN throughout where the baseline has fewer than three cases or one score for all.
     """
     interval = crossed_interval(scores_NDP - baseline_NDP)
-    table_NDP, _ = complete(baseline_NDP)
-    cases = len(table_NDP)
-    deviation = float(table_NDP.mean(axis=(1, 2)).std(ddof=1)) if cases > 2 else 0.0
+    cases, deviation = _between_cases(baseline_NDP)
     if deviation <= EXACT:
         return crossed_interval(np.empty((0, 0)))
     unit = (1 - 3 / (4 * (cases - 1) - 1)) / deviation
     mean = unit * interval.mean
     error = math.hypot(unit * interval.standard_error, mean / math.sqrt(2 * (cases - 1)))
     return _with_error(interval, mean, error)
+
+
+def _between_cases(scores_NDP: np.ndarray) -> tuple[int, float]:
+    """How many cases there are, and the standard deviation between their means; 0 of fewer than ``MIN_CASES``."""
+    table_NDP, _ = complete(scores_NDP)
+    enough = len(table_NDP) >= MIN_CASES
+    return len(table_NDP), float(table_NDP.mean(axis=(1, 2)).std(ddof=1)) if enough else 0.0
+
+
+def _effect(
+    tasks: Sequence[Task], init: str, baseline: str, blocks: Sequence[int], *, level: float
+) -> Pooled:
+    """The pooled effect of an init; the reason names the tasks that have none, for they leave nothing to pool."""
+    found = pool([standardised(t.tables[init], t.tables[baseline]) for t in tasks], blocks, level=level)
+    without = []
+    for task in tasks:
+        cases, deviation = _between_cases(task.tables[baseline])
+        if cases < MIN_CASES:
+            without.append(f"{task.name} has fewer than {MIN_CASES} subjects")
+        elif deviation <= EXACT:
+            without.append(f"{task.name} has one score of {baseline} for all subjects")
+    return replace(found, reason=", ".join(without)) if without else found
 
 
 def pool(
@@ -257,7 +273,9 @@ def _verdict(init: str, about: Mapping[str, Any], inits: int, level: float) -> s
     of = f"{rank['tasks']} task{'s' if rank['tasks'] > 1 else ''}"
     text = f"{init}: mean rank {rank['mean']:.2f} of {inits} over {of} ({_ends(rank, '.2f', level)})"
     for baseline, effect in about["effects"].items():
-        if not math.isnan(effect["mean"]):
+        if math.isnan(effect["mean"]):
+            text += f"; no effect against {baseline}: {effect['reason']}"
+        else:
             text += f"; {effect['mean']:+.2f} standard deviations between cases against {baseline}"
             text += f" ({_ends(effect, '+.2f', level)})"
     return f"{text}." + (f" Nothing follows for other tasks: {rank['reason']}." if rank["reason"] else "")

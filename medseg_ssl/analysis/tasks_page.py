@@ -37,7 +37,7 @@ def tasks_html(summary: Mapping[str, Any]) -> str:
 
 def _cell(pooled: Mapping[str, Any], form: str) -> str:
     if math.isnan(pooled["mean"]):
-        return ""
+        return f"–<small>{text(pooled['reason'])}</small>"
     ends = "" if math.isnan(pooled["low"]) else f"<small>{pooled['low']:{form}} to {pooled['high']:{form}}"
     if ends and not math.isnan(pooled["new_low"]):
         ends += f"<br>new tasks {pooled['new_low']:{form}} to {pooled['new_high']:{form}}"

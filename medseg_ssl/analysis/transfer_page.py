@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medseg_ssl.analysis.comparison_html import counts_text, interval_cell
+from medseg_ssl.analysis.comparison_html import UNJUDGED, counts_text, interval_cell
 from medseg_ssl.analysis.figures import heat_map
 from medseg_ssl.analysis.page import details, figure, inline, made_again, page, section, table, text
 from medseg_ssl.analysis.report import MANY, MAP
+from medseg_ssl.analysis.transfer import JUDGED
 from medseg_ssl.analysis.verdicts import labels_text
 
 Row = Mapping[str, Any]
@@ -27,8 +28,8 @@ KIND_CAPTION = (
     "some of the modalities = of a target of several channels, some and not all."
 )
 MIXED_CAPTION = (
-    "The best single source is chosen by these very scores, which favours it; a union that beats every single one of "
-    "its sources needs no correction."
+    "The best single source is chosen by these very scores, which favours it. The verdict says that a union beats each "
+    "of its sources where the largest p over them stays below 0.05 after Holm's correction over all unions and targets."
 )
 DICE_CAPTION = (
     "Mean over classes, then cases, then draws, with 95 % intervals. What is 'beside' needs no pretraining and is no "
@@ -174,15 +175,15 @@ def _cells_table(found: Transfer) -> str:
             text(c["baseline"]),
             ", ".join(map(str, c["budgets"])),
             interval_cell(c["mean"], c["low"], c["high"], sign=True),
-            _p(c["p"]),
-            _p(c["p_holm"]),
+            *_p_cells(c),
             counts_text(c),
         ]
         for c in found.summary["cells"]
     ]
     head = ["target", "source", "kind", "against", "labels", "gain in Dice (95 % interval)", "p", "p, Holm",
             _counted(found.summary["cells"])]  # fmt: skip
-    return table(head, rows) + f'<p class="caption">{text(KIND_CAPTION)}</p>' if rows else ""
+    caption = KIND_CAPTION + _unjudged(found.summary["cells"])
+    return table(head, rows) + f'<p class="caption">{text(caption)}</p>' if rows else ""
 
 
 def _dice_tables(found: Transfer) -> str:
@@ -243,14 +244,15 @@ def _differences(items: Sequence[Row], head: Any) -> str:
         [
             *(text(cell) for cell in head(item)),
             interval_cell(item["mean"], item["low"], item["high"], sign=True),
-            _p(item["p"]),
-            _p(item["p_holm"]),
+            *_p_cells(item),
             counts_text(item),
         ]
         for item in items
     ]
     columns = [*HEADS[head], "difference in Dice (95 % interval)", "p", "p, Holm", _counted(items)]
-    return table(columns, rows) if rows else ""
+    about = _unjudged(items)
+    note = f'<p class="caption">{text(about.strip())}</p>' if about else ""
+    return table(columns, rows) + note if rows else ""
 
 
 def _mixed(items: Sequence[Row]) -> str:
@@ -319,6 +321,19 @@ def _counted(items: Sequence[Row]) -> str:
 
 def _signed(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:+.3f}"
+
+
+def _p_cells(item: Row) -> list[str]:
+    """The cells of p and of Holm's; a dash where the interval covers too little for a verdict."""
+    return [_p(item[name]) if item["covers"] in JUDGED else "–" for name in ("p", "p_holm")]
+
+
+def _unjudged(items: Sequence[Row]) -> str:
+    """Why some of the differences have no p; empty where all have one."""
+    open_ = [item for item in items if item["covers"] not in JUDGED]
+    thin = [item for item in open_ if min(item["cases"], item["draws"]) < 2]
+    unequal = " Of two gains one alone covers new pretrainings: no p." if len(thin) < len(open_) else ""
+    return (f" {UNJUDGED}: no p." if thin else "") + unequal
 
 
 def _p(value: float) -> str:

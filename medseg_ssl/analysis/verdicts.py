@@ -23,13 +23,15 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         scopes = [[c for c in own if c["scope"] == scope] for scope in ("low budgets", "area")]
         pooled = next(filter(None, scopes), own)
         if pooled:
-            lines.append(_verdict(init, pooled, saved=_saved(summary["inits"][init], summary["low_budgets"])))
+            lines.append(_verdict(init, pooled, summary["inits"][init], summary["low_budgets"]))
     if not lines and inits:
         lines.append("No scratch baseline has finished fits yet: nothing can be said about savings.")
     return lines
 
 
-def _verdict(init: str, pooled: Sequence[Comparison], *, saved: str) -> str:
+def _verdict(
+    init: str, pooled: Sequence[Comparison], about: Mapping[str, Any], low_budgets: Sequence[int]
+) -> str:
     first = pooled[0]
     where = f"at {_and(first['budgets'])} {'label' if first['budgets'] == [1] else 'labels'}"
     if first["scope"] == "area":
@@ -45,6 +47,11 @@ def _verdict(init: str, pooled: Sequence[Comparison], *, saved: str) -> str:
     if thin:
         reason = "a single draw or case"
         return f"{init} cannot be judged against {_names(thin)} {where} ({reason}): {numbers}."
+    unbeaten = [c for c in pooled if not c["low"] > 0]
+    doubt = (
+        f"{_names(unbeaten)} {'is' if len(unbeaten) == 1 else 'are'} not beaten {where}" if unbeaten else ""
+    )
+    saved = _saved(about, low_budgets, doubt=doubt)
     told = (_limit(pooled), _one_sided(pooled), few_levels(pooled), saved)
     sentences = [f"{_claim(init, pooled, where)}: {numbers}.", *told]
     return " ".join(sentence for sentence in sentences if sentence)
@@ -76,12 +83,20 @@ def _one_sided(pooled: Sequence[Comparison]) -> str:
     """A sentence where scores have no partner: a class that is absent is scored only where it was predicted."""
     lost = {c["baseline"]: c.get("one_sided", 0) for c in pooled}
     named = [f"{count} of the scores ({baseline})" for baseline, count in lost.items() if count]
-    return (
+    alone = (
         f"{_and(named)} have no partner (a class is absent, and one of the two predicts it) and are left out: a false"
         " alarm in such a case lowers a mean, but no difference."
         if named
         else ""
     )
+    some = {c["baseline"]: c.get("partly", 0) for c in pooled}
+    named = [f"{count} ({baseline})" for baseline, count in some.items() if count]
+    partly = (
+        f"{_and(named)} of the cases have a pair of scores under some of the draws alone and are left out."
+        if named
+        else ""
+    )
+    return " ".join(filter(None, (alone, partly)))
 
 
 def few_levels(items: Sequence[Comparison]) -> str:
@@ -98,10 +113,10 @@ def few_levels(items: Sequence[Comparison]) -> str:
     )
 
 
-def _saved(about: Mapping[str, Any], low_budgets: Sequence[int]) -> str:
+def _saved(about: Mapping[str, Any], low_budgets: Sequence[int], *, doubt: str) -> str:
     """The strictest savings, and where they show none, what a laxer baseline alone would have shown."""
     strictest = about.get("savings") or ()
-    told = [_savings(strictest, low_budgets)]
+    told = [_savings(strictest, low_budgets, doubt=doubt)]
     better = {item["budget"]: item["baseline"] for item in strictest if not _above_one(item)}
     for baseline, found in about.get("savings_by_baseline", {}).items():
         shown = [
@@ -127,8 +142,11 @@ def _above_one(item: Mapping[str, Any]) -> bool:
     return min(item["cases"], item["draws"]) > 1 and item["ci_low"] is not None and item["ci_low"] > 1
 
 
-def _savings(found: Sequence[Mapping[str, Any]], low_budgets: Sequence[int]) -> str:
-    """How many labels the init saved at the low budgets, with the interval; open ends in words."""
+def _savings(found: Sequence[Mapping[str, Any]], low_budgets: Sequence[int], *, doubt: str) -> str:
+    """How many labels the init saved at the low budgets, with the interval; open ends in words.
+
+    ``doubt`` is what keeps a single budget from being a claim: the baselines that the pooled difference does not beat.
+    """
     told = [item for item in found if item["budget"] in low_budgets] or list(found)
     if not told:
         return ""
@@ -142,6 +160,10 @@ def _savings(found: Sequence[Mapping[str, Any]], low_budgets: Sequence[int]) -> 
     if not sure:
         why = "no interval lies above 1" if judged else "a single draw or case judges nothing"
         return f"No label saving is shown: {', '.join(parts)}; {why}."
+    if doubt:
+        ends = "interval at {} lies above 1" if len(sure) == 1 else "intervals at {} lie above 1, each"
+        alone = f"the {ends.format(_and(sure))} by itself and without a correction"
+        return f"No label saving is shown: {', '.join(parts)}; {alone}, but {doubt}."
     claim = f"the interval lies above 1 at {_and(sure)}, each by itself and without a correction"
     return (
         f"Labels saved (those the better baseline needs, divided by those used): {', '.join(parts)}; {claim}."

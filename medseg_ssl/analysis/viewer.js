@@ -92,11 +92,12 @@ class Viewer {
     const c = this.controls, asked = ++this.opened, data = this.cases[index];
     this.scanned++; // of the case before
     c.case.value = String(index);
-    this.image = null;
+    this.image = this.label = this.heat = this.small = null; // the new scan may come before its prediction
     const truth = await this.get(data.truth);
     if (asked !== this.opened) return;
     this.data = data;
     this.truth = truth;
+    this.unstated = new Set(data.known.flatMap((known, value) => known ? [] : [value]));
     this.at = this.fullest(truth);
     const names = this.data.channels.map((channel, i) => new Option(channel.name, String(i)));
     c.channel.replaceChildren(...names);
@@ -172,6 +173,8 @@ class Viewer {
       parts.push(mean === undefined ? "no Dice" : `Dice ${mean.toFixed(3)}${each.length > 1 ? ` (${each.join(", ")})` : ""}`);
       if (found.outside > 0.005) parts.push(`· ${found.outside.toFixed(2)} ml of the prediction lie outside of this view`);
     }
+    const unstated = [...this.unstated].map((value) => this.data.classes[value]);
+    if (unstated.length) parts.push(`· nobody stated ${unstated.join(", ")} here`);
     if (this.data.thinned > 1) parts.push(`· shown at ${this.data.spacing.map((s) => s.toFixed(1)).join(" × ")} mm`);
     line.textContent = parts.join(" ");
   }
@@ -208,6 +211,7 @@ class Viewer {
     }
     const errors = this.controls.style.value === "errors";
     const names = errors ? [["right", BOTH], ["missed", MISSED], ["too much or another class", EXTRA]] : [];
+    if (errors && this.unstated.size) names.push(["nobody stated it", UNKNOWN]);
     const parts = names.map(([word, colour]) => {
       const swatch = document.createElement("i"), entry = document.createElement("b");
       swatch.style.background = `rgb(${colour})`;
@@ -259,6 +263,7 @@ class Viewer {
         if (is === this.unknown) return [...UNKNOWN, opacity * 0.5];
         const real = shown.has(is), claimed = shown.has(said);
         if (!real && !claimed) return null;
+        if (is === 0 && this.unstated.has(said)) return [...UNKNOWN, opacity];
         return [...(is === said ? BOTH : claimed ? EXTRA : MISSED), opacity * (is === said ? 0.7 : 1.5)];
       }));
     } else {
@@ -347,14 +352,17 @@ class Viewer {
     return this.prediction();
   }
 
-  // A case by its key, with an init where one is given; false where the page does not hold it.
-  show(key, init) {
+  // A case by its key, with an init and a number of labels where they are given; nothing where the page does not hold
+  // the case, and what no control offers stays as it was.
+  show(key, init, budget) {
     const index = this.cases.findIndex((item) => item.case === key);
-    if (index < 0) return false;
-    if (init) this.controls.init.value = init;
+    if (index < 0) return;
+    for (const [role, value] of [["init", init], ["budget", budget]]) {
+      const select = this.controls[role];
+      if ([...select.options].some((option) => option.value === String(value))) select.value = String(value);
+    }
     this.ready = this.open(index);
     this.box.scrollIntoView({behavior: "smooth", block: "start"});
-    return true;
   }
 
   listen() {

@@ -70,6 +70,7 @@ def packed(case: ViewedCase) -> str:
         "spacing": [round(s, 4) for s in volume.spacing_mm],
         "thinned": max(volume.box.step),
         "classes": list(volume.classes),
+        "known": list(volume.known),
         "channels": [_channel(channel) for channel in volume.channels],
         "truth": _array(volume.truth_DHW),
         "fits": [

@@ -100,6 +100,7 @@ class CaseVolume:
         spacing_mm: voxel size (D, H, W) as shown.
         box: where it lies in the label's grid.
         truth_ml: volume of every class in the whole label, background as 0.
+        known: per class (background first), whether the annotator stated it in this case; empty means all.
     """
 
     case: str
@@ -109,6 +110,21 @@ class CaseVolume:
     spacing_mm: TripleMm
     box: Box
     truth_ml: tuple[float, ...]
+    known: tuple[bool, ...] = ()
+
+    @property
+    def unstated(self) -> tuple[str, ...]:
+        """Names of the classes that nobody stated in this case."""
+        return tuple(name for name, known in zip(self.classes, self.known, strict=False) if not known)
+
+    def wrong(self, label_DHW: np.ndarray) -> np.ndarray:
+        """Where a prediction in the case's box is wrong (bool); never where nobody said what is right.
+
+        That is where the truth says so, and background where a class is predicted that nobody stated in this case.
+        """
+        unstated = [value for value, known in enumerate(self.known) if not known]
+        unknown_DHW = (self.truth_DHW == 0) & np.isin(label_DHW, unstated)
+        return (label_DHW != self.truth_DHW) & (self.truth_DHW != UNKNOWN_LABEL) & ~unknown_DHW
 
 
 @dataclass(frozen=True)
@@ -205,6 +221,7 @@ def write_volume(path: Path, volume: CaseVolume) -> Path:
         "spacing_mm": np.array(volume.spacing_mm),
         "box": np.array([volume.box.start, volume.box.step, volume.box.shape]),
         "truth_ml": np.array(volume.truth_ml),
+        "known": np.array(volume.known, dtype=bool),
         "names": np.array([c.name for c in volume.channels]),
         "units": np.array([c.unit for c in volume.channels]),
         "windows": np.array([c.window for c in volume.channels]),
@@ -231,6 +248,7 @@ def read_volume(path: Path) -> CaseVolume:
             spacing_mm=tuple(file["spacing_mm"].tolist()),
             box=Box(start, step, shape),
             truth_ml=tuple(file["truth_ml"].tolist()),
+            known=tuple(file["known"].tolist()) if "known" in file else (),  # an earlier version wrote none
         )
 
 

@@ -2,12 +2,13 @@
 
 Every corruption is applied in physical units (HU, mm, shares of the scan's range) to what the network is about to see,
 and the intensity policy's statistics are taken anew from the corrupted scan, as ``prepare`` would take them. Truth and
-grid stay, so cases are paired with themselves undisturbed; the subject is the unit of intervals and tests.
+grid stay, so cases are paired with themselves undisturbed; the subject is the unit of intervals and tests. A corruption
+of one modality is tried on the cases that hold it: over others it would cost nothing because it was never there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,8 +17,9 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from medseg_ssl.analysis import change
-from medseg_ssl.analysis.change import OVER_CLASSES, change_table
+from medseg_ssl.analysis.change import OVER_CLASSES, paired_change
 from medseg_ssl.analysis.metrics import METRICS, summarize
+from medseg_ssl.analysis.statistics import holm
 from medseg_ssl.config import ConfigError
 from medseg_ssl.data import intensity
 from medseg_ssl.evaluations._corruptions import CORRUPTIONS, Volume, corrupt
@@ -130,6 +132,9 @@ class Robustness(Evaluation):
     def run(self, model: Predictor, archive: Archive) -> Iterator[Score]:
         """Yield mean Dice and NSD of every setting as ``noise-1/dice``, each with its table of cases.
 
+        Where a setting changes some of the cases alone, its means are over these, and ``noise-1/undisturbed/dice`` is
+        what the same cases score undisturbed.
+
         Raises:
             ConfigError: ``model`` is no predictor.
             UserError: classes of segmenter and archive differ, or no labeled case in the subset.
@@ -137,12 +142,31 @@ class Robustness(Evaluation):
         if not isinstance(model, Predictor):
             raise ConfigError("robustness scores a segmenter, not an encoder; that is 'medseg-ssl evaluate'")
         cases = labeled_cases(archive, split=self.config.split, subset=self.config.subset)
-        for setting in self.settings((*model.card.modalities, *model.card.other_modalities)):
-            rows = self.rows(model, archive, cases, setting)
+        clean: list[dict[str, object]] = []
+        for setting in self.settings(modalities_of(archive, cases)):
+            chosen = touched(archive, cases, setting)
+            rows = self.rows(model, archive, chosen, setting)
+            clean = rows if setting.corruption == UNDISTURBED else clean
             table: list[dict[str, object]] | None = rows
             for metric, found in summarize(rows, SHOWN).items():
                 yield Score(f"{setting.name}/{metric}", found["mean"], "share", table)
                 table = None
+            if len(chosen) < len(cases):
+                for metric, found in summarize(_of(clean, chosen), SHOWN).items():
+                    yield Score(f"{setting.name}/{UNDISTURBED}/{metric}", found["mean"], "share")
+
+
+def modalities_of(archive: Archive, cases: Iterable[str]) -> set[str]:
+    """What the cases at hand are scanned with, whatever else the segmenter may know."""
+    return {archive.scans[key].modality for case in cases for key in archive.cases[case].scans}
+
+
+def touched(archive: Archive, cases: Sequence[str], setting: Setting) -> list[str]:
+    """The cases that hold a scan which the setting changes; all of them where nothing is disturbed."""
+    if setting.corruption == UNDISTURBED:
+        return list(cases)
+    wanted = CORRUPTIONS[setting.corruption].modalities
+    return [case for case in cases if wanted & modalities_of(archive, [case])]
 
 
 def robustness_table(
@@ -151,21 +175,34 @@ def robustness_table(
     """What each setting costs: the mean difference to the undisturbed scans, paired by case, with its interval.
 
     Args:
-        rows: of ``CASE_COLUMNS``, of all settings.
+        rows: of ``CASE_COLUMNS``, of all settings; a setting is compared on the cases that it has rows of.
         subjects: case to its subject, whose cases are averaged before differences are taken.
 
     Returns:
         Rows of ``COLUMNS``: mean over the classes of a case first, then per class. ``p`` is that of a paired t-test,
         ``p_holm`` adjusts it over the settings of one class and metric.
     """
-    classes = list(dict.fromkeys(str(row["class"]) for row in rows))
     settings: dict[tuple[object, object], list[Mapping[str, object]]] = {}
     for row in rows:
         settings.setdefault((row["corruption"], row["severity"]), []).append(row)
     clean = settings[UNDISTURBED, 0]
-    named = ("corruption", "severity", "amount", "unit")
-    changes = [({key: given[0][key] for key in named}, given) for given in settings.values()]
-    return change_table(clean, changes, names=(OVER_CLASSES, *classes), metrics=SHOWN, subjects=subjects)
+    pairs = [(_of(clean, {row["case"] for row in given}), given) for given in settings.values()]
+    table: list[dict[str, object]] = []
+    for metric in SHOWN:
+        for name in (OVER_CLASSES, *dict.fromkeys(str(row["class"]) for row in rows)):
+            block = []
+            for before, after in pairs:
+                found = paired_change(before, after, name=name, metric=metric, subjects=subjects)
+                if found is not None:
+                    head = {key: after[0][key] for key in ("corruption", "severity", "amount", "unit")}
+                    block.append({**head, **found} | ({"p": float("nan")} if after is clean else {}))
+            adjusted = holm([row["p"] for row in block])
+            table += [{**row, "p_holm": p} for row, p in zip(block, adjusted, strict=True)]
+    return table
+
+
+def _of(rows: Iterable[Mapping[str, object]], cases: Container[object]) -> list[Mapping[str, object]]:
+    return [row for row in rows if row["case"] in cases]
 
 
 def _altered(

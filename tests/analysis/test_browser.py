@@ -1,17 +1,19 @@
 """The report in headless Chromium: offline, without an error, left and right where they belong."""
 
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from finetune import report
 from finetune.comparison_tables import write_comparison
 from finetune.transfer import transfer
 from finetune.volumes import case_volume
 from medseg_ssl.analysis.page import page
 from medseg_ssl.analysis.viewer import ViewedCase, fill, viewer_html
-from medseg_ssl.analysis.volumes import CasePrediction
+from medseg_ssl.analysis.volumes import CasePrediction, CaseVolume, box_around, grey_channel
 from medseg_ssl.data.archive_writer import ArchiveWriter
 from medseg_ssl.data.manifest import CaseRow, Split
 from medseg_ssl.data.nifti import read_nifti
@@ -131,11 +133,120 @@ def test_tables_sort_and_open_cases(opened):
     assert opened.run(f"{VIEWER}.data.case") == key
 
 
+def test_a_scan_never_shows_the_prediction_of_the_case_before(opened):
+    """The new scan is unpacked, its prediction is not yet: nothing but the scan and its truth may be drawn."""
+    opened.run("document.querySelector('.strip').open = true")
+    opened.run(f"{VIEWER}.open(0).then(() => 1)")
+    opened.wait("document.querySelectorAll('.small canvas').length === 3")
+    held = (
+        """(async (viewer) => {
+      const late = new Set(viewer.cases[1].fits.flatMap((f) => [f.label, f.saliency])), get = viewer.get;
+      let free; const waiting = new Promise((done) => { free = done; });
+      viewer.get = (words) => late.has(words) ? waiting.then(() => get.call(viewer, words)) : get.call(viewer, words);
+      const before = [viewer.label, viewer.small], ready = viewer.open(1);
+      while (!viewer.image) await new Promise((done) => setTimeout(done));
+      const between = [viewer.label, viewer.heat, viewer.small];
+      await viewer.draw();
+      free(); viewer.get = get; await ready;
+      return [before, between, [viewer.label, viewer.small]].map((parts) => parts.map((part) => !!part));
+    })"""
+        + f"({VIEWER})"
+    )
+    assert opened.run(held) == [[True, True], [False] * 3, [True, True]]
+    assert opened.problems == []
+
+
 def test_a_narrow_screen_is_not_wider_than_itself(opened):
     opened.resize(390, 844, phone=True)
     opened.wait("innerWidth === 390")
     assert opened.run("document.documentElement.scrollWidth") <= 390
     opened.resize(1200, 900)
+
+
+@pytest.fixture(scope="module")
+def two_comparisons(tmp_path_factory):
+    """A page of two comparisons on the same cases; the second one has an init that the first has not."""
+    folder = tmp_path_factory.mktemp("two")
+    sizes = {"draws": 1, "cases": 3}
+    write_folder(folder / "a", **sizes)
+    write_folder(folder / "b", inits=("scratch", "moco"), **sizes)
+    report.main([str(folder / "a"), str(folder / "b"), "--out", str(folder / "page.html")])
+    with Page(folder / "page.html", folder / "profile") as found:
+        found.wait("[...document.querySelectorAll('.viewer')].filter((box) => box.viewer).length === 2")
+        found.run(f"{BOTH}.map((v) => v.ready)[1].then(() => 1)")
+        yield found
+
+
+BOTH = "[...document.querySelectorAll('.viewer')].map((box) => box.viewer)"
+STANDS = f"{BOTH}.map((v) => [v.cases[v.controls.case.value].case, v.controls.init.value, v.controls.budget.value])"
+"""Case, init and number of labels of both viewers."""
+
+
+def test_a_case_opens_in_the_viewer_of_its_own_comparison_with_its_own_budget(two_comparisons):
+    opened = two_comparisons
+    first, second = opened.run(STANDS)
+    assert (first[1:], second[1:]) == (["scratch", "1"], ["scratch", "1"])
+    pane = "[...document.querySelectorAll('.pane[data-pane=\"4 labels\"]')][1]"
+    key = opened.run(
+        f"[...{pane}.querySelectorAll('button.view')].map(b => b.dataset.case).find(k => k !== '{second[0]}')"
+    )
+    opened.run(f"{pane}.querySelector('button.view[data-case=\"{key}\"]').click()")
+    assert opened.run(STANDS) == [first, [key, "scratch", "4"]]
+
+    opened.run(f"{BOTH}[1].choose('budget', '1').then(() => 1)")
+    scatter = "document.querySelectorAll('.two-inits')[1]"
+    budget = f"{scatter}.querySelector('[data-role=budget]')"
+    opened.run(f"(s => {{ s.value = 1; s.dispatchEvent(new Event('change')); }})({budget})")
+    key = opened.run(f"{scatter}.keys.points[2]")
+    opened.run(f"{scatter}.querySelector('.points').emit('plotly_click', {{points: [{{pointIndex: 2}}]}})")
+    assert opened.run(STANDS) == [first, [key, "moco", "4"]]
+    # what a viewer does not offer leaves its lists as they are
+    opened.run(f"{BOTH}[0].show('{key}', 'moco', 16)")
+    assert opened.run(STANDS)[0] == [key, "scratch", "1"]
+    assert opened.problems == []
+
+
+ORANGE = """((canvas) => {
+  const all = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+  let orange = 0, grey = 0;
+  for (let i = 0; i < all.length; i += 4) {
+    const [r, g, b] = all.slice(i, i + 3);
+    orange += r > 240 && g > 120 && g < 160 && b < 70;
+    grey += r === 150 && g === 150 && b === 150;
+  }
+  return [orange > 500, grey > 500];
+})(document.querySelector('.plane[data-plane=axial] canvas'))"""
+"""Whether a slice has much of what is wrong, and of what nobody stated."""
+
+
+def test_a_class_that_nobody_stated_is_not_shown_as_wrong(tmp_path):
+    truth = np.zeros((6, 20, 20), np.uint8)
+    truth[2:4, 2:5, 2:5] = 1
+    said = truth.copy()
+    said[:, 10:, :] = 2
+    box = box_around(truth, (3.0, 1.0, 1.0), voxels=10**6)
+    channel = grey_channel("CT", "HU", np.full(truth.shape, -500.0), None, limits=(0, 1))
+    stated = CaseVolume(
+        "k", ("background", "a", "b"), (channel,), truth, (3.0, 1.0, 1.0), box, (0.0, 0.1, 0.0)
+    )
+    fits = {("mae", 1): CasePrediction(said, 0.0)}
+    cases = [
+        ViewedCase("all stated", stated, fits),
+        ViewedCase("b is not", replace(stated, known=(True, True, False)), fits),
+    ]
+    (tmp_path / "page.html").write_text(page("t", [viewer_html(fill(cases, limit_bytes=10**7), name="v")]))
+    with Page(tmp_path / "page.html", tmp_path / "profile") as shown:
+        shown.wait(f"document.querySelector('.viewer') && {VIEWER}")
+        shown.run(f"(v => {{ v.controls.style.value = 'errors'; v.controls.opacity.value = 1; }})({VIEWER})")
+        told = "document.querySelector('.viewer .numbers').textContent + document.querySelector('.legend').textContent"
+        for case, (orange, grey) in enumerate([(True, False), (False, True)]):
+            shown.run(f"{VIEWER}.open({case}).then(() => 1)")
+            assert shown.run(ORANGE) == [orange, grey]
+            assert ("nobody stated b here" in shown.run(told)) is grey
+            assert ("nobody stated it" in shown.run(told)) is grey
+        shown.run(f"(v => {{ v.hidden.add(2); v.draw(); }})({VIEWER})")
+        assert shown.run(ORANGE) == [False, False]
+        assert shown.problems == []
 
 
 HOVERED = """((figure, point) => {

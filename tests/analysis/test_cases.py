@@ -49,9 +49,9 @@ def test_means_are_over_classes_then_over_the_draws_that_all_inits_share(scores)
 def test_worst_first_and_unscored_last(scores):
     assert scores.ranked(2) == [("hard", pytest.approx(0.375)), ("easy", pytest.approx(0.775))]
     assert [case for case, _ in scores.ranked(1)] == ["easy", "hard"]
-    table = worst_cases_html(scores, viewed=["hard"])
+    table = worst_cases_html(scores, viewer="curve1-viewer", viewed=["hard"])
     first, second = re.findall(r'data-pane="2 labels" hidden>.*', table)[0].split("</tr>")[1:3]
-    assert 'data-case="hard"' in first
+    assert 'data-viewer="curve1-viewer" data-case="hard" data-budget="2"' in first
     assert ">0.375<" in first
     assert "0.250" in first
     assert "button" not in second
@@ -59,7 +59,8 @@ def test_worst_first_and_unscored_last(scores):
 
 
 def test_data_of_the_scatter_is_strict_json_with_the_first_baseline_across(scores):
-    html = scatter_html(scores, baselines=["scratch"], name="s")
+    html = scatter_html(scores, baselines=["scratch"], name="s", viewer="curve1-viewer")
+    assert '<div class="two-inits" id="s" data-viewer="curve1-viewer">' in html
     tree = json.loads(re.findall(r'<script type="application/json">(.*?)</script>', html)[0])
     assert tree["dice"][1][1][0] == [0.9, 0.5]
     assert tree["dice"][0][0][0] == [None, None]

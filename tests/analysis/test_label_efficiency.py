@@ -258,6 +258,26 @@ def test_verdict_of_one_budget_that_counts_as_many_labels():
     assert line.startswith("No scratch baseline has finished fits yet")
 
 
+def test_a_case_that_only_false_alarms_score_dilutes_no_difference():
+    """Six cases differ by .05; six hold no class, and both inits raise a false alarm in the first draw alone."""
+    rows = rows_of({"scratch": {1: 0.70}, "mae": {1: 0.75}}, noise=0.001)
+    absent = {f"case{i}" for i in range(6)}
+    for row in rows:
+        if row["case"] in absent:
+            row["dice"] = 0.0 if row["draw"] == 0 else float("nan")
+    summary = le.summarise(rows, baselines=["scratch"])
+    first = summary["comparisons"][0]
+    assert first["mean"] == pytest.approx(0.05, abs=0.002)
+    assert (first["cases"], first["partly"], first["one_sided"]) == (6, 6, 0)
+    assert (
+        "6 (scratch) of the cases have a pair of scores under some of the draws alone"
+        in summary["verdicts"][0]
+    )
+    # a draw that is not finished leaves no case out
+    rows = [row for row in rows if row["init"] == "scratch" or row["draw"] != 3]
+    assert le.summarise(rows, baselines=["scratch"])["comparisons"][0]["partly"] == 6
+
+
 def test_verdict_counts_scores_without_a_partner():
     """A class that is absent has a score only where an init predicted it: 0."""
     rows = rows_of({"scratch": {1: 0.70}, "mae": {1: 0.70}})

@@ -116,6 +116,26 @@ def test_standardised_effect_by_hand():
     assert math.isnan(standardised(np.ones((5, 2, 1)), np.ones((5, 2, 1))).mean)
 
 
+def test_a_task_too_small_for_an_effect_is_named():
+    """A deviation between subjects needs three of them, and scores that differ."""
+    curves = {"scratch": SCRATCH, "mae": BETTER}
+    tasks = tasks_of(2, curves)
+    tasks["small"] = [r for r in tasks_of(1, curves)["t0"] if r["case"].endswith(("case0", "case1"))]
+    flat = [{**r, "dice": 0.5} if r["init"] == "scratch" else dict(r) for r in tasks["t1"]]
+    tasks["flat"] = [{**r, "case": f"flat {r['case']}"} for r in flat]
+    found = summarise_tasks(tasks, baselines=["scratch"])
+    effect = found["inits"]["mae"]["effects"]["scratch"]
+    why = "small has fewer than 3 subjects, flat has one score of scratch for all subjects"
+    assert math.isnan(effect["mean"])
+    assert effect["reason"] == why
+    line = found["verdicts"][1]
+    assert f"on these tasks); no effect against scratch: {why}. Nothing follows" in line
+    assert found["inits"]["mae"]["rank"]["tasks"] == 4
+    assert f"<td>–<small>{why}</small></td>" in tasks_html(found)
+    with_all = summarise_tasks(tasks_of(2, curves), baselines=["scratch"])["inits"]["mae"]
+    assert with_all["effects"]["scratch"]["reason"] == "2 of at least 4 tasks"
+
+
 def test_pooled_ranks_and_effects_cover_the_truth():
     rng = np.random.default_rng(0)
     covered = {"rank": 0, "effect": 0}

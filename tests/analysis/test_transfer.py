@@ -226,6 +226,35 @@ def test_verdicts_claim_what_is_shown_and_no_more():
     assert "p = 0.33 at best, so nothing is shown" in line
 
 
+def mixture(union, target, *differences, covers="cases and draws"):
+    """A union against single sources, each with its mean difference and p."""
+    ends = {"low": 0.01, "high": 0.05, "p_holm": 0.001, "covers": covers}
+    return [
+        {"union": union, "target": target, "single": f"s{n}", "best": n == 0, "mean": mean, "p": p} | ends
+        for n, (mean, p) in enumerate(differences)
+    ]
+
+
+def beating(*items):
+    """Unions and targets of which the verdicts say that every single source is beaten."""
+    mixed = [item for of_union in items for item in of_union]
+    empty = {key: () for key in ("cells", "controls", "asymmetry", "beside")}
+    lines = transfer_verdicts({**empty, "mixed": mixed})
+    return [line.split(" against")[0] for line in lines if "it beats each of its single sources" in line]
+
+
+def test_that_a_union_beats_each_of_its_sources_is_corrected_over_unions_and_targets():
+    """The largest p of each: 0.03 alone is below 0.05, beside another it is doubled."""
+    one, two = mixture("U", "a", (0.03, 0.001), (0.02, 0.03)), mixture("U", "b", (0.03, 0.02), (0.02, 0.04))
+    assert beating(one) == ["U → a"]
+    assert beating(one, two) == []
+    assert beating(mixture("U", "a", (0.03, 0.001), (0.02, 0.02)), two) == ["U → a", "U → b"]
+    # a source that scores more does not open the way for others, however small its p
+    assert beating(one, mixture("U", "b", (-0.03, 0.0001), (0.02, 0.0001))) == []
+    # what cannot be judged is no test
+    assert beating(one, mixture("U", "b", (0.03, 0.04), (0.02, 0.04), covers="cases")) == ["U → a"]
+
+
 def several(found, count):
     """The rows with ``count`` pretrainings of every source, each moved by a number of its own."""
     out = []
@@ -308,6 +337,27 @@ def test_unfinished_targets_and_sources_are_left_out():
     assert transfer_verdicts(transfer_summary([], SOURCES, targets())) == [
         "No cell of the matrix is finished yet."
     ]
+
+
+def test_what_cannot_be_judged_has_no_p_on_the_page():
+    """Gains of 0.05 over 12 cases under a single draw: p would be near 0, and says nothing of new draws."""
+    summary = transfer_summary(rows(draws=1, cases=12), SOURCES, targets())
+    assert {item["covers"] for item in summary["cells"]} == {"cases"}
+    assert min(item["p"] for item in summary["cells"]) < 0.001
+    shown = transfer_page(Transfer("t", summary, [], ["CT"], ["organs"])).split("<h2>")
+    for title, name in {"Gains over": "cells", "Controls": "controls", "Mixed": "mixed"}.items():
+        (part,) = [part for part in shown if part.startswith(title)]
+        assert part.count("<td>–</td><td>–</td>") == len(summary[name]) > 0
+        assert "judges nothing: no p." in part
+    assert "judges nothing" not in transfer_page(
+        Transfer("t", transfer_summary(rows(), SOURCES, targets()), [], ["CT"], ["organs"])
+    )
+    # pretrained three times here and once there: an asymmetry of too many kinds of levels
+    uneven = [row for row in several(rows(), 3) if row["target"] == "organs" or not row["pretraining"]]
+    (item,) = (found := transfer_summary(uneven, SOURCES, targets()))["asymmetry"]
+    assert item["covers"] == "nothing"
+    page = transfer_page(Transfer("t", found, [], ["CT"], ["organs"]))
+    assert "Of two gains one alone covers new pretrainings: no p." in page
 
 
 def test_page_holds_every_part_and_escapes():

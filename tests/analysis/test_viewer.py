@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,30 @@ def test_files_read_back(tmp_path):
     assert (opened.read("a").outside_ml, opened.read("a").saliency_DHW) == (0.5, None)
     np.testing.assert_array_equal(opened.read("b").saliency_DHW, volume.truth_DHW * 9)
     assert volume.truth_ml[1] == pytest.approx(4 / 3 * np.pi * 0.9**3, rel=0.05)
+
+
+def test_a_prediction_of_a_class_that_nobody_stated_is_not_wrong(tmp_path):
+    label = np.zeros((2, 3, 4), np.uint8)
+    label[0, 0] = (0, 1, 1, 255)
+    said = label.copy()
+    said[0, 0] = (2, 2, 1, 2)  # nobody stated class 2: it may well lie where the label has background
+    said[1, 0, 0] = 1
+    volume = replace(
+        volume_of(label), classes=("background", "a", "b"), truth_DHW=label, known=(True, True, False)
+    )
+    assert volume.unstated == ("b",)
+    assert np.argwhere(volume.wrong(said)).tolist() == [[0, 0, 1], [1, 0, 0]]
+    stated = replace(volume, known=())
+    assert (stated.unstated, int(stated.wrong(said).sum())) == ((), 3)
+
+    path = vol.write_volume(tmp_path / "v.npz", volume)
+    assert vol.read_volume(path).known == (True, True, False)
+    tree = json.loads(v.packed(v.ViewedCase("c", volume, {})))
+    assert tree["known"] == [True, True, False]
+    with np.load(path) as file:
+        older = {name: file[name] for name in file.files if name != "known"}
+    np.savez_compressed(tmp_path / "older.npz", **older)
+    assert vol.read_volume(tmp_path / "older.npz").known == ()
 
 
 def test_a_page_holds_what_fits_and_says_what_does_not():

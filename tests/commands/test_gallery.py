@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from finetune import report
 from finetune.comparison_tables import write_comparison
 from finetune.gallery import Gallery
 from finetune.volumes import PREDICTIONS, VOLUMES, Keeper, case_volume
+from medseg_ssl.analysis import volumes as vol
 from medseg_ssl.analysis.cases import case_scores
 from medseg_ssl.analysis.label_efficiency import read_cases
 from medseg_ssl.analysis.volumes import Predictions, read_volume
@@ -72,6 +74,29 @@ def test_the_viewer_holds_worst_median_and_best_and_explained_cases(gallery):
     assert tight.left_out
 
 
+def test_a_class_that_nobody_stated_is_no_failure(tmp_path, monkeypatch):
+    """Slice 2 holds most of a class without a truth, slice 5 a little that is wrong: 5 is shown."""
+    out = write_folder(tmp_path / "out", inits=("scratch", "mae"), budgets=(1,), draws=1, cases=1)
+    (file,) = (out / VOLUMES).iterdir()
+    volume = read_volume(file)
+    truth = np.where(volume.truth_DHW == 2, 2, 0).astype(np.uint8)
+    volume = replace(volume, truth_DHW=truth, known=(True, False, True))
+    vol.write_volume(file, volume)
+    said = truth.copy()
+    said[2, :4, :4] = 1
+    said[5, :1, :2] = 2
+    for init in ("scratch", "mae"):
+        kept = {volume.case: vol.CasePrediction(said, 0.0)}
+        vol.write_predictions(out / "fits" / init / "b1" / "d0" / PREDICTIONS, kept)
+    shown = []
+    monkeypatch.setattr("medseg_ssl.analysis.pictures.contour_png", lambda s: shown.append(s) or b"png")
+    rows = [row for file in out.glob("fits/*/*/*/cases.csv") for row in read_cases(file)]
+    found = Gallery(out, rows, inits=["scratch", "mae"], scores=case_scores(rows)).failures()
+    assert [np.array_equal(s.prediction_HW, said[5]) for s in shown] == [True, True]
+    captions = [picture.caption for row in found.values() for picture in row]
+    assert all(caption.endswith("; nobody stated anterior <b> here") for caption in captions)
+
+
 def test_older_folders_without_volumes_have_a_page(tmp_path):
     out = write_folder(tmp_path / "out", draws=1, cases=3, budgets=(1,), volumes=False)
     write_comparison(out)
@@ -102,7 +127,7 @@ SPACING = (3.0, 1.0, 2.0)
 def archive(tmp_path_factory):
     """One case of CT and MR; the MR lies on a finer grid that is moved by half a voxel of the label's."""
     path = tmp_path_factory.mktemp("volumes") / "archive"
-    writer = ArchiveWriter.open(path, RECIPE, ("background", "organ"))
+    writer = ArchiveWriter.open(path, RECIPE, ("background", "organ", "unstated"))
     z, y, x = np.indices(SHAPE)
     ct = 10.0 * z + y - 5.0 * x
     first = scan_row("ct", SHAPE, modality="CT", spacing_mm=SPACING)
@@ -118,7 +143,8 @@ def archive(tmp_path_factory):
     label = np.zeros(SHAPE, np.uint8)
     label[7:10, 9:13, 2:6] = 1  # superior, anterior, at the patient's left
     write_label(path, "c", label, original_DHW=label, original_affine_44=affine, recipe=RECIPE, stamp="")
-    case = CaseRow(case="c", subject="s0", scans=("ct", "mr"), labeled=True, known_classes=(True, True))
+    known = (True, True, False)
+    case = CaseRow(case="c", subject="s0", scans=("ct", "mr"), labeled=True, known_classes=known)
     split = Split(name="default", seed=0, train=(), development=(), test=("s0",))
     return writer.commit([first, second], [case], [], splits=[split]), ct, label
 
@@ -140,6 +166,7 @@ def test_every_scan_lies_on_the_label_in_physical_units(archive):
     step = np.diff(mr.values_256).max()
     assert np.abs(mr.values_256[mr.image_DHW] - expected)[inner].max() <= step / 2 + 1.0
     assert volume.truth_ml[1] == pytest.approx(3 * 4 * 4 * 6 / 1000)
+    assert (volume.known, volume.unstated) == ((True, True, False), ("unstated",))
 
 
 def test_a_thinned_volume_shows_the_same_places(archive):

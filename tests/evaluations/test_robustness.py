@@ -3,9 +3,17 @@
 import numpy as np
 import pytest
 
+from finetune.beside import read_rows, write_robustness
+from medseg_ssl.analysis.tables import write_csv
 from medseg_ssl.config import ConfigError, parse
 from medseg_ssl.evaluations._corruptions import Volume, corrupt
-from medseg_ssl.evaluations.robustness import UNDISTURBED, Robustness, Setting, robustness_table
+from medseg_ssl.evaluations.robustness import (
+    CASE_COLUMNS,
+    UNDISTURBED,
+    Robustness,
+    Setting,
+    robustness_table,
+)
 from medseg_ssl.inference.predictor import Predictor
 from tests.evaluations.fakes import MemoryArchive, Threshold, bright_cube, card
 
@@ -148,6 +156,81 @@ def test_the_table_is_paired_and_adjusted():
         assert (two.pop("cases"), two.pop("subjects")) == (6, 3)
         same = {key: value for key, value in one.items() if key in two}
         assert two == pytest.approx(same, nan_ok=True), "two scans of a subject are one piece of evidence"
+
+
+BOX = (slice(4, 9), slice(3, 11), slice(5, 8))
+
+
+def one_channel_of_ct_and_mr():
+    """Three cases of each modality and a segmenter of one channel that learned from both."""
+    archive = MemoryArchive()
+    for i, (modality, unit) in enumerate([("CT", "HU")] * 3 + [("MR", "raw")] * 3):
+        rest = 0 if modality == "CT" else 200
+        scan = bright_cube((14, 13, 12), BOX) + rest
+        archive.add_scan(f"s{i}", scan, subject=f"p{i}", modality=modality, unit=unit)
+        label = np.roll(scan > rest, 0 if modality == "CT" else 2, axis=0)  # MR is worse to begin with
+        archive.add_case(f"c{i}", [f"s{i}"], label.astype(np.uint8))
+    archive.set_split(test=tuple(f"p{i}" for i in range(6)))
+    return archive, Predictor(Threshold(), card(modalities=("CT",), other_modalities=("MR",)))
+
+
+def test_a_corruption_counts_only_the_cases_that_it_is_applied_to():
+    """120 HU less take the whole cube of a CT: spread over the MR as well, it is half of that."""
+    archive, model = one_channel_of_ct_and_mr()
+    evaluation = Robustness(parse(Robustness.Config, {"strengths": {"shift": [-120], "blur": [2]}}))
+    found = list(evaluation.run(model, archive))
+    scores = {score.name: score.value for score in found}
+    tables = {s.name: s.per_case for s in found if s.per_case is not None}
+    assert {row["case"] for row in tables["shift-1/dice"]} == {"c0", "c1", "c2"}
+    assert {row["case"] for row in tables["blur-1/dice"]} == {f"c{i}" for i in range(6)}
+    assert (scores["shift-1/undisturbed/dice"], scores["shift-1/dice"]) == (1.0, 0.0)
+    assert scores["undisturbed/dice"] == pytest.approx((1.0 + 0.6) / 2)
+    assert "blur-1/undisturbed/dice" not in scores
+
+    rows = [row for table in tables.values() for row in table]
+    subjects = {f"c{i}": f"p{i}" for i in range(6)}
+    table = {
+        r["corruption"]: r
+        for r in robustness_table(rows, subjects=subjects)
+        if (r["class"], r["metric"]) == ("bright", "dice")
+    }
+    shift = table["shift"]
+    assert (shift["cases"], shift["subjects"], shift["one_sided"]) == (3, 3, 0)
+    assert (shift["before"], shift["after"], shift["difference"]) == (1.0, 0.0, -1.0)
+    assert (table["blur"]["cases"], table[UNDISTURBED]["cases"]) == (6, 6)
+
+
+def test_what_no_case_is_scanned_with_is_neither_predicted_nor_tested(tmp_path):
+    """The segmenter knows MR too, the archive holds CT alone."""
+    model, asked = Predictor(Threshold(), card(modalities=("CT",), other_modalities=("MR",))), []
+
+    def progress(title, total):
+        asked.append((title, total))
+        return lambda case: None
+
+    def written(archive, name):
+        write_robustness(
+            tmp_path / name, model, archive, sorted(archive.cases), nsd_tolerance_mm=2.0, progress=progress
+        )
+        return read_rows(tmp_path / name / "robustness.csv")
+
+    tried = {row["corruption"] for row in written(world(), "ct")}
+    assert tried == {UNDISTURBED, "noise", "blur", "resolution", "missing_slices", "shift"}
+    assert {title.split("-")[0] for title, _ in asked} == tried
+
+    # what an earlier version left of an interrupted call holds every case
+    archive, _ = one_channel_of_ct_and_mr()
+    old = tmp_path / "mixed" / "robustness_cases" / "shift-1.csv"
+    head = {"corruption": "shift", "severity": 1, "amount": 20.0, "unit": "HU", "class": "bright"}
+    write_csv(old, [head | {"case": f"c{i}", "dice": 0.5} for i in range(6)], columns=CASE_COLUMNS)
+    asked.clear()
+    rows = [r for r in written(archive, "mixed") if (r["class"], r["metric"]) == ("bright", "dice")]
+    cases = {r["corruption"]: r["cases"] for r in rows}
+    assert cases == {UNDISTURBED: 6, "blur": 6, "resolution": 6, "missing_slices": 6} | dict.fromkeys(
+        ("noise", "relative_noise", "bias_field", "shift", "scaling"), 3
+    )
+    assert ("scaling-1", 3) in asked
+    assert ("blur-1", 6) in asked
 
 
 def test_wrong_strengths_are_named():
