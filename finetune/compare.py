@@ -30,6 +30,7 @@ from .mirror import send_left, send_once
 from .notes import notes_of
 from .planning import EncoderKey
 from .resolving import check_precision, expand, resolve
+from .scratch import WHOLE, sentence
 from .seen import check_seen, scored_sides, trained_on
 
 if TYPE_CHECKING:
@@ -109,6 +110,9 @@ def compare(
         "test_cases": hash_names(cases),
         **budget_record.folds_hash(folds),
     }
+    if sentence(config.inits, config.finetune):
+        # fits of an earlier version, which held them back, are not to be counted with new ones
+        inputs["from_scratch"] = WHOLE
     if reused is not None and apart:
         inputs["budgets_drawn_from"] = reused.archive
         if not quiet:

@@ -20,12 +20,15 @@ from medseg_ssl.analysis.label_efficiency import (
 )
 from medseg_ssl.analysis.report import Comparison, comparison_page
 from medseg_ssl.analysis.tables import write_bytes, write_csv, write_json, write_text
+from medseg_ssl.analysis.verdicts import labels_text
 from medseg_ssl.config import UserError
 
-from .fits import DONE
+from .fits import DONE, ERROR
 from .gallery import Gallery
 
 PLAN = "plan.json"
+GAPS = 5
+"""Failed fits that are named."""
 VOLUMES_BYTES = 16_000_000
 """Room for the viewer on a page, of all its comparisons together: with plotly and pictures a page stays below 25 MB."""
 
@@ -90,7 +93,7 @@ def read_comparison(out: Path, *, volumes_bytes: int = VOLUMES_BYTES) -> Read:
         picture=curve_png(curve, baselines=summary["baselines"], title=title),
         curve=curve,
         summary=summary,
-        notes=plan["notes"],
+        notes=[*plan["notes"], *gaps_of(out)],
         cases=scores,
         viewer=gallery.viewer(limit_bytes=volumes_bytes),
         pictures=gallery.examples(),
@@ -107,17 +110,44 @@ def read_comparison(out: Path, *, volumes_bytes: int = VOLUMES_BYTES) -> Read:
 
 
 def _comparable(out: Path, planned: Sequence[str], finished: Sequence[Path]) -> list[Path]:
-    """Finished fits of every (budget, draw) that all its inits have finished, so that means are over the same draws.
+    """Finished fits of every (budget, draw) in which none is still to be done, so that means are over the same draws.
 
-    An init that was pretrained several times has finished a draw with the last of them; folds count each on its own.
-    Where no (budget, draw) is whole yet, every finished fit counts.
+    A fit that failed is not waited for: it would fail again, and would keep the others of its draw out for good. An
+    init that was pretrained several times has finished a draw with the last of them; folds count each on its own. Where
+    no (budget, draw) is whole yet, every finished fit counts.
     """
 
     def place(folder: Path) -> tuple[str, str]:
         return folder.parts[-2], folder.name.partition("p")[0]
 
-    missing = {place(folder) for folder in {out / name for name in planned}.difference(finished)}
-    return [folder for folder in finished if place(folder) not in missing] or list(finished)
+    left = {out / name for name in planned}.difference(finished)
+    waiting = {place(folder) for folder in left if not (folder / ERROR).is_file()}
+    return [folder for folder in finished if place(folder) not in waiting] or list(finished)
+
+
+def gaps_of(out: Path) -> list[str]:
+    """Which fits of a comparison failed, in a sentence; empty where none did.
+
+    Raises:
+        UserError: the folder holds no comparison.
+    """
+    planned = _read_plan(out)["fits"]
+    failed = [out / n for n in planned if (out / n / ERROR).is_file() and not (out / n / DONE).is_file()]
+    if not failed:
+        return []
+    names = [
+        f"{f.parts[-3]} with {labels_text(int(f.parts[-2][1:]))}, {_which(f.name)}" for f in failed[:GAPS]
+    ]
+    more = [f"and {len(failed) - GAPS} more"] if len(failed) > GAPS else []
+    return [
+        f"{len(failed)} of {len(planned)} fits failed and are missing: {'; '.join([*names, *more])}. The means of an"
+        " init are over the draws that it has, paired comparisons over those that both have."
+    ]
+
+
+def _which(folder: str) -> str:
+    """What the name of a fit's folder says: ``d1f2p3`` is draw 1, fold 2, pretraining 3."""
+    return folder.replace("d", "draw ").replace("f", ", fold ").replace("p", ", pretraining ")
 
 
 def _read_plan(out: Path) -> dict[str, Any]:

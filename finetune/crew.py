@@ -178,8 +178,8 @@ def failure_of(failures: Sequence[tuple[FitTask, BaseException]]) -> UserError:
     if isinstance(error, ConfigError) and all(isinstance(other, ConfigError) for _, other in failures):
         return error
     found = UserError(
-        f"{len(failures)} fits failed, the first is {task.name}: {error}; the others are in the tables, and "
-        "the same command tries the failed ones again"
+        f"{len(failures)} fits failed, the first is {task.name}: {error}; the others are in the tables, which name the"
+        " gap, and the same command tries the failed ones again: they end as before where nothing is mended"
     )
     found.__cause__ = error
     return found

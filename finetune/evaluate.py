@@ -22,7 +22,7 @@ from medseg_ssl.data.channels import told_left_out
 from medseg_ssl.data.partial import Access
 from medseg_ssl.train.run_folder import hash_file
 
-from .seen import check_seen
+from .seen import check_seen, unchecked
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -112,17 +112,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
         archive = archive.limited(Access(channels=predictor.card.modalities))
     cases = labeled_cases(archive, split=args.split, subset=args.subset)
     cases, apart = known_cases(predictor, archive, cases)
+    unknown = ""
     if args.subset != "train":
-        check_seen(
-            "the segmenter, or the encoder it began with,",
-            predictor.card.model_dump(mode="json"),
-            archive,
-            split=args.split,
-            subset=args.subset,
-        )
+        tree, whom = predictor.card.model_dump(mode="json"), {"split": args.split, "subset": args.subset}
+        check_seen("the segmenter, or the encoder it began with,", tree, archive, **whom)
+        if why := unchecked(tree, archive, **whom):
+            unknown = f"The segmenter, or the encoder it began with: {why}"
     listed = set(getattr(archive.split(args.split), args.subset))
     joined = told_left_out(whole, archive, predictor.card.modalities, listed)
-    told = (apart, joined, _chosen_here(predictor.card, archive, args.subset))
+    told = (apart, joined, unknown, _chosen_here(predictor.card, archive, args.subset))
     conditions = [f"{sentence}." for sentence in told if sentence]
     for condition in conditions:
         console.print(condition, markup=False, highlight=False)

@@ -6,9 +6,11 @@ It runs in a worker process.
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from medseg_ssl.cli import locate
 from medseg_ssl.config import Block, ConfigError, UserError, parse
 from medseg_ssl.data.partial import Access
 from medseg_ssl.data.protected import Protected
+from medseg_ssl.train.interrupt import Interrupted
 
 from .mirror import group_in
 
@@ -30,7 +33,12 @@ if TYPE_CHECKING:
     from medseg_ssl.inference.predictor import Predictor
 
 DONE = "cases.csv"
-"""Written last and whole: a fit folder that holds it is finished."""
+"""Comes last and whole: a fit folder that holds it is finished, and what was to be deleted of it is gone."""
+SCORED = "scored.csv"
+"""Becomes ``DONE`` once the bulky files are deleted: a fit that is killed in between has them left, and its scores."""
+
+ERROR = "error.txt"
+"""Says why a fit failed; one that is finished holds none."""
 
 SLICES = "slices.npz"
 BULKY = ("last.ckpt", "segmenter.safetensors", "images")
@@ -56,6 +64,7 @@ class FitTask:
         steps: optimizer steps, for the time left.
         pictures: keep a slice, a small volume and the prediction of every test case for the report.
         keep: keep the bulky files.
+        spare: name of the one that stays all the same, none where it is empty.
         pretraining: which of the init's pretrainings it starts from; 0 for inits without.
         fold: which fold is scored.
         access: split of the fold, channels of a case, and the known parts of the training labels; the test cases are
@@ -83,6 +92,7 @@ class FitTask:
     steps: int
     pictures: bool = False
     keep: bool = False
+    spare: str = ""
     pretraining: int = 0
     fold: int = 0
     access: Access = field(default_factory=Access)
@@ -178,15 +188,24 @@ def fit_and_score(task: FitTask) -> Path:
         The finished ``cases.csv``.
 
     Raises:
-        UserError: the fit failed; ``error.txt`` in its folder holds the traceback.
+        UserError: the fit failed; ``error.txt`` in its folder says why.
     """
+    if not task.finished:
+        if not (task.folder / SCORED).is_file():
+            _fit_and_score(task)
+        (task.folder / ERROR).unlink(missing_ok=True)  # of an earlier try
+    if not task.keep:
+        remove_bulky(task.folder, but=task.spare)
+    if not task.finished:
+        os.replace(task.folder / SCORED, task.folder / DONE)
+    return task.folder / DONE
+
+
+def _fit_and_score(task: FitTask) -> None:
+    """Write the scores, or why there are none."""
     from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
     from medseg_ssl.analysis.tables import write_csv
 
-    if task.finished:
-        if not task.keep:
-            remove_bulky(task.folder)  # a kill may have come between the scores and this
-        return task.folder / DONE
     try:
         if task.baseline is not None:
             rows = _score(task, _learn(task))
@@ -195,17 +214,16 @@ def fit_and_score(task: FitTask) -> Path:
                 _fit(task), train=task.config["train"], flips=task.flips, precision=task.precision
             )
             rows = _score(task, predictor, explained=predictor)
-    except UserError:
+    except Interrupted:
         raise
     except Exception as error:
-        task.folder.mkdir(parents=True, exist_ok=True)
-        (task.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        raise UserError(f"{type(error).__name__}: {error} (see error.txt of this fit)") from error
-    done = write_csv(task.folder / DONE, ({**task.columns(), **row} for row in rows), columns=CASE_COLUMNS)
-    (task.folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
-    if not task.keep:
-        remove_bulky(task.folder)
-    return done
+        with suppress(OSError):  # the disk may be what is full
+            task.folder.mkdir(parents=True, exist_ok=True)
+            (task.folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{type(error).__name__}: {error} (see {ERROR} of this fit)") from error
+    write_csv(task.folder / SCORED, ({**task.columns(), **row} for row in rows), columns=CASE_COLUMNS)
 
 
 def remove_bulky(folder: Path, *, but: str = "") -> None:

@@ -19,7 +19,7 @@ from medseg_ssl.config import Block
 from medseg_ssl.data.partial import Access
 
 from .comparison import CompareConfig
-from .fits import FitTask, fit_and_score, load_segmenter, remove_bulky
+from .fits import FitTask, fit_and_score, load_segmenter
 from .labeling import is_wanted
 from .planning import fit_folder
 from .resolving import finetune_config
@@ -46,11 +46,7 @@ SIMILARITY_PLACES = 8
 def fit_and_keep(task: FitTask, *, budget: int, every_draw: bool) -> Path:
     """``fit_and_score`` that keeps the segmenters of one budget (of its first draw), and nothing else that is bulky."""
     looked_at = task.budget == budget and (every_draw or task.draw == task.pretraining == 0)
-    if task.keep or not looked_at:
-        return fit_and_score(task)
-    done = fit_and_score(replace(task, keep=True))  # finished or not: what was kept stays
-    remove_bulky(task.folder, but=SEGMENTER)
-    return done
+    return fit_and_score(replace(task, spare=SEGMENTER) if looked_at else task)
 
 
 # -- tasks ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from .fits import PretrainTask
 from .labeling import held_channels, numbered, partial_labels, scored_cases, training_subsets
 from .matrix import MatrixConfig, SourceConfig, comparison_of, pretrain_tree
 from .planning import EncoderKey, pretrain_folder
+from .scratch import sentence
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -193,6 +194,8 @@ def notes_of(
         notes.append(f"Target {target.name}: {cases} in archive {target.archive} at {at}, pooled over the budgets"
                      f" {', '.join(map(str, low))} where they were fitted.")  # fmt: skip
         notes += shares
+        if alone := sentence(plan.inits, plan.finetune):
+            notes.append(f"Target {target.name}: {alone}.")
         if plan.stratify is not None:
             notes.append(f"Target {target.name}: the subsets are balanced by {plan.stratify.by}.")
         if plan.labels is not None:

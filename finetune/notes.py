@@ -14,6 +14,7 @@ from .comparison import CompareConfig
 from .fits import FitTask
 from .inits import SCRATCH_LONG, blocks
 from .labeling import Fold
+from .scratch import sentence
 from .seen import unchecked
 
 if TYPE_CHECKING:
@@ -124,17 +125,27 @@ def _init_notes(
             )
         elif init in baselines:
             notes.append(
-                f"{init}: baseline '{baselines[init]['name']}', which trains no network and learns from the labeled "
-                "cases of each draw alone; it is no measure of what pretraining saves."
+                f"{init}: baseline '{baselines[init]['name']}', which trains no network and learns from"
+                f" {_taught_by(baselines[init], config.budgets)} alone; it is no measure of what pretraining saves."
             )
         elif init in cards:
             notes += _card_notes(init, cards[init], config=config, archive=archive, test=test)
+    if alone := sentence(config.inits, config.finetune):
+        notes.append(f"{alone}.")
     for init, tree in config.init_overrides.items():
         text = ", ".join(f"{key}={value}" for key, value in _flat(tree))
         notes.append(f"{init} differs from the others in: {text}.")
     for init, most in config.init_draws.items():
         notes.append(f"{init}: at most {most} draws; paired comparisons use the draws both have.")
     return notes
+
+
+def _taught_by(baseline: Mapping[str, Any], budgets: Sequence[Any]) -> str:
+    """Whose labels a baseline reads: all of a draw, but for one that says how many it takes (``atlas``)."""
+    most = baseline.get("atlases")
+    if most is None or all(int(budget) <= most for budget in budgets):
+        return "the labeled cases of each draw"
+    return f"at most {most} labeled cases of each draw, its first ones (atlases={most}),"
 
 
 def _card_notes(

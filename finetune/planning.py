@@ -18,6 +18,7 @@ from .flags import check_names
 from .inits import FROM_FILE, SCRATCH_LONG, Network, blocks, of_kind
 from .labeling import Fold
 from .resolving import finetune_config, steps_of
+from .scratch import freed
 
 
 class EncoderKey(NamedTuple):
@@ -212,6 +213,9 @@ def _fit_config(
     networks = blocks(config.inits, "network")
     if init in networks:
         tree = parse(Network, networks[init], prefix=f"inits.{init}.network").over(tree)
+    if init not in config.pretrained():
+        # before its own overrides: a control may freeze random weights, and the report says so
+        tree = freed(tree)
     tree = overlay(tree, config.init_overrides.get(init, {}))
     steps = steps_of(finetune_config(tree))
     if config.inits[init] == SCRATCH_LONG:

@@ -3,14 +3,17 @@
 INPUT is one file or a folder. With a segmenter of several channels the files of a case are named as nnU-Net
 names them, ``case_0000.nii.gz``, ``case_0001.nii.gz``, in the order of the segmenter's card.
 ``OUT/<case>.nii.gz`` is written for every case; one that exists is left alone, so the same command goes on where it
-stopped. ``OUT/identity.json`` says whose label maps they are; another segmenter needs another folder. A case that
-fails is told in one line and the others go on.
+stopped. ``OUT/identity.json`` says whose label maps they are; another segmenter needs another folder. So do other files
+under the same names: ``OUT/inputs.jsonl`` holds a hash of what each case was predicted from. A case that fails is told
+in one line and the others go on.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,8 @@ from medseg_ssl.config import ConfigError, UserError
 if TYPE_CHECKING:
     from medseg_ssl.inference.predictor import Predictor
 
+INPUTS = "inputs.jsonl"
+"""A line per case: what its label map was predicted from, in hashes; of several lines the last holds."""
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
@@ -50,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     Raises:
         UserError: no input, or some case failed (after all others were written).
-        ConfigError: OUT is a file, the input folder itself, or holds something else than this segmenter's label maps.
+        ConfigError: OUT is a file, the input folder itself, or holds something else than this segmenter's label maps of
+            these files.
     """
     from rich.console import Console
 
@@ -71,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     further = {"precision": args.precision} if args.precision != "fp32" else {}
     further |= {} if args.modality is None else {"modality": args.modality}
     claim(args.out, {"segmenter": hash_file(args.segmenter), "flips": args.flips, **further})
+    _check_inputs(args.out, cases)
     failed, written = 0, 0
     for case, files in cases.items():
         target = args.out / f"{case}.nii.gz"
@@ -79,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             console.print(f"{case}: {target} exists, left alone", markup=False)
             continue
         try:
+            if not target.exists():
+                _remember_inputs(args.out, case, files)
             _predict(predictor, files, target, modality=args.modality, probabilities=args.probabilities)
             written += 1
         except UserError as error:
@@ -159,6 +168,54 @@ def check_channels(files: Sequence[Path], modalities: Sequence[str]) -> None:
     if found != [f"{number:04}" for number in range(len(modalities))]:
         wanted = ", ".join(f"CASE_{number:04} ({name})" for number, name in enumerate(modalities))
         raise UserError(f"its files are {', '.join(f.name for f in files)}; the segmenter takes {wanted}")
+
+
+def _check_inputs(out: Path, cases: Mapping[str, Sequence[Path]]) -> None:
+    """See that the label maps which are there were made of these files; one of before this was recorded passes.
+
+    Raises:
+        ConfigError: names the cases whose label map is that of other files, such as another patient's of the same name.
+    """
+    known = _inputs(out)
+    others = []
+    for case, files in cases.items():
+        if case in known and (out / f"{case}.nii.gz").exists():
+            with suppress(UserError):  # what cannot be read is left alone, as what is there already
+                others += [case] if _hashes(files) != known[case] else []
+    if others:
+        shown = ", ".join(repr(case) for case in others[:3]) + (", …" if len(others) > 3 else "")
+        raise ConfigError(
+            f"{out} holds the label maps of other files for {len(others)} of {len(cases)} cases: {shown}; choose"
+            " another folder for these files"
+        )
+
+
+def _remember_inputs(out: Path, case: str, files: Sequence[Path]) -> None:
+    """Write down what a case is predicted from, before its label map: that one is never without it."""
+    line = json.dumps({"case": case, "sha256": _hashes(files)})
+    try:
+        with (out / INPUTS).open("a", encoding="utf-8") as stream:
+            stream.write(
+                f"\n{line}"
+            )  # the break goes first: it ends half a line of a command that was killed
+    except OSError as error:
+        raise UserError(f"cannot write {out / INPUTS}: {error.strerror or error}") from error
+
+
+def _inputs(out: Path) -> dict[str, list[str]]:
+    """Case to the hashes of its files in channel order, as they were when it was predicted."""
+    path, found = out / INPUTS, {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError, KeyError, TypeError):  # half a line of a command that was killed
+            row = json.loads(line)
+            found[row["case"]] = row["sha256"]
+    return found
+
+
+def _hashes(files: Sequence[Path]) -> list[str]:
+    from medseg_ssl.train.run_folder import hash_file
+
+    return [hash_file(path) for path in files]
 
 
 def _probability_maps(target: Path, classes: Sequence[str]) -> list[Path]:

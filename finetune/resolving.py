@@ -16,6 +16,7 @@ from medseg_ssl.train.session import build_evaluations, with_defaults
 
 from .comparison import CompareConfig
 from .inits import Network, blocks
+from .scratch import freed
 
 if TYPE_CHECKING:
     from .settings import FinetuneConfig
@@ -60,9 +61,7 @@ def resolve(config: CompareConfig) -> CompareConfig:
         ("finetune", ""): lambda: finetune_config(config.finetune)
     }
     for name, tree in config.init_overrides.items():
-        checks["override", name] = partial(
-            finetune_config, config.finetune, tree, prefix=f"init_overrides.{name}"
-        )
+        checks["override", name] = partial(_override_config, config, name, tree)
     for name, tree in pretrains.items():
         checks["pretrain", name] = partial(pretrain_config, tree, prefix=f"inits.{name}.pretrain")
     for name, tree in networks.items():
@@ -181,6 +180,11 @@ def check_choice(where: str, pretraining: Any, subset: str) -> None:
         raise ConfigError(
             f"{where}.keep_best chooses by {subset} subjects, who are scored; let its evaluation take another subset"
         )
+
+
+def _override_config(config: CompareConfig, name: str, tree: Mapping[str, Any]) -> FinetuneConfig:
+    below = config.finetune if name in config.pretrained() else freed(config.finetune)
+    return finetune_config(below, tree, prefix=f"init_overrides.{name}")
 
 
 def _network_config(finetune: Mapping[str, Any], tree: Mapping[str, Any], *, prefix: str) -> FinetuneConfig:

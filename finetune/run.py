@@ -25,6 +25,7 @@ from medseg_ssl.train.session import (
     with_spacing,
 )
 
+from .scratch import without_a_file
 from .seen import inherited, warning
 from .segmenters import heads, make_card, predictor
 from .settings import SHELVES, FinetuneConfig, TransferConfig, complete_config
@@ -57,7 +58,7 @@ def run_finetune(
     """Train a segmenter, or go on where an earlier call with the same config and inputs stopped.
 
     Args:
-        config: checked by ``read_config`` or made in code.
+        config: checked by ``read_config`` or made in code; heeded as it stands, without a file too (``scratch.py``).
         run: the run folder.
         archive: a prepared archive with labels.
         encoder: an encoder file to start from; None starts from scratch.
@@ -223,11 +224,6 @@ def run_finetune(
                 len(used),
                 ", ".join(unstated),
             )
-        if encoder is None and grown is None and config.tune.name != "full" and machine.is_main and not quiet:
-            logger.warning(
-                "tune '%s' leaves most of a random encoder as it is: no encoder file is given",
-                config.tune.name,
-            )
         session = Session(
             run=Path(run),
             config=config.model_dump(mode="json"),
@@ -369,6 +365,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     cases, access, drawn_from = None, None, None
     if given.cases is None and given.budget is not None:
         raise ConfigError("--budget needs --cases, the budgets.json that holds it")
+    if given.encoder is None and given.continue_from is None:
+        config = without_a_file(config)
     if given.cases is not None:
         which = {"budget": given.budget, "draw": given.draw, "fold": given.fold}
         cases, access, drawn_from, apart = subset(config, given.cases, given.archive, **which)

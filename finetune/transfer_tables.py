@@ -27,7 +27,7 @@ from medseg_ssl.analysis.transfer_verdicts import transfer_verdicts
 from medseg_ssl.config import UserError
 
 from . import looks
-from .comparison_tables import PLAN, Read, made_of, read_comparison, without_nan, write_tables
+from .comparison_tables import PLAN, Read, gaps_of, made_of, read_comparison, without_nan, write_tables
 from .fits import DONE
 
 MATRIX = "matrix.csv"
@@ -66,6 +66,13 @@ def target_folders(out: Path) -> dict[str, Path]:
     return {name: folder for name, folder in folders.items() if _has_fits(folder)}
 
 
+def _gaps(out: Path) -> list[str]:
+    """Which fits failed, a sentence per target that lacks some."""
+    return [
+        f"Target {name}: {gap}" for name, folder in target_folders(out).items() for gap in gaps_of(folder)
+    ]
+
+
 def _has_fits(folder: Path) -> bool:
     return (folder / PLAN).is_file() and any(folder.glob(f"fits/*/*/*/{DONE}"))
 
@@ -92,7 +99,7 @@ def write_transfer(out: Path) -> Found:
     if shown.missing:
         write_csv(out / "missing.csv", shown.missing, columns=MISSING_COLUMNS)
     head = {"task": found.plan["task"], "finished": shown.finished, "planned": shown.planned}
-    head |= {"conditions": found.plan["notes"]}
+    head |= {"conditions": list(shown.notes)}
     facts = {"sources": [asdict(s) for s in sources], "targets": [_without_subjects(t) for t in targets]}
     write_json(out / "summary.json", without_nan({**head, **facts, **shown.summary}))
     write_bytes(out / "matrix.png", shown.picture)
@@ -129,7 +136,7 @@ def read_transfer(out: Path, read: Mapping[str, Read]) -> Found:
         targets=[t.name for t in targets],
         roles={t.name: _roles(t, sources) for t in targets},
         picture=heat_map_png(gain_cells(summary), title=title, **shown),
-        notes=plan["notes"],
+        notes=[*plan["notes"], *_gaps(out)],
         similarity=[row for t in targets for row in _table(out / "features" / t.name / "similarity.csv")],
         missing=_missing(out, task, targets, names),
         configs={"benchmark": (out / "config.yaml").read_text(encoding="utf-8")},

@@ -22,7 +22,8 @@ ADAPTERS = ("lora", "ia3")
 class TuneConfig(Record):
     """Which of the encoder's parameters are trained.
 
-    Decoder and heads always are, and so is what a loaded file has not trained (a pyramid above tokens, say). Learning
+    Decoder and heads always are, and so is what a loaded file has not trained (a pyramid above tokens, say; without a
+    file that is all of it: ``scratch.py``). Learning
     rates, decoder first, the sawtooth and the decay by layers stand in ``optim`` and go with every choice here.
 
     Attributes:

@@ -2,12 +2,15 @@
 
 ``scores.csv`` holds every score, ``summary.json`` the same by evaluation and name, ``tables/`` the rows
 behind a score, ``pictures/`` what an evaluation draws (of real subjects: they stay in this folder), and
-``report.html`` all of it on one page.
+``report.html`` all of it on one page. Each evaluation is kept in ``evaluations/`` as it ends: the same command again
+goes on with those that are missing. Where one fails the others are made all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,10 +18,22 @@ from pydantic import Field
 
 from medseg_ssl.analysis.tables import claim, write_bytes, write_csv, write_json, write_text
 from medseg_ssl.commandline import Parser, find_config
-from medseg_ssl.config import Block, Record, override, parse, read_yaml, resolved, to_yaml
+from medseg_ssl.config import (
+    Block,
+    ConfigError,
+    Record,
+    UserError,
+    override,
+    parse,
+    read_yaml,
+    resolved,
+    to_yaml,
+)
 
 if TYPE_CHECKING:
+    from medseg_ssl.data.archive import Archive
     from medseg_ssl.evaluations.base import Evaluation
+    from medseg_ssl.inference.frozen import FrozenEncoder
     from medseg_ssl.types import Score
 
 SCORE_COLUMNS = ("evaluation", "name", "value", "unit")
@@ -72,8 +87,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Measure and return the folder of the results.
 
     Raises:
-        UserError: a file that is no encoder or archive, or an archive an evaluation cannot use.
-        ConfigError: an unknown evaluation or option, or OUT holds the results of something else.
+        UserError: a file that is no encoder or archive, or an archive that an evaluation cannot use (after all others
+            were made).
+        ConfigError: an unknown evaluation or option, one of segmenters or of labels that are not there, or OUT holds
+            the results of something else.
     """
     from rich.console import Console
 
@@ -88,32 +105,130 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from medseg_ssl.train.run_folder import hash_file
 
     archive = Archive.open(args.archive)
+    check(evaluations, archive)
     encoder = FrozenEncoder.load(args.encoder, device=args.device, precision=config.precision)
     identity = {
         "encoder": hash_file(args.encoder),
         "archive": archive.fingerprint,
         "config": config.model_dump(mode="json"),
     }
-    if claim(args.out, identity, complete="summary.json"):
+    # a new folder is taken with the first result, so that a config that cannot be served leaves none behind
+    if args.out.exists() and claim(args.out, identity, complete="summary.json"):
         console.print(f"{args.out} already holds these results")
         return args.out
-    write_text(args.out / "config.yaml", to_yaml(config))
     if not encoder.card.intensity:
         console.print(
             "The encoder's card states no intensities (it was imported): scans enter by the archive's."
         )
-    scores: dict[str, list[Score]] = {}
-    for name, evaluation in evaluations.items():
-        with console.status(name):
-            scores[name] = list(evaluation.run(encoder, archive))
-        _show(console, name, scores[name])
-    _write(args.out, scores, identity, seen=f"{encoder.card.objective}, {encoder.card.steps} steps")
+
+    def keep(name: str, found: Sequence[Score]) -> None:
+        claim(args.out, identity)
+        write_text(args.out / "config.yaml", to_yaml(config))
+        _keep(args.out, name, found)
+
+    scores, failed = _measure(
+        console, evaluations, encoder, archive, known=partial(_kept, args.out), keep=keep
+    )
+    if scores:
+        _write(args.out, scores, seen=f"{encoder.card.objective}, {encoder.card.steps} steps")
+    if failed:
+        raise _failure(failed, of=len(evaluations))
+    summary = {e: {s.name: float(s.value) for s in found} for e, found in scores.items()}
+    # last, since its presence says that all is there
+    write_json(args.out / "summary.json", {**identity, "scores": summary})
     return args.out
 
 
-def _write(
-    out: Path, scores: Mapping[str, Sequence[Score]], identity: Mapping[str, Any], *, seen: str
-) -> None:
+def check(evaluations: Mapping[str, Evaluation], archive: Archive) -> None:
+    """See that every evaluation looks at encoders and finds the labels it reads, before anything is measured.
+
+    Raises:
+        ConfigError: names all that do not.
+    """
+    wrong = [
+        f"evaluations.{name} looks at a segmenter, which 'medseg-ssl evaluate' scores; probe has an encoder"
+        for name, evaluation in evaluations.items()
+        if evaluation.of != "encoder"
+    ]
+    if not any(row.labeled for row in archive.cases.values()):
+        wrong += [
+            f"evaluations.{name} reads labels, and the archive has none"
+            for name, evaluation in evaluations.items()
+            if evaluation.of == "encoder" and evaluation.reads_labels
+        ]
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
+def _measure(
+    console: Any,
+    evaluations: Mapping[str, Evaluation],
+    encoder: FrozenEncoder,
+    archive: Archive,
+    *,
+    known: Callable[[str], list[Score] | None],
+    keep: Callable[[str, Sequence[Score]], object],
+) -> tuple[dict[str, list[Score]], list[UserError]]:
+    """What every evaluation found, shown and kept as it ends, and why the others failed."""
+    scores: dict[str, list[Score]] = {}
+    failed: list[UserError] = []
+    for name, evaluation in evaluations.items():
+        found = known(name)
+        if found is None:
+            try:
+                with console.status(name):
+                    found = list(evaluation.run(encoder, archive))
+            except UserError as error:  # the others are worth having
+                kind = ConfigError if isinstance(error, ConfigError) else UserError
+                failed.append(kind(f"{name}: {error}"))
+                continue
+            keep(name, found)
+        scores[name] = found
+        _show(console, name, found)
+    return scores, failed
+
+
+def _failure(failed: Sequence[UserError], *, of: int) -> UserError:
+    """One error for all evaluations that failed."""
+    kind = ConfigError if all(isinstance(error, ConfigError) for error in failed) else UserError
+    rest = f"; what the other {of - len(failed)} found is kept" if len(failed) < of else ""
+    return kind("; ".join(map(str, failed)) + rest)
+
+
+def _keep(out: Path, name: str, found: Sequence[Score]) -> None:
+    """Write what an evaluation found; the pictures first, so that what is kept is whole."""
+    for score in found:
+        for picture, png in (score.pictures or {}).items():
+            write_bytes(_picture(out, name, picture), png)
+    rows = [s._replace(value=float(s.value), pictures=list(s.pictures or ()))._asdict() for s in found]  # pyright: ignore[reportArgumentType]
+    # numbers of NumPy as numbers
+    text = json.dumps(rows, default=lambda value: value.item())
+    write_text(_kept_file(out, name), text + "\n")
+
+
+def _kept(out: Path, name: str) -> list[Score] | None:
+    """What an earlier call of the command found; None where it did not come so far."""
+    from medseg_ssl.types import Score
+
+    path = _kept_file(out, name)
+    if not path.is_file():
+        return None
+    scores = []
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        pictures = {picture: _picture(out, name, picture).read_bytes() for picture in row["pictures"]}
+        scores.append(Score(**{**row, "pictures": pictures or None}))
+    return scores
+
+
+def _kept_file(out: Path, name: str) -> Path:
+    return out / "evaluations" / f"{name}.json"
+
+
+def _picture(out: Path, evaluation: str, name: str) -> Path:
+    return out / "pictures" / f"{evaluation}-{name}.png"
+
+
+def _write(out: Path, scores: Mapping[str, Sequence[Score]], *, seen: str) -> None:
     rows = [
         {"evaluation": evaluation, "name": s.name, "value": float(s.value), "unit": s.unit}
         for evaluation, found in scores.items()
@@ -124,13 +239,7 @@ def _write(
         table = [row for s in found for row in s.per_case or []]
         if table:
             write_csv(out / "tables" / f"{evaluation}.csv", table, columns=list(table[0]))
-        for score in found:
-            for name, png in (score.pictures or {}).items():
-                write_bytes(out / "pictures" / f"{evaluation}-{name}.png", png)
     write_text(out / "report.html", _page(scores, seen=seen))
-    summary = {e: {s.name: float(s.value) for s in found} for e, found in scores.items()}
-    # last, since its presence says that all is there
-    write_json(out / "summary.json", {**identity, "scores": summary})
 
 
 def _page(scores: Mapping[str, Sequence[Score]], *, seen: str) -> str:

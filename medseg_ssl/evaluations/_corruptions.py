@@ -103,16 +103,28 @@ def _bias_field(volume: Volume, amount: float, generator: np.random.Generator):
 
 
 def _missing_slices(volume: Volume, amount: float, generator: np.random.Generator):
-    """Slices along the axis of the longest voxels hold no data; at least one stays."""
+    """Slices along the axis of the longest voxels are lost; at least one stays.
+
+    They are filled by linear interpolation between their kept neighbours, as a stack with gaps is resampled to even
+    slices; beyond the outermost kept slice that one is repeated. What is filled counts as data: where there is none, a
+    predictor answers background whatever the network would say, and the score would be of that rule.
+    """
     axis = int(np.argmax(volume.spacing_mm))
     count = volume.array_DHW.shape[axis]
     lost = generator.permutation(count)[: min(count - 1, round(amount * count))]
+    kept = np.setdiff1d(np.arange(count), lost)
+    place = np.interp(np.arange(count), kept, np.arange(len(kept)))
+    lower, upper = kept[np.floor(place).astype(int)], kept[np.ceil(place).astype(int)]
     shape = [1, 1, 1]
     shape[axis] = count
-    there = np.ones(count, dtype=bool)
-    there[lost] = False
-    valid = np.broadcast_to(there.reshape(shape), volume.array_DHW.shape)
-    return volume.array_DHW, valid.copy() if volume.valid is None else valid & volume.valid
+    share = (place - np.floor(place)).astype(np.float32).reshape(shape)
+    valid = np.ones(volume.array_DHW.shape, dtype=bool) if volume.valid is None else volume.valid
+    # a neighbour without data gives nothing, as in ``_over_data``
+    near, far = (1 - share) * valid.take(lower, axis=axis), share * valid.take(upper, axis=axis)
+    held = near * volume.array_DHW.take(lower, axis=axis) + far * volume.array_DHW.take(upper, axis=axis)
+    filled = near + far > 0
+    array_DHW = np.where(filled, held / np.where(filled, near + far, 1), volume.array_DHW)
+    return array_DHW, None if volume.valid is None else filled
 
 
 def _shift(volume: Volume, amount: float, generator: np.random.Generator):

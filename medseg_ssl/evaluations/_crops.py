@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -14,11 +14,13 @@ from medseg_ssl.evaluations.base import EvaluationConfig
 from medseg_ssl.inference.frozen import Crop, FrozenEncoder, network_crop
 from medseg_ssl.inference.inputs import crop_size_of, network_spacing
 from medseg_ssl.nets.heads import Pooling
-from medseg_ssl.types import Triple
+from medseg_ssl.types import Triple, TripleMm
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.data.manifest import ScanRow
+
+T = TypeVar("T")
 
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
@@ -58,6 +60,17 @@ class CropConfig(EvaluationConfig):
             batch_size=self.batch_size,
             how=self.pool,
         )
+
+    def pooled_each(self, model: FrozenEncoder, crops: Sequence[Crop], rows: Sequence[ScanRow]) -> np.ndarray:
+        """Pooled features (N, E) of crops of several scans, each with the spacing of its own, in their order."""
+        alike: dict[TripleMm, list[int]] = {}
+        for number, row in enumerate(rows):
+            alike.setdefault(network_spacing(model.card, row), []).append(number)
+        parts = [
+            self.pooled(model, [crops[i] for i in numbers], rows[numbers[0]]) for numbers in alike.values()
+        ]
+        order = np.argsort([i for numbers in alike.values() for i in numbers])
+        return np.concatenate(parts)[order]
 
 
 def check_encoder(model: Any, name: str) -> None:
@@ -100,12 +113,17 @@ def scans_by_modality(archive: Archive, split: str, subset: str) -> dict[str, li
 
 def few(archive: Archive, keys: Sequence[str], most: int) -> list[str]:
     """At most so many scans, subjects in turn, so that as many subjects as possible are among them."""
-    by_subject: dict[str, list[str]] = {}
-    for key in keys:
-        by_subject.setdefault(archive.scans[key].subject, []).append(key)
-    rounds = max(len(own) for own in by_subject.values())
+    return sorted(in_turn(keys, [archive.scans[key].subject for key in keys], most))
+
+
+def in_turn(items: Sequence[T], subject_N: Sequence[str], most: int) -> list[T]:
+    """At most so many items, one of each subject before a second one of any."""
+    by_subject: dict[str, list[T]] = {}
+    for item, subject in zip(items, subject_N, strict=True):
+        by_subject.setdefault(subject, []).append(item)
+    rounds = max((len(own) for own in by_subject.values()), default=0)
     turns = [own[turn] for turn in range(rounds) for own in by_subject.values() if turn < len(own)]
-    return sorted(turns[:most])
+    return turns[:most]
 
 
 def body_start(row: ScanRow, model: FrozenEncoder, size: Triple, rng: np.random.Generator) -> np.ndarray:

@@ -82,11 +82,14 @@ class Voxels(NamedTuple):
         features: method to its features (N, E).
         label_N: int64 classes.
         count_K: voxels of each class in the windows, sampled or not.
+        among_K: voxels of the windows among which those of a class were counted: all of the cases that state it, and of
+            background those of the cases that state every class.
     """
 
     features: Mapping[str, Tensor]
     label_N: np.ndarray
     count_K: np.ndarray
+    among_K: np.ndarray
 
     @staticmethod
     def join(parts: Sequence[Voxels]) -> Voxels:
@@ -95,12 +98,13 @@ class Voxels(NamedTuple):
             {m: torch.cat([part.features[m] for part in parts]) for m in parts[0].features},
             np.concatenate([part.label_N for part in parts]),
             np.sum([part.count_K for part in parts], axis=0),
+            np.sum([part.among_K for part in parts], axis=0),
         )
 
     def class_weights(self, prior: float) -> np.ndarray:
         """Weight (K,) of a sampled voxel of each class: a class counts like its share to the power of ``prior``."""
         taken_K = np.bincount(self.label_N, minlength=len(self.count_K))
-        share_K = self.count_K / max(self.count_K.sum(), 1)
+        share_K = self.count_K / np.maximum(self.among_K, 1)
         return np.where(taken_K > 0, share_K**prior / np.maximum(taken_K, 1), 0.0)
 
 
@@ -135,7 +139,8 @@ class VoxelProbe(Evaluation):
 
         Raises:
             ConfigError: ``model`` is no encoder.
-            UserError: no labeled case to learn from or to predict, or channels of a case on different grids.
+            UserError: no labeled case to learn from or to predict, no voxel that is known to be background among those
+                that teach, or channels of a case on different grids.
         """
         config = self.config
         check_encoder(model, type(self).__module__.rsplit(".", 1)[-1])
@@ -146,6 +151,7 @@ class VoxelProbe(Evaluation):
         predictors: list[dict[str, Predict]] = []
         for cases in teaching:
             taught = Voxels.join([seen[case] for case in cases])
+            _check_background(taught, cases)
             weight_K = taught.class_weights(config.prior)
             channels = next(iter(taught.features.values())).shape[1] // sum(blocks)
             widths = {"encoder": blocks * channels}
@@ -224,10 +230,11 @@ class VoxelProbe(Evaluation):
                 free &= channel[number].valid_DHW[local]
             owner_DHW[inside][free] = number
         owner_DHW[label_DHW == UNKNOWN_LABEL] = -1
-        known = row.known_classes or (True,) * len(archive.classes)
-        if teaches and not all(known):
+        among_K = np.full(len(archive.classes), (owner_DHW >= 0).sum())
+        if teaches and not all(known := _known(archive, case)):
             # an unknown class hides among the voxels labelled background
             owner_DHW[label_DHW == 0] = -1
+            among_K *= np.array([False, *known[1:]])
         chosen, count_K = sample(label_DHW, owner_DHW >= 0, len(archive.classes), most, rng)
         owner_N = owner_DHW.ravel()[chosen]
         order = np.argsort(owner_N, kind="stable")
@@ -254,7 +261,25 @@ class VoxelProbe(Evaluation):
                 for channel in crops
             ]
             features["intensity"] = torch.from_numpy(np.concatenate(plain, axis=1)).to(model.device)
-        return Voxels(features, label_DHW.ravel()[chosen].astype(np.int64), count_K)
+        return Voxels(features, label_DHW.ravel()[chosen].astype(np.int64), count_K, among_K)
+
+
+def _known(archive: Archive, case: str) -> tuple[bool, ...]:
+    """Which classes (background first) a case states."""
+    return archive.cases[case].known_classes or (True,) * len(archive.classes)
+
+
+def _check_background(taught: Voxels, cases: Sequence[str]) -> None:
+    """Refuse to teach foreground alone: every voxel would be one of its classes.
+
+    Raises:
+        UserError: says how many cases teach.
+    """
+    if not taught.count_K[0]:
+        raise UserError(
+            f"none of the {len(cases)} teaching case(s) states every class, so no voxel is known to be background: take"
+            " more cases, or another seed"
+        )
 
 
 # -- intensities ---------------------------------------------------------------------------------------------
@@ -281,7 +306,7 @@ def _case_rows(
     stands_for_K = voxels.count_K / np.maximum(taken_K, 1)
     confusion_KK = np.zeros((k, k))
     np.add.at(confusion_KK, (voxels.label_N, said_N), stands_for_K[voxels.label_N])
-    known = archive.cases[case].known_classes or (True,) * k
+    known = _known(archive, case)
     rows: list[dict[str, object]] = []
     for number, name in enumerate(archive.classes):
         total = confusion_KK[number].sum() + confusion_KK[:, number].sum()

@@ -2,8 +2,9 @@
 
 A collapsed encoder says the same of every crop: effective rank near 1, pairwise cosine near 1, dimensions
 that never move. Numbers are over crops of many scans, per modality and together; rank is the exponential of
-the entropy of the singular values (RankMe, arXiv 2210.02885) of centred features, at most min(crops - 1,
-dimensions).
+the entropy of the singular values (RankMe, arXiv 2210.02885) of centred features, at most min(distinct crops - 1,
+dimensions). A scan that is no larger than a crop gives the same crop over and over: ``distinct_crops`` counts it once,
+since few distinct crops have a low rank whatever the encoder does.
 """
 
 from __future__ import annotations
@@ -52,18 +53,19 @@ class Health(Evaluation):
         """
         check_encoder(model, "health")
         scans = scans_by_modality(archive, self.config.split, self.config.subset)
-        features = {modality: self._features(model, archive, keys) for modality, keys in scans.items()}
-        for modality, features_NE in features.items():
-            yield from _scores(modality, features_NE)
-        if len(features) > 1:
-            yield from _scores("all", np.concatenate(list(features.values())))
+        found = {modality: self._features(model, archive, keys) for modality, keys in scans.items()}
+        for modality, (features_NE, distinct) in found.items():
+            yield from _scores(modality, features_NE, distinct)
+        if len(found) > 1:
+            features, counts = zip(*found.values(), strict=True)
+            yield from _scores("all", np.concatenate(features), sum(counts))
 
-    def _features(self, model: FrozenEncoder, archive: Archive, keys: list[str]) -> np.ndarray:
-        """Pooled features (N, E) of crops whose middle lies in the body's box."""
-        size, found = self.config.size(model), []
+    def _features(self, model: FrozenEncoder, archive: Archive, keys: list[str]) -> tuple[np.ndarray, int]:
+        """Pooled features (N, E) of crops whose middle lies in the body's box, and how many crops differ."""
+        size, found, distinct = self.config.size(model), [], 0
         for first, key in enumerate(keys[: self.config.crops]):
             row = archive.scans[key]
-            crops, _ = body_crops(
+            crops, starts = body_crops(
                 archive,
                 model,
                 key,
@@ -73,7 +75,8 @@ class Health(Evaluation):
                 purpose=f"health:{row.modality}",
             )
             found.append(self.config.pooled(model, crops, row))
-        return np.concatenate(found)
+            distinct += len(np.unique(np.rint(starts), axis=0))
+        return np.concatenate(found), distinct
 
 
 def effective_rank(features_NE: np.ndarray) -> float:
@@ -97,10 +100,11 @@ def mean_cosine(features_NE: np.ndarray) -> float:
     return total / (n * (n - 1))
 
 
-def _scores(name: str, features_NE: np.ndarray) -> Iterator[Score]:
+def _scores(name: str, features_NE: np.ndarray, distinct: int) -> Iterator[Score]:
     features_NE = features_NE.astype(np.float64)
     size = float(np.sqrt(np.square(features_NE).mean()))
     spread_E = features_NE.std(axis=0)
+    yield Score(f"distinct_crops/{name}", distinct, "crops")
     yield Score(f"effective_rank/{name}", effective_rank(features_NE), "dimensions")
     yield Score(f"dimensions/{name}", features_NE.shape[1], "dimensions")
     yield Score(f"mean_cosine/{name}", mean_cosine(features_NE), "cosine")

@@ -3,8 +3,8 @@
 A linear classifier is fitted to pooled crops and asked about subjects it has not seen (cross-validation by subject):
 how well it names the modality, and within a modality whatever the manifest knows (contrast, scanner, source). A subject
 is told by the nearest other crop of the same modality (cosine); crops that overlap with the question do not count as
-answers. Where several answers are equally good, each counts as its share of them, in both questions: a constant
-embedding is at chance, not at 1.
+answers, be they of the same scan or, in millimetres, of another one in the same coordinates. Where several answers are
+equally good, each counts as its share of them, in both questions: a constant embedding is at chance, not at 1.
 Beside each stand chance and the same from intensity statistics without a network. Intervals are Wilson's with the
 subjects as trials: crops of one subject are averaged first, since they are no independent evidence. High numbers are no
 fault as such, an encoder may know a modality; they say what a downstream model could lean on.
@@ -12,6 +12,7 @@ fault as such, an encoder may know a modality; they say what a downstream model 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -35,7 +36,7 @@ from medseg_ssl.evaluations._logistic import fit_logistic
 from medseg_ssl.evaluations.base import Evaluation
 from medseg_ssl.inference.frozen import FrozenEncoder
 from medseg_ssl.inference.inputs import network_spacing
-from medseg_ssl.types import Score
+from medseg_ssl.types import ALIGNED, Score
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 METHODS = ("encoder", "intensity")
 TIE = 1e-9
 """Scores that differ by less are equal: rounding decides nothing."""
+TOUCH_MM = 1e-3
+"""Boxes that share no more than this along an axis touch, and do not overlap."""
 
 
 class Leakage(Evaluation):
@@ -103,7 +106,7 @@ class Leakage(Evaluation):
             for column in self.config.columns:
                 answers = [str(getattr(archive.scans[key], column)) for key in own.key_N]
                 yield self._named(f"{column}-{modality}", own, answers, unknown=column == "scanner")
-            yield _identity(modality, own)
+            yield _identity(modality, own, _overlapping(archive, own))
 
     def _crops(self, model: FrozenEncoder, archive: Archive, keys: Sequence[str]) -> _Crops:
         """Crops of one modality at drawn places."""
@@ -114,13 +117,15 @@ class Leakage(Evaluation):
             crops, starts = body_crops(
                 archive, model, key, size=size, numbers=range(config.crops), seed=config.seed, purpose=purpose
             )
-            extent = np.array(size) * np.array(network_spacing(model.card, row)) / np.array(row.spacing_mm)
+            factor = np.array(network_spacing(model.card, row)) / np.array(row.spacing_mm)
+            extent, starts = np.array(size) * factor, np.rint(starts)
             features = {
                 "encoder": config.pooled(model, crops, row),
                 "intensity": np.stack([intensity_statistics(crop) for crop in crops]),
             }
+            corners_N83 = _corners(starts - factor / 2, extent, np.array(row.affine_44))
             parts.append(
-                _Crops(features, [key] * len(crops), [row.subject] * len(crops), np.rint(starts) / extent)
+                _Crops(features, [key] * len(crops), [row.subject] * len(crops), starts / extent, corners_N83)
             )
         return _Crops.join(parts)
 
@@ -140,7 +145,7 @@ class Leakage(Evaluation):
         kept = [i for i, answer in enumerate(answers) if answer in values]
         class_N = np.array([values.index(answers[i]) for i in kept])
         subject_N = [crops.subject_N[i] for i in kept]
-        fold_N = self._folds(subject_N)
+        fold_N = self._folds(subject_N, class_N)
         scores = []
         for method in METHODS:
             hit_N = self._cross_validated(crops.features[method][kept], class_N, fold_N)
@@ -148,12 +153,28 @@ class Leakage(Evaluation):
         often = int(np.bincount(class_N).argmax())
         return [*scores, Score(f"chance/{name}", _mean((class_N == often).astype(float), subject_N), "share")]
 
-    def _folds(self, subject_N: Sequence[str]) -> np.ndarray:
-        """Fold of each crop; those of a subject stand in one."""
-        subjects = sorted(set(subject_N))
+    def _folds(self, subject_N: Sequence[str], class_N: np.ndarray) -> np.ndarray:
+        """Fold of each crop: those of a subject stand in one, and every class is spread over the folds.
+
+        Rare classes are dealt first; a fold that held a class whole would leave none of it to learn from.
+        """
+        own: dict[str, set[int]] = {}
+        for subject, number in zip(subject_N, class_N.tolist(), strict=True):
+            own.setdefault(subject, set()).add(number)
+        having = Counter(number for classes in own.values() for number in classes)
+        subjects = sorted(own)
         order = numpy_generator(self.config.seed, 0, "leakage folds").permutation(len(subjects))
-        folds = min(self.config.folds, len(subjects))
-        fold = {subjects[i]: place % folds for place, i in enumerate(order)}
+        turns = sorted((subjects[i] for i in order), key=lambda s: min(having[c] for c in own[s]))
+        held = [Counter[int]() for _ in range(min(self.config.folds, len(subjects)))]
+        sizes, fold = [0] * len(held), {}
+        for subject in turns:
+            rare_first = sorted(own[subject], key=lambda c: (having[c], c))
+            crowd = [
+                ([counts[c] for c in rare_first], size) for counts, size in zip(held, sizes, strict=True)
+            ]
+            chosen = fold[subject] = crowd.index(min(crowd))
+            held[chosen].update(own[subject])
+            sizes[chosen] += 1
         return np.array([fold[s] for s in subject_N])
 
     def _cross_validated(
@@ -173,12 +194,13 @@ class Leakage(Evaluation):
 
 
 class _Crops(NamedTuple):
-    """Crops of scans: their features by method, scan keys, subjects and starts in crop sizes."""
+    """Crops of scans: their features by method, scan keys, subjects, starts in crop sizes, and corners (RAS mm)."""
 
     features: dict[str, np.ndarray]
     key_N: list[str]
     subject_N: list[str]
     place_N3: np.ndarray
+    corners_N83: np.ndarray
 
     @staticmethod
     def join(parts: Sequence[_Crops]) -> _Crops:
@@ -187,14 +209,41 @@ class _Crops(NamedTuple):
             [key for part in parts for key in part.key_N],
             [subject for part in parts for subject in part.subject_N],
             np.concatenate([part.place_N3 for part in parts]),
+            np.concatenate([part.corners_N83 for part in parts]),
         )
 
 
-def _identity(modality: str, crops: _Crops) -> list[Score]:
+def _corners(start_N3: np.ndarray, extent: np.ndarray, affine_44: np.ndarray) -> np.ndarray:
+    """Corners (N, 8, 3) in RAS mm of boxes of one extent, both in voxels of a scan, from their lower edges on."""
+    pick_83 = np.array([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)])
+    voxel_N83 = start_N3[:, None] + pick_83[None] * extent
+    return voxel_N83 @ affine_44[:3, :3].T + affine_44[:3, 3]
+
+
+def _overlapping(archive: Archive, crops: _Crops) -> np.ndarray:
+    """Which crops (N, N) of two scans in the same coordinates overlap: boxes around them along the axes of the body."""
+    found_NN = np.zeros((len(crops.key_N), len(crops.key_N)), dtype=bool)
+    places: dict[str, list[int]] = {}
+    for number, key in enumerate(crops.key_N):
+        places.setdefault(key, []).append(number)
+    for pair in archive.pairs:
+        if pair.relation in ALIGNED and pair.ends <= places.keys():
+            i, j = places[pair.scan_a], places[pair.scan_b]
+            a, b = crops.corners_N83[i], crops.corners_N83[j]
+            if pair.transform_44 is not None:
+                move_44 = np.array(pair.transform_44)
+                b = b @ move_44[:3, :3].T + move_44[:3, 3]
+            low = np.maximum(a.min(axis=1)[:, None], b.min(axis=1)[None])
+            high = np.minimum(a.max(axis=1)[:, None], b.max(axis=1)[None])
+            found_NN[np.ix_(i, j)] = (high - low > TOUCH_MM).all(axis=2)
+    return found_NN | found_NN.T
+
+
+def _identity(modality: str, crops: _Crops, overlapping_NN: np.ndarray) -> list[Score]:
     """Scores of telling the subject by the nearest crop; none where no subject has two crops that do not overlap."""
     key_N, subject_N = np.array(crops.key_N), np.array(crops.subject_N)
     apart_NN = np.abs(crops.place_N3[:, None] - crops.place_N3[None]).max(axis=2) >= 1 - 1e-6
-    answer_NN = (key_N[:, None] != key_N[None]) | apart_NN
+    answer_NN = np.where(key_N[:, None] != key_N[None], ~overlapping_NN, apart_NN)
     same_NN = subject_N[:, None] == subject_N[None]
     asked_N = (answer_NN & same_NN).any(axis=1) & (answer_NN & ~same_NN).any(axis=1)
     asked = [str(s) for s in subject_N[asked_N]]

@@ -10,6 +10,7 @@ first, since they are no independent evidence.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, permutations
 from types import MappingProxyType
@@ -29,6 +30,7 @@ from medseg_ssl.types import Score
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.manifest import ScanRow
 
 OUTLINE_GRID = 4
 METHODS = ("encoder", "outline", "intensity")
@@ -75,10 +77,12 @@ class Retrieval(Evaluation):
         check_encoder(model, "retrieval")
         size = self.config.size(model)
         scans = self._scans(archive, model, size)
-        subjects = sorted(scans)
+        # by content, not by key: keys differ between two preparations of the same data
+        content = {s: [archive.scans[key].content_hash for key in by.values()] for s, by in scans.items()}
+        subjects = sorted(scans, key=content.__getitem__)
         middles = {s: _common_middles(archive, scans[s]) for s in subjects}
         features = {
-            m: self._features(model, archive, [(s, scans[s][m], middles[s][m]) for s in subjects], size)
+            m: self._features(model, archive, [(scans[s][m], middles[s][m]) for s in subjects], size)
             for m in self.config.modalities
         }
         yield Score("subjects", len(subjects), "subjects")
@@ -93,13 +97,15 @@ class Retrieval(Evaluation):
     def _scans(
         self, archive: Archive, model: FrozenEncoder, size: Sequence[int]
     ) -> dict[str, dict[str, str]]:
-        """Per subject of the subset, the first scan (by key) of each modality that is large enough for the
-        crop.
+        """Per subject of the subset, a scan of each modality that is large enough for the crop.
+
+        Of several, that of the contrast which most subjects have, so that contrasts are mixed where they must be alone;
+        of several of that one, the first by content.
         """
         wanted = subjects_of(archive, self.config.split, self.config.subset)
-        found: dict[str, dict[str, str]] = {}
+        rows: list[ScanRow] = []
         small = 0
-        for key, row in sorted(archive.scans.items()):
+        for row in archive.scans.values():
             if row.subject not in wanted or row.modality not in self.config.modalities:
                 continue
             spacing_mm = network_spacing(model.card, row)
@@ -107,8 +113,20 @@ class Retrieval(Evaluation):
             if any(c > r + 1e-6 for c, r in zip(size, room, strict=True)):
                 small += 1
                 continue
-            found.setdefault(row.subject, {}).setdefault(row.modality, key)
-        full = {s: by for s, by in found.items() if len(by) == len(self.config.modalities)}
+            rows.append(row)
+        having = Counter(
+            (m, contrast) for m, contrast, _ in {(r.modality, r.contrast, r.subject) for r in rows}
+        )
+        found: dict[str, dict[str, str]] = {}
+        for row in sorted(
+            rows, key=lambda r: (-having[r.modality, r.contrast], r.contrast, r.content_hash, r.key)
+        ):
+            found.setdefault(row.subject, {}).setdefault(row.modality, row.key)
+        full = {
+            subject: {modality: by[modality] for modality in self.config.modalities}
+            for subject, by in found.items()
+            if len(by) == len(self.config.modalities)
+        }
         if len(full) < 2:
             raise UserError(
                 f"retrieval needs 2 subjects with {', '.join(self.config.modalities)} in subset"
@@ -121,15 +139,15 @@ class Retrieval(Evaluation):
         self,
         model: FrozenEncoder,
         archive: Archive,
-        places: Sequence[tuple[str, str, np.ndarray]],
+        places: Sequence[tuple[str, np.ndarray]],
         size: Sequence[int],
     ) -> dict[str, np.ndarray]:
-        """Features (draws, N, E) per method of one modality: a crop per draw and (subject, scan, middle)."""
+        """Features (draws, N, E) per method of one modality: a crop per draw and (scan, middle)."""
         encoded, outlines, statistics = [], [], []
-        row = archive.scans[places[0][1]]
+        rows = [archive.scans[key] for key, _ in places]
         for draw in range(self.config.draws):
             crops = [self._crop(model, archive, *place, size, draw) for place in places]
-            encoded.append(self.config.pooled(model, crops, row))
+            encoded.append(self.config.pooled_each(model, crops, rows))
             outlines.append([np.concatenate([_coarse(c.body_DHW), _coarse(c.valid_DHW)]) for c in crops])
             statistics.append([intensity_statistics(crop) for crop in crops])
         return {
@@ -142,17 +160,14 @@ class Retrieval(Evaluation):
         self,
         model: FrozenEncoder,
         archive: Archive,
-        subject: str,
         key: str,
         middle: np.ndarray,
         size: Sequence[int],
         draw: int,
     ) -> Crop:
-        """A crop at a random offset, drawn from subject and modality, so that a subject's scans are
-        independent.
-        """
+        """A crop at a random offset, drawn from modality and content, so that a subject's scans are independent."""
         config, row = self.config, archive.scans[key]
-        rng = numpy_generator(config.seed, draw, f"retrieval:{subject}:{row.modality}")
+        rng = numpy_generator(config.seed, draw, f"retrieval:{row.modality}:{row.content_hash}")
         factor = np.array(network_spacing(model.card, row)) / np.array(row.spacing_mm)
         extent = np.array(size) * factor
         best: tuple[float, Crop] | None = None

@@ -102,7 +102,10 @@ def labeled_views(
 
 
 def draw_voxels(views: Sequence[View], *, places: int, seed: int) -> Voxels:
-    """Draw voxels in every crop: a class among those it shows, then a voxel of it with data."""
+    """Draw voxels in every crop: a class among those it shows, then a voxel of it with data.
+
+    Background of a case that states some classes alone may be one of the others: its class is unknown.
+    """
     index, classes = [], []
     for number, view in enumerate(views):
         assert view.label_BDHW is not None
@@ -117,8 +120,13 @@ def draw_voxels(views: Sequence[View], *, places: int, seed: int) -> Voxels:
         members = {k: np.flatnonzero(flat == k) for k in shown}
         chosen_P = [members[k][int(c * len(members[k]))] for k, c in zip(wanted_P, chance_P, strict=True)]
         index.append(np.stack(np.unravel_index(chosen_P, label_DHW.shape), axis=1))
-        classes.append(wanted_P)
+        classes.append(np.where(wanted_P == 0, UNKNOWN_LABEL, wanted_P) if _in_part(view) else wanted_P)
     return Voxels(np.stack(index), np.stack(classes).astype(np.int64))
+
+
+def _in_part(view: View) -> bool:
+    """Whether the case of a crop states some classes alone."""
+    return view.known_classes_BK is not None and not bool(view.known_classes_BK.all())
 
 
 @torch.inference_mode()
@@ -144,13 +152,17 @@ def estimate(encoder: Encoder, views: Sequence[View], voxels: Voxels) -> float:
     """Log evidence per voxel of the classes under the features of all levels; only values of the same voxels compare.
 
     Raises:
-        UserError: the crops show a single class.
+        UserError: the crops show a single class, or none of them voxels that are known to be background.
     """
     features_NPE = np.concatenate(voxel_features(encoder, views, voxels), axis=2)
     known_NP = voxels.class_NP != UNKNOWN_LABEL
     classes = voxels.class_NP[known_NP]
     if len(np.unique(classes)) < 2:
         raise UserError("the labeled crops show a single class, so there is nothing to tell apart")
+    if not (classes == 0).any() and any(map(_in_part, views)):
+        raise UserError(
+            "every labeled crop is of a case that states some classes alone, so no voxel is known to be background"
+        )
     features_VE = features_NPE[known_NP].astype(np.float64)
     spread_E = features_VE.std(axis=0)
     features_VE = (features_VE - features_VE.mean(axis=0)) / np.where(spread_E > 0, spread_E, 1.0)

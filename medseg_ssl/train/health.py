@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +17,8 @@ ROWS_KEPT = 256
 FEWEST_ROWS = 16
 COLLAPSED_RANK = 2.0
 COLLAPSED_SPREAD = 1e-3
+FEWEST_CROPS = {"effective_rank": 8, "std_relative": 2}
+"""Distinct crops below which a score says nothing of a collapse: two have rank 1, one has no spread, in any encoder."""
 
 
 def effective_rank(features_NE: Tensor) -> float:
@@ -85,12 +88,16 @@ def alarms(scores: Mapping[str, float]) -> Iterator[str]:
 
     Args:
         scores: by name, as they are logged: ``eval/<evaluation>/effective_rank/<scans>`` below 2, or
-            ``eval/<evaluation>/std_relative/<scans>`` below a thousandth, is a collapse.
+            ``eval/<evaluation>/std_relative/<scans>`` below a thousandth, is a collapse, unless the number
+            ``eval/<evaluation>/distinct_crops/<scans>`` beside it says that too few crops were looked at.
     """
     least = {"effective_rank": COLLAPSED_RANK, "std_relative": COLLAPSED_SPREAD}
     for name, value in scores.items():
-        _, _, kind, *scans = name.split("/") if name.count("/") >= 3 else ("", "", "")
-        if kind in least and value < least[kind]:
+        head, evaluation, kind, *scans = name.split("/") if name.count("/") >= 3 else ("", "", "")
+        if kind not in least or not value < least[kind]:
+            continue
+        crops = scores.get("/".join((head, evaluation, "distinct_crops", *scans)), math.inf)
+        if crops >= FEWEST_CROPS[kind]:
             yield (
                 f"the encoder's features of {'/'.join(scans)} scans collapse: {kind} is {value:.3g}; lower optim.lr, or"
                 " give the objective more samples per batch"

@@ -112,7 +112,8 @@ class RunFolder:
     def _prepare(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; a run needs a folder")
-        ours = {".lock", "config.yaml", "inputs.json", "environment.json", "config.tmp"}
+        # with the note of a fit that failed before its config was written
+        ours = {".lock", "config.yaml", "inputs.json", "environment.json", "config.tmp", "error.txt"}
         if self.path.is_dir() and not (self.path / "config.yaml").is_file():
             foreign = sorted(p.name for p in self.path.iterdir() if p.name not in ours)
             if foreign:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from finetune.comparison import CompareConfig
-from finetune.fits import DONE, SLICES, FitTask, PretrainTask
+from finetune.fits import DONE, ERROR, SLICES, FitTask, PretrainTask
 from medseg_ssl import draws
 from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
 from medseg_ssl.analysis.pictures import Slice, write_slices
@@ -116,7 +116,9 @@ def fake_fit(task: FitTask) -> Path:
     task.folder.mkdir(parents=True, exist_ok=True)
     if task.pictures:
         write_slices(task.folder / SLICES, [fake_slice(case) for case in task.test_cases])
-    return write_csv(task.folder / DONE, rows, columns=CASE_COLUMNS)
+    done = write_csv(task.folder / DONE, rows, columns=CASE_COLUMNS)
+    (task.folder / ERROR).unlink(missing_ok=True)
+    return done
 
 
 def slow_fit(task: FitTask) -> Path:
@@ -131,6 +133,7 @@ def counting_fit(task: FitTask) -> Path:
 
 def failing_fit(task: FitTask) -> Path:
     if (task.init, task.budget, task.draw) == ("mae", 2, 1):
+        write_text(task.folder / ERROR, "loss is not finite")  # as the real fit does
         raise UserError("loss is not finite")
     return fake_fit(task)
 

@@ -16,7 +16,7 @@ import pytest
 
 from finetune import compare as command
 from finetune import crew as crew_module
-from finetune import fits, labeling, mirror, notes, planning
+from finetune import fits, labeling, mirror, notes, planning, scratch
 from finetune import resolving as plans
 from finetune.report import main as report_main
 from medseg_ssl.cli import locate
@@ -163,8 +163,31 @@ def test_a_failed_fit_leaves_the_others_in_the_tables_and_is_tried_again(tmp_pat
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["finished"], summary["planned"]) == (26, 27)
     assert "Unfinished: 26 of 27" in (out / "report.html").read_text()
+    gap = (
+        "1 of 27 fits failed and are missing: mae with 2 labels, draw 1. The means of an init are over the draws that"
+        " it has, paired comparisons over those that both have."
+    )
+    assert summary["conditions"][-1] == gap
+    whole = json.loads((finished / "summary.json").read_text())
+
+    def compared(summary, init, baseline, scope):
+        (found,) = (
+            c
+            for c in summary["comparisons"]
+            if (c["init"], c["baseline"], c["scope"]) == (init, baseline, scope)
+        )
+        return found
+
+    # the gap is the init's own: what the others found stands
+    assert {**summary["inits"]["scratch"]} == {**whole["inits"]["scratch"]}
+    assert compared(summary, "mae", "scratch", "budget 2")["draws"] == 2
+    assert compared(summary, "mae", "scratch", "budget 4") == {
+        **compared(whole, "mae", "scratch", "budget 4"),
+        **{k: v for k, v in compared(summary, "mae", "scratch", "budget 4").items() if k.endswith("_holm")},
+    }
     run(out)
     assert (out / "curve.csv").read_bytes() == (finished / "curve.csv").read_bytes()
+    assert gap not in json.loads((out / "summary.json").read_text())["conditions"]
 
 
 def test_ctrl_c_and_sigterm_say_what_was_reached(tmp_path):
@@ -318,11 +341,29 @@ def test_report_only_writes_what_is_done(tmp_path, finished):
     (out / "report.html").unlink()
     assert command.main([str(out), "--report-only", "--quiet"]) == out / "report.html"
     assert "26 of 27" in (out / "report.html").read_text()
-    # a draw that one init lacks counts for none, or the means would be over different draws
+    assert draws_of(out) == {(i, b): 2 if (i, b) == ("mae", "2") else 3 for i, b in draws_of(out)}
+
+
+def draws_of(out):
     with open(out / "curve.csv", encoding="utf-8") as stream:
-        draws = [(r["budget"], int(r["draws"])) for r in csv.DictReader(stream) if r["metric"] == "dice"]
-    assert len(set(draws)) == len({budget for budget, _ in draws}), "the same draws for every init"
-    assert sorted(number for _, number in set(draws)) == [2, 3, 3]
+        rows = [row for row in csv.DictReader(stream) if row["metric"] == "dice"]
+    return {(row["init"], row["budget"]): int(row["draws"]) for row in rows}
+
+
+def test_a_draw_that_one_init_still_lacks_counts_for_none(tmp_path):
+    """Or the means would be over different draws."""
+
+    def stop(task):
+        if (task.init, task.budget, task.draw) == ("mae", 2, 2):
+            raise KeyboardInterrupt
+        return fakes.fake_fit(task)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "out", fit=stop)
+    command.main([str(tmp_path / "out"), "--report-only", "--quiet"])
+    inits = ("scratch", "scratch_long", "mae")
+    expected = {(init, str(budget)): 3 if budget == 1 else 2 for init in inits for budget in (1, 2, 4)}
+    assert draws_of(tmp_path / "out") == expected
 
 
 def test_report_verb_takes_comparisons_and_runs(tmp_path, finished):
@@ -443,6 +484,60 @@ def test_overrides_of_an_init_reach_its_fits_alone_and_the_report():
     assert f"1 label, draw 1: no labeled case states {unstated}, so no init can predict it there." in told
     assert not any("draw 0: no labeled" in note for note in told)
     assert "mae differs from the others in: optim.lr=0.5." in said
+
+
+GENTLE = {
+    "tune": {"name": "lora", "rank": 4},
+    "optim": {"lr": 0.02, "encoder_lr_scale": 0.3, "decoder_first": "10%", "sawtooth": True},
+}
+
+
+def test_what_starts_from_nothing_is_not_held_back_by_what_spares_pretrained_weights():
+    inits = {**fakes.config().inits, "other": {"network": {"encoder": {"name": "resenc", "size": "tiny"}}}}
+    own = {"scratch_long": {"tune": {"name": "frozen"}, "optim": {"layer_decay": 0.75}}}
+    config = fakes.config(inits=inits, finetune={**fakes.config().finetune, **GENTLE}, init_overrides=own)
+    tasks = tasks_of(config)
+    trees = {task.init: task.config for task in tasks}
+    free = {"lr": 0.02, "encoder_lr_scale": 1.0, "decoder_first": "0%", "sawtooth": False}
+    for init in ("scratch", "other"):
+        assert (trees[init]["tune"], trees[init]["optim"]) == ({"name": "full"}, free)
+    assert {key: trees["mae"][key] for key in GENTLE} == GENTLE
+    # a control of random weights may be asked for, and the report states it
+    assert trees["scratch_long"]["tune"] == {"name": "frozen"}
+    assert trees["scratch_long"]["optim"] == {**free, "layer_decay": 0.75}
+    folds = labeling.folds_of(config, fakes.archive(), fakes.archive())
+    said = notes.notes_of(config, tasks, folds=folds, cards={}, archive=fakes.archive())
+    assert (
+        "scratch, scratch_long, other: nothing of it is pretrained, so it is trained whole, at the full rate from the"
+        " first step; tune.name=lora, optim.encoder_lr_scale=0.3, optim.decoder_first=10%, optim.sawtooth=True holds"
+        " for what is pretrained alone."
+    ) in said
+    assert "scratch_long differs from the others in: tune.name=frozen, optim.layer_decay=0.75." in said
+
+
+def test_a_comparison_begun_with_scratch_held_back_is_not_gone_on_with(tmp_path):
+    config = fakes.config(finetune={**fakes.config().finetune, **GENTLE}, budgets=[1], draws=1)
+    run(tmp_path, config=config)
+    inputs = json.loads((tmp_path / "inputs.json").read_text())
+    (tmp_path / "inputs.json").write_text(
+        json.dumps({k: v for k, v in inputs.items() if k != "from_scratch"})
+    )
+    with pytest.raises(ConfigError, match='from_scratch: null -> "whole, at the full rate"'):
+        run(tmp_path, config=config)
+
+
+def test_what_starts_from_nothing_is_as_it_was_where_nothing_is_spared(tmp_path):
+    """So fits of before are digit for digit those of now."""
+    config = fakes.config()
+    assert all("optim" not in task.config and "tune" not in task.config for task in tasks_of(config))
+    run(tmp_path, config=fakes.config(budgets=[1], draws=1))
+    assert "from_scratch" not in json.loads((tmp_path / "inputs.json").read_text())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda p: p.stem)
+def test_no_shipped_comparison_spares_weights_in_what_its_inits_share(path):
+    """Their measured numbers stand in README."""
+    assert scratch.held_back(command.read_config(path, []).finetune) == {}
 
 
 def test_fewer_draws_for_a_slow_baseline():

@@ -497,6 +497,19 @@ def read(tmp_path, **changes):
     return command.read_config(tmp_path / "c.yaml", [])
 
 
+def test_how_many_labels_an_atlas_reads_is_stated_where_it_reads_fewer(tmp_path):
+    inits = {"scratch": "scratch", "atlas": {"baseline": "atlas"}}
+    for budgets, told in (
+        ([1, 2], "learns from the labeled cases of each draw alone;"),
+        ([1, 3], "learns from at most 2 labeled cases of each draw, its first ones (atlases=2), alone;"),
+    ):
+        made = fakes.config(budgets=budgets, low_budgets=budgets, draws=1, inits=inits)
+        made.inits["atlas"] = {"baseline": {"name": "atlas", "atlases": 2}}
+        run(tmp_path / str(budgets), config=plans.resolve(made))
+        conditions = json.loads((tmp_path / str(budgets) / "summary.json").read_text())["conditions"]
+        assert told in next(line for line in conditions if line.startswith("atlas: "))
+
+
 def test_another_network_and_a_baseline_share_all_but_themselves(tmp_path, shelf):
     inits = {
         "scratch": "scratch",

@@ -91,6 +91,27 @@ def test_a_segmenter_that_saw_who_is_scored_is_refused(world, monkeypatch):
     run(folder, "--subset", "train")
 
 
+def test_what_a_card_cannot_tell_of_who_was_seen_is_a_condition(world, monkeypatch, capsys):
+    folder, _ = world
+
+    def told(out, *more, **described):
+        made = card(classes=("background", "bright", "never"), **described)
+        predictor = Predictor(Threshold(classes=3), made)
+        monkeypatch.setattr("medseg_ssl.inference.predictor.Predictor.load", lambda path, **_: predictor)
+        return json.loads((run(folder, *more, out=out) / "summary.json").read_text())["conditions"]
+
+    unknown = (
+        "The segmenter, or the encoder it began with: whether its pretraining saw scored subjects cannot be checked"
+        " here."
+    )
+    assert told("outside", archive_fingerprint="another") == [unknown]
+    assert unknown in " ".join(capsys.readouterr().out.split())
+    assert told("train", "--subset", "train", archive_fingerprint="another") == []
+    assert told("own", archive_fingerprint="f" * 64) == []
+    checked = {"archive": "f" * 64, "split": "default", "sides": ["test"]}
+    assert told("kept", archive_fingerprint="another", checked_against=(checked,)) == []
+
+
 def test_a_second_run_finds_its_results_and_another_is_refused(world, capsys):
     folder, _ = world
     out = run(folder)

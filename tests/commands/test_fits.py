@@ -2,17 +2,19 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import yaml
 
 from finetune import compare as command
-from finetune import fits, labeling, planning, report
+from finetune import fits, labeling, looks, planning, report
 from finetune import run as finetune
 from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.archive import Archive
+from medseg_ssl.train.interrupt import Interrupted
 from tests.train.archives import write_archive
 
 NETWORK = {"name": "resenc", "size": "tiny", "features": [4, 8, 8, 8]}
@@ -92,6 +94,13 @@ def test_running_again_repeats_no_fit(world, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in folder.glob("out/fits/*/*/*/cases.csv")} == before
 
 
+def _raiser(error):
+    def function(*_, **__):
+        raise error
+
+    return function
+
+
 def test_a_fit_that_failed_leaves_its_traceback_until_it_succeeds(world, tmp_path, monkeypatch):
     folder, _ = world
     archive = Archive.open(folder / "archive")
@@ -109,17 +118,52 @@ def test_a_fit_that_failed_leaves_its_traceback_until_it_succeeds(world, tmp_pat
         network=None,
         keep=False,
     )
-    score = fits._score
+    score, fit = fits._score, fits._fit
     monkeypatch.setattr(fits, "_score", lambda *_, explained=None: 1 / 0)
     with pytest.raises(UserError, match="ZeroDivisionError: division by zero"):
         fits.fit_and_score(task)
     assert "ZeroDivisionError" in (task.folder / "error.txt").read_text()
     assert not task.finished
+    # what a person can mend leaves its reason too, and so a fit that fails before its run folder is one
+    for error in (UserError("loss is not finite"), ConfigError("crop size does not fit")):
+        shutil.rmtree(task.folder)
+        monkeypatch.setattr(fits, "_fit", _raiser(error))
+        with pytest.raises(type(error), match=str(error)):
+            fits.fit_and_score(task)
+        assert str(error) in (task.folder / "error.txt").read_text()
+    (task.folder / "error.txt").unlink()
+    monkeypatch.setattr(fits, "_fit", _raiser(Interrupted(15)))
+    with pytest.raises(Interrupted):
+        fits.fit_and_score(task)
+    assert not (task.folder / "error.txt").exists(), "it is still to be done"
+    (task.folder / "error.txt").write_text("of an earlier try")
     monkeypatch.setattr(fits, "_score", score)
+    monkeypatch.setattr(fits, "_fit", fit)
     fits.fit_and_score(replace(task, keep=True))
     assert task.finished
     assert not (task.folder / "error.txt").exists()
     assert (task.folder / "segmenter.safetensors").is_file()
+    _killed_between_scores_and_clean_up(task, monkeypatch)
+
+
+def _killed_between_scores_and_clean_up(task, monkeypatch):
+    """The weights are still there, so the fit is not finished; the next try deletes them and fits nothing again."""
+    scores = (task.folder / fits.DONE).read_bytes()
+    for name in ("segmenter.safetensors", "last.ckpt"):
+        assert (task.folder / name).is_file()
+    (task.folder / fits.DONE).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(fits, "remove_bulky", _raiser(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            fits.fit_and_score(task)
+    assert not task.finished, "it would be passed over"
+    monkeypatch.setattr(fits, "_fit", None)  # would fail
+    looks.fit_and_keep(task, budget=task.budget, every_draw=False)
+    assert (task.folder / fits.DONE).read_bytes() == scores
+    assert [name for name in fits.BULKY if (task.folder / name).exists()] == ["segmenter.safetensors"]
+    assert not (task.folder / fits.SCORED).exists()
+    fits.fit_and_score(task)
+    assert not any((task.folder / name).exists() for name in fits.BULKY)
 
 
 TRUTH = '''

@@ -47,7 +47,7 @@ def test_folder_of_files(tmp_path, segmenter):
     _, second = write_scan(tmp_path / "in" / "b_0000.nii", shape=(20, 13, 31))
     (tmp_path / "in" / "notes.txt").write_text("not a scan")
     out = run(tmp_path)
-    assert sorted(f.name for f in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "identity.json"]
+    assert sorted(f.name for f in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "identity.json", "inputs.jsonl"]
     for name, volume in (("a", first), ("b", second)):
         label = read_label(out / f"{name}.nii.gz")
         assert np.array_equal(label.array, volume > 0)
@@ -75,6 +75,45 @@ def test_existing_output_is_left_alone(tmp_path, segmenter, capsys):
     assert "left alone" in capsys.readouterr().err
 
 
+def test_a_label_map_of_other_files_is_not_taken_for_these(tmp_path, segmenter, capsys):
+    """Two sites number their patients alike; after a line that a kill cut off, too."""
+    write_scan(tmp_path / "siteA" / "case_0001.nii.gz")
+    write_scan(tmp_path / "siteA" / "case_0002.nii.gz")
+    write_scan(tmp_path / "siteB" / "case_0001.nii.gz", shape=(14, 13, 15))
+    write_scan(tmp_path / "siteB" / "first.nii.gz")
+    out = run(tmp_path, source="siteA")
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    told = r"label maps of other files for 1 of 2 cases: 'case_0001'; choose another folder"
+    with pytest.raises(ConfigError, match=told) as caught:
+        run(tmp_path, source="siteB")
+    assert caught.value.code == 2
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before, "nothing of the new site either"
+    (tmp_path / "again").mkdir()
+    for name in ("case_0001.nii.gz", "case_0002.nii.gz"):
+        (tmp_path / "again" / name).write_bytes((tmp_path / "siteA" / name).read_bytes())
+    run(tmp_path, source="again")
+    assert "0 of 2 label maps written" in capsys.readouterr().err
+    # a map that was taken away is made of the new files, and is known as theirs
+    (out / "case_0001.nii.gz").unlink()
+    with (out / "inputs.jsonl").open("a") as stream:
+        stream.write('{"case": "case_0')
+    run(tmp_path, source="siteB/case_0001.nii.gz")
+    assert read_label(out / "case_0001.nii.gz").array.shape == (14, 13, 15)
+    with pytest.raises(ConfigError, match="for 1 of 2 cases: 'case_0001'"):
+        run(tmp_path, source="siteA")
+
+
+def test_a_label_map_of_before_inputs_were_recorded_is_left_alone(tmp_path, segmenter):
+    write_scan(tmp_path / "in" / "a.nii.gz")
+    out = run(tmp_path)
+    (out / "inputs.jsonl").unlink()
+    write_scan(tmp_path / "in" / "a.nii.gz", shape=(14, 13, 15))
+    run(tmp_path)
+    run(tmp_path, "--probabilities")
+    assert not (out / "inputs.jsonl").exists(), "nobody knows what it was made of"
+    assert read_label(out / "a.nii.gz").array.shape == (14, 13, 12)
+
+
 def test_probabilities_asked_for_later_are_written_beside_the_label_map(tmp_path, segmenter):
     write_scan(tmp_path / "in" / "a.nii.gz")
     out = run(tmp_path)
@@ -92,8 +131,8 @@ def test_options_reach_the_predictor_and_the_folder(tmp_path, segmenter):
     with pytest.raises(ConfigError, match="differ in precision"):
         run(tmp_path, "--flips")
     segmenter(other_modalities=("MR",))
-    (tmp_path / "out" / "identity.json").unlink()
-    (tmp_path / "out" / "a.nii.gz").unlink()
+    for file in (tmp_path / "out").iterdir():
+        file.unlink()
     run(tmp_path, "--modality", "CT")
     with pytest.raises(ConfigError, match="differ in modality"):
         run(tmp_path, "--modality", "MR")
@@ -106,7 +145,7 @@ def test_numbers_that_are_subjects_are_kept(tmp_path, segmenter):
     (tmp_path / "in" / "._amos_0001.nii.gz").write_bytes(b"of a Mac")
     for source in ("in/amos_0001.nii.gz", "in/amos_0002.nii.gz", "in"):
         out = run(tmp_path, source=source)
-    found = {f.name for f in out.iterdir()} - {"identity.json"}
+    found = {f.name for f in out.iterdir()} - {"identity.json", "inputs.jsonl"}
     assert found == {"amos_0001.nii.gz", "amos_0002.nii.gz", "lone.nii.gz", "year_2021.nii.gz"}
 
 
@@ -139,7 +178,8 @@ def test_a_failing_file_is_one_line_and_the_others_go_on(tmp_path, segmenter, ca
     assert caught.value.code == 1
     lines = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("b:") for line in lines) == 1
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz", "identity.json"]
+    made = {"a.nii.gz", "c.nii.gz", "identity.json", "inputs.jsonl"}
+    assert {f.name for f in (tmp_path / "out").iterdir()} == made
 
 
 def test_a_bug_in_one_case_does_not_lose_the_others(tmp_path, segmenter, monkeypatch, capsys):

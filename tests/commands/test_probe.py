@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from medseg_ssl.config import ConfigError
+from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.inference.frozen import FrozenEncoder
 from pretrain.probe import SCORE_COLUMNS, main
 from tests.evaluations.fakes import MemoryArchive, PooledEncoder, card
@@ -92,6 +92,55 @@ def test_every_wrong_key_at_once(world):
     assert not (world / "out").exists()
     with pytest.raises(ConfigError, match="evaluate"):
         run(world, "evaluations={segmentation: {}}")
+
+
+def test_what_cannot_run_is_said_before_a_folder_is_made(world):
+    with pytest.raises(ConfigError) as caught:
+        run(world, "evaluations={calibration: {}, linear: {}, health: {crops: 4}}")
+    assert str(caught.value) == (
+        "evaluations.calibration looks at a segmenter, which 'medseg-ssl evaluate' scores; probe has an encoder; "
+        "evaluations.linear reads labels, and the archive has none"
+    )
+    assert not (world / "out").exists()
+    told = (
+        r"^health: no scan in subset 'development'.*; retrieval: retrieval needs 2 .* smaller than crop_size"
+    )
+    with pytest.raises(UserError, match=told):
+        run(world, "evaluations.retrieval.crop_size=[99, 8, 8]", "evaluations.health.subset=development")
+    assert not (world / "out").exists(), "nothing was found, so the folder is free for the mended config"
+
+
+PARTS = (
+    "evaluations={health: {crops: 4, crop_size: [8, 8, 8]}, feature_pca: {scans: 1, crop_size: [8, 8, 8]},"
+)
+
+
+PICTURES = "evaluations.feature_pca={scans: 1, subset: test, crop_size: [8, 8, 8]}"
+
+
+def test_one_evaluation_that_fails_loses_none_of_the_others(world, capsys):
+    wrong = [f"{PARTS} geometry: {{subset: development}}}}", "evaluations.feature_pca.subset=test"]
+    with pytest.raises(
+        UserError, match=r"^geometry: no scan in subset 'development'.*; what the other 3 found is kept$"
+    ):
+        run(world, *wrong)
+    out = world / "out"
+    with (out / "scores.csv").open(newline="") as file:
+        assert {row["evaluation"] for row in csv.DictReader(file)} == {"health", "retrieval", "feature_pca"}
+    assert (out / "report.html").read_text().count("<img ") == 1
+    assert not (out / "summary.json").exists(), "not all is there"
+
+
+def test_a_command_that_was_stopped_goes_on_with_what_is_missing(world, monkeypatch):
+    out = run(world, PICTURES)
+    whole = {f.relative_to(out): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    (out / "evaluations" / "retrieval.json").unlink()
+    for name in ("summary.json", "scores.csv", "report.html"):
+        (out / name).unlink()
+    for name in ("health.Health", "feature_pca.FeaturePCA"):
+        monkeypatch.setattr(f"medseg_ssl.evaluations.{name}.run", lambda *_: pytest.fail("made again"))
+    run(world, PICTURES)
+    assert {f.relative_to(out): f.read_bytes() for f in out.rglob("*") if f.is_file()} == whole
 
 
 def test_shipped_config_parses():

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from finetune import transfer as command
 from finetune.matrix import MatrixConfig
 from finetune.transfer_tables import write_transfer
 from medseg_ssl.analysis.statistics import paired_interval
-from medseg_ssl.analysis.tables import write_csv
+from medseg_ssl.analysis.tables import write_csv, write_text
 from medseg_ssl.analysis.transfer import Target
 from medseg_ssl.cli import locate
 from medseg_ssl.config import ConfigError, UserError, parse, to_yaml
@@ -330,6 +331,7 @@ def test_a_cluster_gives_the_same_tables(tmp_path, finished, monkeypatch):
 def test_a_failed_fit_leaves_the_other_target(tmp_path):
     def fail(task):
         if task.target == "CT" and task.init == "MR":
+            write_text(task.folder / "error.txt", "no space left")
             raise UserError("no space left")
         return fakes.fake_fit(task)
 
@@ -340,6 +342,8 @@ def test_a_failed_fit_leaves_the_other_target(tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {c["target"] for c in summary["cells"]} >= {"lesions"}
     assert summary["finished"] < summary["planned"]
+    told = r"Target organs: 2 of \d+ fits failed and are missing: MR with 1 label, draw 0; MR with 1 label, draw 1\. "
+    assert re.match(told, summary["conditions"][-1])
 
 
 def test_missing_channels_are_scored_as_the_fit_was(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from finetune import evaluate
 from finetune.compare import main as compare
 from finetune.run import SHELVES, FinetuneConfig, build, complete_config, main
+from finetune.scratch import held_back
 from finetune.tuning import TuneConfig, keeper, ship_plain, tune
 from medseg_ssl.config import ConfigError, parse
 from medseg_ssl.nets import encoder_file
@@ -254,6 +255,32 @@ def test_what_cannot_be_is_said_before_anything_is_made(words, told, world, tmp_
     with pytest.raises(ConfigError, match=told):
         finetune(world, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["segmentation_frozen", "segmentation_lora"])
+def test_a_random_encoder_is_not_frozen_by_a_command(name, world, tmp_path):
+    words = [name, str(tmp_path / "run"), "--archive", str(world[0]), *COMMON]
+    with pytest.raises(
+        ConfigError, match=r"no file is given: name one by --encoder, or set tune=\{name: full\}"
+    ):
+        main(words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_file_all_learns_at_the_full_rate(world, tmp_path, monkeypatch, caplog):
+    seen = {}
+    monkeypatch.setattr(
+        "finetune.run.run_finetune", lambda config, run, **_: seen.update({run.name: config}) or run
+    )
+    for name in ("segmentation", "segmentation_few", "segmentation_sawtooth", "segmentation_layer_decay"):
+        for kind, more in (("file", ["--encoder", str(world[1])]), ("none", [])):
+            main([name, str(tmp_path / f"{name}-{kind}"), "--archive", str(world[0]), "--quiet", *more])
+        assert held_back(seen[f"{name}-none"].model_dump(mode="json")) == {}
+        assert bool(held_back(seen[f"{name}-file"].model_dump(mode="json"))) == (name != "segmentation")
+        assert seen[f"{name}-none"].optim.lr == seen[f"{name}-file"].optim.lr
+    assert seen["segmentation-none"] == seen["segmentation-file"], "and so nothing else changed"
+    assert "nothing is pretrained: optim.encoder_lr_scale=0.3 is not heeded" in caplog.text
+    assert "optim.decoder_first=10%, optim.sawtooth=True is not heeded" in caplog.text
 
 
 def test_the_best_needs_development_subjects_that_are_not_trained_on(world, tmp_path, monkeypatch):

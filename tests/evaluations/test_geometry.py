@@ -68,6 +68,7 @@ def scores(encoder, archive, **options):
 def test_an_embedding_that_is_constant_is_one_point():
     found = scores(Blind(), ramps())
     assert {"alignment/CT", "apart/MR", "uniformity/all", "alignment/CT-MR"} <= set(found)
+    assert [found.pop(f"places/{kind}") for kind in ("CT", "MR", "CT-MR")] == [9, 9, 9]
     assert all(value == pytest.approx(0, abs=1e-12) for value in found.values())
 
 
@@ -87,3 +88,49 @@ def test_without_jitter_a_place_is_itself():
     found = scores(Mean(), ramps(), jitter=0.0)
     assert found["alignment/CT"] == 0.0
     assert found == scores(Mean(), ramps(), jitter=0.0)
+
+
+def test_a_scan_no_larger_than_the_crop_gives_no_positives():
+    """Both crops of it would be one and the same, at distance 0 whatever the encoder says."""
+    found = scores(Mean(), ramps(), crop_size=SHAPE)
+    assert (found["places/CT"], found["places/MR"]) == (0, 0)
+    assert not {"alignment/CT", "alignment/MR"} & set(found)
+    assert found["apart/CT"] == pytest.approx(0.0, abs=1e-12), "three equal ramps"
+    large = ramps()
+    rng = np.random.default_rng(0)
+    wide = rng.uniform(-100, 100, (14, 17, 40)).astype(np.float32)
+    large.add_scan("CT9", wide, subject="p0", grid=affine((3.0, 1.0, 2.0)), spacing=(3.0, 1.0, 2.0))
+    found = scores(Mean(), large, crop_size=SHAPE)
+    assert found["places/CT"] == 3, "of the one scan with room"
+    assert found["alignment/CT"] > 0
+
+
+def test_crops_of_a_scan_without_room_are_one_point_of_the_spread():
+    archive = ramps()
+    for i in range(3):
+        archive.volumes[f"CT{i}"] = archive.volumes[f"CT{i}"] + np.int16(20 * i)
+    one, many = (scores(Mean(), archive, crop_size=SHAPE, crops=n)["uniformity/CT"] for n in (1, 6))
+    assert one == many < 0
+
+
+def test_a_pair_counts_alike_whichever_scan_is_named_first():
+    """Also through a transform, which is turned round with it; a list in which both orders stand is not mixed."""
+    shift = (12.0, 0, 0)
+    back = tuple(map(tuple, np.array([[1.0, 0, 0, -12], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).tolist()))
+    there = tuple(map(tuple, np.linalg.inv(np.array(back)).tolist()))
+    straight, mixed = ramps(shift_mm=shift, transform=back), ramps(shift_mm=shift, transform=back)
+    mixed.pairs[1] = PairRow(scan_a="MR1", scan_b="CT1", relation="registered", transform_44=there)
+    assert scores(Mean(), mixed) == scores(Mean(), straight)
+
+
+def test_pairs_are_spread_over_subjects():
+    archive = ramps()
+    for number in range(3):  # two more scans of the first subject, whose pairs stand at the head of the list
+        ct = archive.volumes["CT0"].astype(np.float32)
+        archive.add_scan(
+            f"CT0{number}", ct, subject="p0", grid=affine((3.0, 1.0, 2.0)), spacing=(3.0, 1.0, 2.0)
+        )
+        archive.pairs.insert(0, PairRow(scan_a=f"CT0{number}", scan_b="MR0", relation="registered"))
+    found = scores(Mean(), archive, scans=3)
+    assert found["places/CT-MR"] == 9
+    assert "apart/CT-MR" in found, "with one subject there is nothing apart"

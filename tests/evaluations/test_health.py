@@ -9,6 +9,7 @@ from medseg_ssl.evaluations.base import Evaluation
 from medseg_ssl.evaluations.health import Health, effective_rank, mean_cosine
 from medseg_ssl.inference.frozen import FrozenEncoder
 from medseg_ssl.inference.predictor import Predictor
+from medseg_ssl.train.health import alarms
 from tests.evaluations.fakes import MemoryArchive, PooledEncoder, Threshold, card
 
 
@@ -71,6 +72,26 @@ def test_living_features_per_modality_and_together():
     assert found["dead_share/all"] == 0.0
     assert found == scores(PooledEncoder())
     assert found != scores(PooledEncoder(), seed=1)
+
+
+def test_crops_that_coincide_count_once():
+    assert {k: v for k, v in scores(PooledEncoder()).items() if "distinct" in k} == {
+        "distinct_crops/CT": 12,
+        "distinct_crops/MR": 12,
+        "distinct_crops/all": 24,
+    }
+    whole = scores(PooledEncoder(), crop_size=(12, 12, 12))
+    assert (whole["distinct_crops/CT"], whole["distinct_crops/all"]) == (3, 6)
+
+
+def test_two_scans_as_large_as_a_crop_are_no_collapse():
+    whole = scores(PooledEncoder(), crop_size=(12, 12, 12), subset="train")
+    assert whole["effective_rank/CT"] == pytest.approx(1.0), "two points lie on a line, in any encoder"
+    assert not list(alarms({f"eval/health/{name}": value for name, value in whole.items()}))
+    collapsed = scores(Collapsed(), crop_size=(12, 12, 12), subset="train")
+    told = list(alarms({f"eval/health/{name}": value for name, value in collapsed.items()}))
+    assert len(told) == 3
+    assert all("std_relative is 0" in text for text in told)
 
 
 def test_refusals():

@@ -5,10 +5,12 @@ import pytest
 from torch import nn
 
 from medseg_ssl.config import ConfigError, UserError
+from medseg_ssl.data.manifest import PairRow
+from medseg_ssl.draws import numpy_generator
 from medseg_ssl.evaluations.leakage import Leakage
 from medseg_ssl.inference.frozen import FrozenEncoder
 from medseg_ssl.inference.predictor import Predictor
-from tests.evaluations.fakes import MemoryArchive, PooledEncoder, Threshold, card
+from tests.evaluations.fakes import MemoryArchive, PooledEncoder, Threshold, affine, card
 
 SUBJECTS = 8
 SHAPE = (18, 20, 26)
@@ -94,6 +96,67 @@ def test_overlapping_crops_are_no_answers():
     archive = archive_of(lambda i, modality: 30.0 * i - 110, modalities=(("CT", "HU"),))
     with pytest.raises(UserError, match=r"nothing to tell apart .* take a smaller crop_size"):
         scores(PooledEncoder(), archive, crop_size=(16, 18, 24))
+
+
+def aligned(*, shift_mm=0.0, transform=None, relation="registered"):
+    """Two MR scans of each subject, alike but for the subject's own texture; nothing but one place of it tells them."""
+    archive = MemoryArchive(classes=())
+    for i in range(SUBJECTS):
+        volume = np.random.default_rng(i).uniform(500, 2500, SHAPE).astype(np.float32)
+        for name, origin in (("a", 0.0), ("b", shift_mm)):
+            grid = affine((2.0, 1.0, 1.0), origin=(origin, 0.0, 0.0))
+            key = f"MR{i}{name}"
+            archive.add_scan(
+                key, volume, subject=f"p{i}", modality="MR", unit="raw", spacing=(2, 1, 1), grid=grid
+            )
+            archive.scans[key] = archive.scans[key].model_copy(update={"content_hash": f"MR{i}"})
+        pair = {"scan_a": f"MR{i}a", "scan_b": f"MR{i}b", "transform_44": transform}
+        archive.pairs.append(PairRow(**pair, relation=relation))
+    archive.set_split(development=tuple(f"p{i}" for i in range(SUBJECTS)))
+    return archive
+
+
+def moved(x_mm):
+    matrix = np.eye(4)
+    matrix[0, 3] = x_mm
+    return tuple(map(tuple, matrix.tolist()))
+
+
+def test_the_same_place_in_an_aligned_scan_is_no_answer():
+    """Crops are drawn by content, so that those of both scans of a subject lie at the same voxels."""
+    options = {"crops": 1, "subset": "development"}
+    with pytest.raises(UserError, match="nothing to tell apart"):
+        scores(PooledEncoder(), aligned(), **options)
+    # by 40 mm the boxes lie beside one another, whatever the voxels; the transform takes that back
+    found = scores(PooledEncoder(), aligned(shift_mm=40.0), **options)
+    assert found["identity/MR"].value == 1.0
+    with pytest.raises(UserError, match="nothing to tell apart"):
+        scores(PooledEncoder(), aligned(shift_mm=40.0, transform=moved(-40.0)), **options)
+    # crops are 8 voxels of 1 mm wide along x: at 8 mm they touch, at 7 they overlap
+    assert "identity/MR" in scores(PooledEncoder(), aligned(shift_mm=8.0), **options)
+    with pytest.raises(UserError, match="nothing to tell apart"):
+        scores(PooledEncoder(), aligned(shift_mm=7.0), **options)
+    # of scans that share no coordinates nobody knows which places meet
+    assert "identity/MR" in scores(PooledEncoder(), aligned(relation="same_study"), **options)
+
+
+def test_folds_hold_every_class_alike():
+    """Two subjects of a rare class among twenty: in one fold together, nobody would have learned it."""
+    subject_N = [f"p{i:02d}" for i in range(20) for _ in range(3)]
+    rare, mixed = np.zeros(60, int), np.zeros(60, int)
+    rare[9:15] = 1  # p03 and p04
+    mixed[::3] = 1  # every subject has both
+    for seed in range(12):
+        leakage = Leakage(Leakage.Config(seed=seed))
+        fold_N = leakage._folds(subject_N, rare)
+        assert all(len(set(fold_N[i : i + 3])) == 1 for i in range(0, 60, 3)), "a subject stands in one"
+        assert fold_N[9] != fold_N[12]
+        assert np.bincount(fold_N).tolist() == [12] * 5
+        plain = leakage._folds(subject_N, mixed)
+        order = numpy_generator(seed, 0, "leakage folds").permutation(20)
+        assert [plain[3 * i] for i in order] == [place % 5 for place in range(20)], (
+            "as before where all are alike"
+        )
 
 
 def test_refusals_and_determinism():

@@ -8,7 +8,7 @@ from torch import nn
 from medseg_ssl.config import ConfigError, UserError, find
 from medseg_ssl.evaluations.base import Evaluation
 from medseg_ssl.evaluations.retrieval import Retrieval, _common_middles, _ranks
-from medseg_ssl.inference.frozen import FrozenEncoder
+from medseg_ssl.inference.frozen import FrozenEncoder, network_crop
 from medseg_ssl.inference.predictor import Predictor
 from tests.evaluations.fakes import MemoryArchive, PooledEncoder, Threshold, affine, card
 
@@ -166,6 +166,79 @@ def test_middle_is_that_of_what_the_scans_share():
     # x is the W axis: the MR starts at 10 mm, the CT ends at 19 mm
     assert np.allclose(found["CT"], (9.0, 9.0, 14.5))
     assert np.allclose(found["MR"], (4.5, 4.5, 2.25))
+
+
+def renamed(archive, suffix):
+    """The same data prepared once more: other keys and subjects, and so another order of both."""
+    other = MemoryArchive(classes=())
+
+    def name(text):
+        return f"{sum(map(ord, text + suffix)) * 7919 % 1000:03d}{text}"
+
+    for key, row in archive.scans.items():
+        other.scans[name(key)] = row.model_copy(update={"key": name(key), "subject": name(row.subject)})
+        other.volumes[name(key)] = archive.volumes[key]
+    other.set_split(test=tuple(sorted({row.subject for row in other.scans.values()})))
+    return other
+
+
+def test_the_same_data_prepared_twice_scores_the_same():
+    archive = paired_archive()
+    first, again = (scores(PooledEncoder(), renamed(archive, suffix)) for suffix in ("a", "longer"))
+    assert {n: s.value for n, s in first.items()} == {n: s.value for n, s in again.items()}
+    assert first["top1/CT-MR"].per_case != again["top1/CT-MR"].per_case, "under other names"
+
+
+def test_of_several_contrasts_the_one_that_most_subjects_have():
+    archive = paired_archive()
+    for i in range(SUBJECTS):
+        row = archive.scans[f"MR{i}"] = archive.scans[f"MR{i}"].model_copy(update={"contrast": "T2"})
+        if i < 5:  # T1 stands before T2 in the alphabet, and so do the keys
+            more = {"key": f"A{i}", "contrast": "T1", "content_hash": f"A{i}"}
+            archive.scans[f"A{i}"] = row.model_copy(update=more)
+            archive.volumes[f"A{i}"] = archive.volumes[f"MR{i}"]
+    found = Retrieval(Retrieval.Config(**PLAIN))._scans(
+        archive, FrozenEncoder(Spectrum(), card(kind="encoder")), (8, 8, 8)
+    )
+    assert {by["MR"] for by in found.values()} == {f"MR{i}" for i in range(SUBJECTS)}
+    for i in range(SUBJECTS - 2):  # now most have T1
+        more = {"key": f"A{i}", "contrast": "T1", "content_hash": f"A{i}"}
+        archive.scans[f"A{i}"] = archive.scans[f"MR{i}"].model_copy(update=more)
+    for i in (0, 1, 2):
+        del archive.scans[f"MR{i}"]
+    found = Retrieval(Retrieval.Config(**PLAIN))._scans(
+        archive, FrozenEncoder(Spectrum(), card(kind="encoder")), (8, 8, 8)
+    )
+    assert found["p05"]["MR"] == "A5"
+    assert found["p11"]["MR"] == "MR11", "it has no other"
+
+
+class Spacing(nn.Module):
+    """The voxel size that it is told; remembers it."""
+
+    channels, strides = (3,), ((8, 8, 8),)
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, image_BCDHW, spacing_mm_B3=None):
+        self.seen += spacing_mm_B3.tolist()
+        return [spacing_mm_B3[..., None, None, None]]
+
+
+def test_each_crop_is_encoded_with_the_spacing_of_its_own_scan():
+    archive, encoder = paired_archive(), Spacing()
+    for i in range(SUBJECTS):
+        own = {"spacing_mm": (1.0 + i % 3, 1.0, 1.0)}
+        archive.scans[f"CT{i}"] = archive.scans[f"CT{i}"].model_copy(update=own)
+    scores(encoder, archive, modalities=("CT", "MR"), draws=1)
+    assert [sum(depth == d for depth, _, _ in encoder.seen) for d in (1, 2, 3)] == [SUBJECTS + 4, 4, 4]
+    rows = [archive.scans[f"CT{i}"] for i in range(SUBJECTS)]
+    model = FrozenEncoder(encoder, card(kind="encoder"))
+    crops = [network_crop(archive, row.key, model.card, start=(0, 0, 0), size=(8, 8, 8)) for row in rows]
+    told = Retrieval.Config(**PLAIN).pooled_each(model, crops, rows)
+    assert told.tolist() == [list(row.spacing_mm) for row in rows], "in the order of the crops"
 
 
 def test_refusals():

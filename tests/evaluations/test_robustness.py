@@ -67,12 +67,39 @@ def test_resolution_leaves_longer_voxels_alone():
     assert corrupt("resolution", volume(across), 3.0, seed=0)[0].std() < 0.5 * across.std()
 
 
-def test_missing_slices_are_the_stated_share_along_the_longest_voxels():
-    array, valid = corrupt("missing_slices", volume(np.zeros(SHAPE)), 0.25, seed=0)
-    lost = ~valid.any(axis=(1, 2))
+def test_missing_slices_are_filled_between_their_neighbours_along_the_longest_voxels():
+    """Of a ramp nothing is lost but beyond the outermost kept slice; of noise the stated share of the slices is."""
+    ramp = np.broadcast_to(np.arange(14.0)[:, None, None] * 7 - 30, SHAPE)
+    filled, valid = corrupt("missing_slices", volume(ramp), 0.5, seed=0)
+    assert valid is None, "data everywhere, as before"
+    same = np.isclose(filled, ramp, atol=1e-3).all(axis=(1, 2))
+    assert same[:-1].all()
+    assert (filled[-1] == filled[-2]).all(), (
+        "the last slice, lost with this seed, has no neighbour on one side"
+    )
+    noise = np.random.default_rng(0).normal(0, 50, SHAPE)
+    lost = (corrupt("missing_slices", volume(noise), 0.25, seed=0)[0] != noise.astype(np.float32)).any(
+        axis=(1, 2)
+    )
     assert lost.sum() == round(0.25 * 14)
-    assert valid[~lost].all()
-    assert corrupt("missing_slices", volume(array), 1.0, seed=0)[1].any()
+    alone = corrupt("missing_slices", volume(noise), 1.0, seed=0)[0]
+    assert (alone == alone[:1]).all(), "at least one stays"
+
+
+def test_a_lost_slice_takes_nothing_from_where_its_neighbours_have_no_data():
+    array, valid = np.full(SHAPE, 40.0), np.ones(SHAPE, dtype=bool)
+    valid[:, 8:], valid[5, :3] = False, False
+    array[~valid] = -5000.0
+    filled, still = corrupt("missing_slices", volume(array, valid), 0.5, seed=0)
+    assert np.allclose(filled[still], 40.0, atol=1e-3)
+    assert not still[:, 8:].any()
+    assert still[:, 3:8].all()
+
+
+def test_lost_slices_cost_a_threshold_nothing_where_the_neighbours_show_the_same():
+    """The predictor's rule for voxels without data would have lost them all."""
+    found = scored(world(), "CT", {"missing_slices": [0.5]})[2]
+    assert found["missing_slices-1/dice"] > 0.8, "no data in half the slices would leave some 2/3"
 
 
 def test_shift_scaling_and_bias_field():

@@ -64,6 +64,25 @@ def test_voxels_are_even_over_the_classes_a_crop_shows_and_drawn_again(views):
     assert set(draw_voxels(hidden, places=3, seed=0).class_NP.ravel()) == {UNKNOWN_LABEL}
 
 
+def in_part(view):
+    return type(view)(**{**vars(view), "known_classes_BK": torch.tensor([[True, False]])})
+
+
+def test_background_of_a_case_that_states_some_classes_alone_tells_nothing(views):
+    whole = draw_voxels(views, places=40, seed=3)
+    half = [in_part(view) if number % 2 else view for number, view in enumerate(views)]
+    part = draw_voxels(half, places=40, seed=3)
+    assert np.array_equal(part.index_NP3, whole.index_NP3), "the places are the same"
+    assert np.array_equal(part.class_NP[::2], whole.class_NP[::2])
+    assert set(np.unique(part.class_NP[1::2])) == {1, UNKNOWN_LABEL}
+    estimate(Levels(), half, part)  # pyright: ignore[reportArgumentType]
+    every = [in_part(view) for view in views]
+    three = draw_voxels(every, places=40, seed=3)
+    three.class_NP[0, :2] = 2  # of a second class, so that there would be something to tell apart
+    with pytest.raises(UserError, match="no voxel is known to be background"):
+        estimate(Levels(), every, three)  # pyright: ignore[reportArgumentType]
+
+
 def test_features_are_those_of_the_voxel_that_holds_the_place(views):
     voxels = draw_voxels(views[:2], places=9, seed=0)
     fine_NPE, coarse_NPE = voxel_features(Levels(), views[:2], voxels)  # pyright: ignore[reportArgumentType]

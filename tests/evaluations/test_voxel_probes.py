@@ -135,6 +135,37 @@ def test_what_nobody_stated_enters_nothing(probe):
     assert found["dice/bright"].value == 1.0, "its voxels taught nobody that bright is background"
 
 
+def test_a_class_counts_by_its_share_among_the_cases_that_state_it():
+    """Four cases of the same label, of which three state one class alone: the shares are those of the label."""
+    archive = labeled_archive()
+    label = archive.labels["case0"][0]
+    for i, known in enumerate(((), (True, True, False), (True, True, False), (True, False, True))):
+        archive.labels[f"case{i}"][0][:] = np.where(
+            np.isin(label, np.flatnonzero(known or (1, 1, 1))), label, 0
+        )
+        archive.cases[f"case{i}"] = archive.cases[f"case{i}"].model_copy(update={"known_classes": known})
+    probe, model = KNN(KNN.Config(**SMALL, baseline=False)), FrozenEncoder(Named(), card(kind="encoder"))
+    parts = [probe._voxels(model, archive, f"case{i}", 400, teaches=True) for i in range(4)]
+    taught = Voxels.join(parts)
+    mass_K = taught.class_weights(1.0) * np.bincount(taught.label_N)
+    assert mass_K == pytest.approx(np.bincount(label.ravel()) / label.size)
+    whole = parts[0]
+    expected_K = whole.count_K / whole.count_K.sum() / np.bincount(whole.label_N)
+    assert np.array_equal(whole.class_weights(1.0), expected_K), "digit for digit where every class is stated"
+
+
+@PROBES
+def test_nobody_teaches_without_background(probe):
+    archive = labeled_archive(known=(True, True, False))
+    archive.set_split(train=("p1", "p3"), development=("p4",))
+    with pytest.raises(
+        UserError, match=r"none of the 2 teaching case\(s\) states every class, .* take more cases"
+    ):
+        scores(probe, Named(), archive)
+    archive.set_split(train=("p1", "p2", "p3"), development=("p4",))
+    assert scores(probe, Named(), archive, cases=3)["dice"].value > 0.9
+
+
 def test_channels_are_joined_and_must_share_a_grid():
     archive = labeled_archive(channels=2)
     assert scores(KNN, Named(), archive)["dice"].value == pytest.approx(1.0)
@@ -171,12 +202,12 @@ def test_dice_is_that_of_all_voxels_though_few_are_sampled():
         chosen, count_K = sample(truth.reshape(30, 40, 50), np.ones((30, 40, 50), bool), 3, 6000, rng)
         rare = int((truth == 2).sum())
         assert np.bincount(truth[chosen]).tolist() == [4500 - rare, 1500, rare]
-        voxels = Voxels({}, truth[chosen], count_K)
+        voxels = Voxels({}, truth[chosen], count_K, count_K)
         (row, _) = _case_rows("case1", archive, voxels, said[chosen], method="encoder", draw=0)
         estimates.append(row["dice"])
     assert np.mean(estimates) == pytest.approx(exact, abs=0.01)
     assert np.std(estimates) < 0.04
-    everything = Voxels({}, truth, count_K)
+    everything = Voxels({}, truth, count_K, count_K)
     (row, _) = _case_rows("case1", archive, everything, said, method="encoder", draw=0)
     assert row["dice"] == pytest.approx(exact)
 

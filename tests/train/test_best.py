@@ -147,3 +147,11 @@ def test_alarms_of_frozen_features():
         "the encoder's features of all scans collapse: std_relative is 1e-05",
     ]
     assert not list(alarms({"eval/health/effective_rank/CT": math.nan}))
+
+
+@pytest.mark.parametrize(("kind", "enough"), [("effective_rank", 8), ("std_relative", 2)])
+def test_few_distinct_crops_alarm_nobody(kind, enough):
+    low = {f"eval/health/{kind}/CT": 0.0}
+    assert not list(alarms({**low, "eval/health/distinct_crops/CT": enough - 1.0}))
+    assert list(alarms({**low, "eval/health/distinct_crops/CT": float(enough)}))
+    assert list(alarms({**low, "eval/other/distinct_crops/CT": 1.0, "eval/health/distinct_crops/MR": 1.0}))
