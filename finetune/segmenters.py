@@ -23,6 +23,18 @@ def heads(head: Any) -> Any:
     return head if isinstance(head, nn.ModuleList) else nn.ModuleList([head])
 
 
+def never_trained(unread: Sequence[str], random: Sequence[str]) -> tuple[str, ...]:
+    """Beginnings of names of the encoder's parameters that this run does not train and no file did.
+
+    Args:
+        unread: beginnings of those that the loss does not reach (``Exported.untrained``).
+        random: beginnings of those that were random when the run began; ``("",)`` for all.
+    """
+    inside = [name for name in unread if any(name.startswith(other) for other in random)]
+    around = [name for name in random if any(name.startswith(other) for other in unread)]
+    return tuple(dict.fromkeys([*inside, *around]))
+
+
 def make_card(
     config: FinetuneConfig,
     archive: Archive,

@@ -51,8 +51,6 @@ def build(
         opened = _open(config, kind, archive)
         facts = opened.facts()
     objective, options = command.build(config, facts)
-    if kind == "finetune":  # teachers, and the earlier segmenter that answers every crop, are part of a step
-        objective.begin((0, 1) if objective.needs_previous else ())
     views: ViewPlan = type(objective).views(options)
     if objective.takes_templates:
         extent = max(
@@ -76,6 +74,15 @@ def build(
     return objective, views, lambda first: iter(load(start_step=first))
 
 
+def begin(objective: Any, kind: str) -> None:
+    """Make the copies that are part of a step of fine-tuning: teachers, and the segmenter that answers every crop.
+
+    As the run does it: after ``tune``, whose adapters a teacher has too.
+    """
+    if kind == "finetune":
+        objective.begin((0, 1) if objective.needs_previous else ())
+
+
 def plan_of(config: Any, kind: str, archive: Path | None) -> dict[str, Any]:
     """What is known of a config without a step of it: device, length, sizes and counted operations.
 
@@ -85,6 +92,7 @@ def plan_of(config: Any, kind: str, archive: Path | None) -> dict[str, Any]:
     import torch
 
     objective, views, _ = build(config, kind, None, prefer="cpu")
+    begin(objective, kind)
     check_crop_sizes(views, objective.encoder.strides)
     gpu = torch.cuda.is_available() and config.train.accelerator != "cpu"
     if config.train.accelerator == "gpu" and not gpu:

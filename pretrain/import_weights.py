@@ -16,7 +16,7 @@ from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError, find, override, parse, shelf
 
 if TYPE_CHECKING:
-    from medseg_ssl.nets.imports.base import Import
+    from medseg_ssl.nets.imports.base import Import, Imported
 
 SHELF = "medseg_ssl.nets.imports"
 
@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         crop_size=foreign.crop_size,
         modalities=foreign.modalities,
         code_version=__version__,
+        untrained=_drawn(imported),
         licence=args.licence or foreign.licence,
         source="; ".join(
             part for part in (args.source, foreign.format, *args.assignments, _identity(args.file)) if part
@@ -99,6 +100,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
         console.print("  note: no licence is on the card; state it by --licence", markup=False)
     console.print(f"encoder: {args.out}", markup=False)
     return args.out
+
+
+def _drawn(imported: Imported) -> tuple[str, ...]:
+    """Beginnings of the names of the encoder's parameters that the file lacks: they are random, not trained."""
+    from medseg_ssl.nets.transfer import beginnings
+
+    lacking = {*imported.audit.missing, *imported.audit.mismatched}
+    names = [name for name, _ in imported.encoder.named_parameters()]
+    return beginnings([name for name in names if f"encoder.{name}" in lacking], names)
 
 
 def _identity(path: Path) -> str:

@@ -186,12 +186,17 @@ def build(config: PretrainConfig, facts: Facts) -> tuple[Objective, Any]:
     """The objective around a fresh encoder, with weights drawn from the seed, and its options.
 
     Raises:
-        ConfigError: the objective cannot use this encoder or an archive of these facts.
+        ConfigError: the objective cannot use this encoder or an archive of these facts, or goes on from a segmenter.
     """
     import torch
 
     encoder_class, encoder_options = resolve_block(config.encoder, "encoder", SHELVES)
     objective_class, options = resolve_block(config.objective, "objective", SHELVES)
+    if objective_class.needs_previous:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ConfigError(
+            f"objective '{config.objective.name}' goes on from a segmenter, and pretraining begins with none; take"
+            " finetune with --continue-from"
+        )
     if not any(view.labeled for view in objective_class.views(options).values()):  # pyright: ignore[reportAttributeAccessIssue]
         facts = replace(facts, channels=1)  # unlabeled views are of one scan
     if config.train.recompute and not objective_class.may_recompute:  # pyright: ignore[reportAttributeAccessIssue]

@@ -13,7 +13,7 @@ from typing import Any
 from medseg_ssl.cli import locate
 from medseg_ssl.config import UserError
 
-from .counting import build, footprint_of, tuned_of
+from .counting import begin, build, footprint_of, tuned_of
 
 
 def in_a_process(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,6 +67,7 @@ def trial(job: Mapping[str, Any]) -> dict[str, Any]:
     if job["kind"] == "finetune":
         tuned = import_module(locate("finetune.tuning")).tune(objective, config.tune, seed=config.seed)
         undecayed, training = tuned.undecayed, {"training": tuned.training}
+    begin(objective, job["kind"])
     optimizer = build_optimizer(
         objective, config.optim, total_steps=10**6, steps_per_epoch=1000, undecayed=undecayed
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def at_crop(module: nn.Module, channels_in: int, size: Triple) -> dict[str, int]
         channels_in: of the volume.
         size: its voxels (D, H, W).
     """
-    return multiply_adds(_meta_copy(module), [torch.empty(1, channels_in, *size, device="meta")])
+    return multiply_adds(meta_copy(module), [torch.empty(1, channels_in, *size, device="meta")])
 
 
 def layers_called(module: nn.Module, channels_in: int, size: Triple) -> set[str]:
@@ -53,7 +53,7 @@ def layers_called(module: nn.Module, channels_in: int, size: Triple) -> set[str]
         channels_in: of the volume.
         size: its voxels (D, H, W).
     """
-    copied, called = _meta_copy(module), set[str]()
+    copied, called = meta_copy(module), set[str]()
     for name, layer in copied.named_modules():
         layer.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     with torch.no_grad():
@@ -61,7 +61,11 @@ def layers_called(module: nn.Module, channels_in: int, size: Triple) -> set[str]
     return called
 
 
-def _meta_copy(module: nn.Module) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def meta_copy(module: M) -> M:
+    """A copy without content, in eval mode: on the meta device nothing is computed and no memory is taken."""
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
     # deepcopy takes what its memo holds instead of copying it
     return copy.deepcopy(module, {id(tensor): _on_meta(tensor) for tensor in tensors}).eval()

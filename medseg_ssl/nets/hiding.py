@@ -20,7 +20,7 @@ class Hiding(Record):
         strategy: ``blocks`` hides blocks at random; ``tubes`` hides the same blocks of every slice (axis D), so that a
             neighbouring slice tells nothing (arXiv 2203.12602); ``foreground`` draws among the blocks that hold body
             only: air costs no hidden block, and a block of air alone is never hidden.
-        block: hidden unit (D, H, W) in voxels.
+        block: hidden unit (D, H, W) in voxels; along an axis of which the crop has one, any number means that one.
         block_mm: hidden unit (D, H, W) in millimetres instead: whole voxels of each sample's own spacing, so that thick
             slices are not hidden ten at a time. One that is the whole of a crop is halved along its longest side.
         ratio: lowest and highest share of hidden blocks; drawn uniformly for each sample.
@@ -43,12 +43,12 @@ class Hiding(Record):
         return self
 
     def check_fits(self, size: Triple) -> None:
-        """Refuse a block that a crop cannot hold.
+        """Refuse a block that a crop cannot hold; along an axis of one voxel any block is that voxel.
 
         Raises:
             ValueError: names both.
         """
-        if self.block_mm is None and any(b > s for b, s in zip(self.block, size, strict=True)):
+        if self.block_mm is None and any(b > s > 1 for b, s in zip(self.block, size, strict=True)):
             raise ValueError(f"hiding.block {self.block} does not fit into size {size}")
         if self.block_mm is None and not _leaves_some(self.block, size, self.strategy):
             raise ValueError(

@@ -13,10 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from medseg_ssl.types import Triple
 
 Inflation = Literal["average", "centre"]
+
+
+def slices_of(map_BCDHW: Tensor) -> int:
+    """Slices of a crop's map along D; a pass that lays maps out in another way answers for itself (``packed``)."""
+    if has_torch_function_unary(map_BCDHW):
+        return handle_torch_function(slices_of, (map_BCDHW,), map_BCDHW)
+    return map_BCDHW.shape[2]
 
 
 class LiftedConv(nn.Conv3d):
@@ -75,7 +83,7 @@ class LiftedConv(nn.Conv3d):
 
     def forward(self, map_BCDHW: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Map (B, channels_out, ceil(D / stride), …)."""
-        if map_BCDHW.shape[2] == 1 and self.kernel_size[0] > 1:
+        if self.kernel_size[0] > 1 and slices_of(map_BCDHW) == 1:
             weight = self.weight.sum(dim=2, keepdim=True)
             stride, padding, dilation = (
                 (alone, *_two(own[1:]))

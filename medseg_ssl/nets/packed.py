@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from medseg_ssl.nets.compute import meta_copy
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.sparse import DensePass, VisiblePass, Whole, refused, triple
 from medseg_ssl.nets.tokens import first_indices
@@ -62,6 +63,7 @@ class PackedPass(VisiblePass):
             "batch_norm": functional.batch_norm,
             "layer_norm": functional.layer_norm,
             "linear": functional.linear,
+            "slices_of": lambda map_BCDHW: self._grid[0] * self._block(map_BCDHW)[0],
         }
 
     def take(self, image_BCDHW: Tensor) -> Tensor:
@@ -96,13 +98,17 @@ class PackedPass(VisiblePass):
     def _check_step(self, map_BCDHW: Tensor, step: Triple) -> None:
         block = self._block(map_BCDHW)
         if any(b % s for b, s in zip(block, step, strict=True)):
-            raise refused(f"a step of {step} in blocks of {block} voxels (take larger hidden blocks)")
+            raise refused(
+                f"a step of {step} in blocks of {block} voxels (take larger hidden blocks, or compute: dense)"
+            )
 
     def _with_rim(self, map_BCDHW: Tensor, rim: Triple, fill: float) -> Tensor:
         """Blocks (B·K, C, d, h, w) with the voxels around them; ``fill`` where those are hidden or outside."""
         block = self._block(map_BCDHW)
         if any(r > b for r, b in zip(rim, block, strict=True)):
-            raise refused(f"a reach of {rim} voxels beyond blocks of {block} (take larger hidden blocks)")
+            raise refused(
+                f"a reach of {rim} voxels beyond blocks of {block} (take larger hidden blocks, or compute: dense)"
+            )
         return _Rim.apply(map_BCDHW, self._rims, self._visible, rim, fill)  # pyright: ignore[reportReturnType]
 
     def _conv3d(
@@ -161,23 +167,34 @@ class PackedPass(VisiblePass):
         return functional.avg_pool3d(map_BCDHW, kernel, divisor_override=divisor_override)
 
 
-def check_treated(encoder: Encoder, *, packed: bool) -> None:
-    """Try an encoder on two cells along each axis, so that one which cannot be treated is refused before training.
+def check_treated(
+    encoder: Encoder, *, size: Triple | None = None, block: Triple | None = None, visible: int = 0
+) -> None:
+    """Try an encoder, so that one which cannot be treated is refused before training.
+
+    Nothing is computed: a copy without content is tried, packed as it would be trained, or dense on two cells of its
+    deepest stride along each axis.
+
+    Args:
+        encoder: stays as it is.
+        size: crop (D, H, W) of a packed pass.
+        block: its hidden block (D, H, W); None tries a dense pass.
+        visible: its visible blocks of every sample.
 
     Raises:
         ConfigError: names the first function that has no meaning on visible voxels only.
+        UserError: visible blocks that are too few for the encoder.
     """
     cell = encoder.strides[-1]
-    size = tuple(2 * c for c in cell)
-    hidden_BDHW = torch.zeros(2, *size, dtype=torch.bool)
-    hidden_BDHW[..., cell[2] :] = True
-    passed = PackedPass(hidden_BDHW, cell, visible=4) if packed else DensePass(hidden_BDHW, cell)
-    trained = encoder.training
-    try:
-        with torch.no_grad():
-            passed.encode(encoder.eval(), torch.zeros(2, encoder.channels_in, *size), torch.ones(2, 3))
-    finally:
-        encoder.train(trained)
+    if size is None:
+        size = (2 * cell[0], 2 * cell[1], 2 * cell[2])
+    hidden_BDHW = torch.zeros(2, *size, dtype=torch.bool, device="meta")
+    passed = (
+        DensePass(hidden_BDHW, cell) if block is None else PackedPass(hidden_BDHW, block, visible=visible)
+    )
+    image_BCDHW = torch.empty(2, encoder.channels_in, *size, device="meta")
+    with torch.no_grad():
+        passed.encode(meta_copy(encoder), image_BCDHW, torch.empty(2, 3, device="meta"))
 
 
 class _Neighbours(NamedTuple):

@@ -49,7 +49,7 @@ class VisiblePass(TorchFunctionMode, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self._treated: Mapping[str, Callable[..., Tensor]] = {}
+        self._treated: Mapping[str, Callable[..., Any]] = {}
 
     @abstractmethod
     def take(self, image_BCDHW: Tensor) -> Tensor:
@@ -137,6 +137,7 @@ class DensePass(VisiblePass):
             "batch_norm": self._batch_norm,
             "layer_norm": self._layer_norm,
             "linear": self._linear,
+            "slices_of": lambda map_BCDHW: map_BCDHW.shape[2],
         }
         self._reach(tuple(hidden_BDHW.shape[1:]), (1, 1, 1))
 

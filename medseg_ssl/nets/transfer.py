@@ -95,6 +95,18 @@ def _grouped(names: Iterable[str], others: Collection[str], *, depth: int) -> li
     return out
 
 
+def beginnings(names: Collection[str], known: Collection[str]) -> tuple[str, ...]:
+    """The shortest beginnings, whole parts up to a dot, that all of these names have and no other known name has."""
+    wanted = set(names)
+    others = [name for name in known if name not in wanted]
+    out: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        heads = [f"{'.'.join(parts[:depth])}." for depth in range(1, len(parts))]
+        out[next((h for h in heads if not any(o.startswith(h) for o in others)), name)] = None
+    return tuple(out)
+
+
 def compute_share(encoder: Encoder, taken: Collection[str], crop_size: Triple | None) -> tuple[float, Triple]:
     """Share of an encoder's multiply-adds that weights from a file do, and the crop at which it was counted.
 

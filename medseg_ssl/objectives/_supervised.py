@@ -16,6 +16,7 @@ from medseg_ssl import schedules
 from medseg_ssl.config import Block, ConfigError, MirrorAxes
 from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
+from medseg_ssl.nets.reach import unread
 from medseg_ssl.nets.segmentation_loss import SegmentationLoss
 from medseg_ssl.nets.segmenter import Segmenter
 from medseg_ssl.nets.teacher import Teacher, rising_momentum
@@ -54,6 +55,7 @@ class Supervised(Objective):
             name = type(self).__module__.rsplit(".", 1)[-1]
             raise ConfigError(f"{name} needs an archive with labels; this one has no classes")
         self.decoder = decoder_for(encoder, config.decoder)
+        self._unread = unread(encoder, self.decoder)  # now: fine-tuning may put adapters into the encoder
         levels = self.decoder.channels_out if config.deep_supervision else self.decoder.channels_out[:1]
         self.heads = nn.ModuleList(nn.Conv3d(c, len(facts.classes), kernel_size=1) for c in levels)
 
@@ -81,7 +83,7 @@ class Supervised(Objective):
 
     def export(self) -> Exported:
         """The student's networks, as ``segmentation`` ships them; ``train.ema`` averages them."""
-        return Exported(self.encoder, self.decoder, self.heads)
+        return Exported(self.encoder, self.decoder, self.heads, self._unread)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Input, truth and prediction of the labeled crop."""

@@ -75,8 +75,10 @@ class Distillation(Supervised):
 
     def divergence(self, logits_BKDHW: Tensor, previous_BKDHW: Tensor) -> Tensor:
         """Kullback-Leibler divergence (B, D, H, W) of the old classes' answers; 0 where nothing was forgotten."""
-        kept_K = torch.zeros(logits_BKDHW.shape[1], dtype=torch.bool, device=logits_BKDHW.device)
-        kept_K[list(self.kept)] = True
+        device = logits_BKDHW.device
+        known = [number in self.kept for number in range(logits_BKDHW.shape[1])]
+        kept_K = torch.tensor(known).to(device, non_blocking=True)
+        index_N = torch.tensor(sorted(self.kept)).to(device, non_blocking=True)
         kept_BK = kept_K.expand(len(logits_BKDHW), -1)
         # the copy has heads for the new classes too, split off its background: merged, it says what it said
         wanted = merge_unknown(previous_BKDHW, kept_BK) / self.config.temperature
@@ -84,6 +86,7 @@ class Distillation(Supervised):
             now = merge_unknown(logits_BKDHW, kept_BK)
         else:
             now = logits_BKDHW.masked_fill(~kept_K[None, :, None, None, None], SILENT)
-        log_p = torch.log_softmax(now / self.config.temperature, dim=1)[:, kept_K]
-        log_q = torch.log_softmax(wanted, dim=1)[:, kept_K]
+        # by numbers, not by booleans: of those the host would have to wait for the count
+        log_p = torch.log_softmax(now / self.config.temperature, dim=1).index_select(1, index_N)
+        log_q = torch.log_softmax(wanted, dim=1).index_select(1, index_N)
         return (log_q.exp() * (log_q - log_p)).sum(dim=1)

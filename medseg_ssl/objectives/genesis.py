@@ -27,6 +27,7 @@ from medseg_ssl.nets.distortions import (
 )
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import VoxelHead, pool
+from medseg_ssl.nets.reach import unread
 from medseg_ssl.nets.restoration import Restoration, at_size
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, View, ViewPlan, ViewSpec
@@ -168,7 +169,7 @@ class Genesis(Objective):
 
     def export(self) -> Exported:
         """Encoder and decoder."""
-        return Exported(self.encoder, self.decoder)
+        return Exported(self.encoder, self.decoder, untrained=unread(self.encoder, self.decoder))
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """The clean target, the distorted input and the restoration."""

@@ -24,6 +24,7 @@ from medseg_ssl.nets.distortions import partners
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import VoxelHead, pool
 from medseg_ssl.nets.hiding import Hiding, draw_hidden
+from medseg_ssl.nets.reach import unread
 from medseg_ssl.nets.restoration import Restoration, at_size, pictures
 from medseg_ssl.nets.warping import (
     AFFINE_NUMBERS,
@@ -122,7 +123,8 @@ class GVSL(Objective):
 
     def export(self) -> Exported:
         """Encoder and decoder."""
-        return Exported(self.encoder, self.decoder)
+        untrained = unread(self.encoder, self.decoder, coarsest=True)
+        return Exported(self.encoder, self.decoder, untrained=untrained)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Target, input and restoration, and the partner warped onto the target (black without one)."""

@@ -59,7 +59,8 @@ class JEPA(Objective):
             size: crop (D, H, W).
             hiding: blocks whose body tokens are predicted, whole patches wide. Large ones: a single token between
                 visible ones is interpolated, not understood. Where hiding is not given, 16 voxels wide; where
-                that is more than half a side of the crop, half of it, and 8 at least (then rounded to patches).
+                that is more than half a side of the crop, half of it, and 8 at least (then rounded to patches); 1
+                where the crop is a slice.
             augment: augmentation of the crop, which student and teacher share.
             context: tokens the student sees, over all tokens of the crop; from outside the blocks, body first.
             targets: tokens that are predicted, over all tokens of the crop; from the blocks, body first.
@@ -82,7 +83,7 @@ class JEPA(Objective):
         @model_validator(mode="after")
         def _sensible(self) -> JEPA.Config:
             if "hiding" not in self.model_fields_set:
-                d, h, w = (min(16, max(8, side // 2)) for side in self.size)
+                d, h, w = (1 if side == 1 else min(16, max(8, side // 2)) for side in self.size)
                 object.__setattr__(self, "hiding", self.hiding.model_copy(update={"block": (d, h, w)}))
             self.hiding.check_fits(self.size)
             if self.context + self.targets > 1.0:

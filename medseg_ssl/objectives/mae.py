@@ -18,6 +18,7 @@ from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import VoxelHead, pool
 from medseg_ssl.nets.hiding import Hiding, draw_hidden
+from medseg_ssl.nets.reach import unread
 from medseg_ssl.nets.restoration import Restoration, at_size, pictures
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, View, ViewPlan, ViewSpec
@@ -87,7 +88,7 @@ class MAE(Objective):
 
     def export(self) -> Exported:
         """Encoder and decoder."""
-        return Exported(self.encoder, self.decoder)
+        return Exported(self.encoder, self.decoder, untrained=unread(self.encoder, self.decoder))
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Input, what was visible, the restoration, and the clean target."""

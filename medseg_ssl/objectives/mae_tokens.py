@@ -214,7 +214,8 @@ def unseen_count(hiding: Hiding, size: tuple[int, ...], patch: Triple) -> int:
                 f"a crop of {tuple(size)} voxels is a single patch of {patch}: nothing would be left to see"
             )
         return hidden_number(hiding.ratio[0], total)
-    block = [max(1, round(b / p)) for b, p in zip(hiding.block, patch, strict=True)]
+    # of a slice there is one patch, whatever the block
+    block = [1 if n == 1 else max(1, round(b / p)) for n, b, p in zip(size, hiding.block, patch, strict=True)]
     if any(g % b for g, b in zip(grid, block, strict=True)):
         raise ConfigError(
             f"objective.hiding.block {hiding.block} is {tuple(block)} patches, which do not divide the {grid} "

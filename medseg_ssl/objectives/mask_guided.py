@@ -25,6 +25,7 @@ from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import VoxelHead, pool
 from medseg_ssl.nets.hiding import Hiding, draw_hidden
+from medseg_ssl.nets.reach import unread
 from medseg_ssl.nets.regions import Growth
 from medseg_ssl.nets.restoration import Restoration, at_size
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
@@ -124,7 +125,7 @@ class MaskGuided(Objective):
 
     def export(self) -> Exported:
         """Encoder and decoder."""
-        return Exported(self.encoder, self.decoder)
+        return Exported(self.encoder, self.decoder, untrained=unread(self.encoder, self.decoder))
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Both crops, and the region that fills most of the second one's middle slices: shown, wanted, found."""

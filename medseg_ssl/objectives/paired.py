@@ -20,8 +20,12 @@ from medseg_ssl.nets.correspondence import DenseContrast, subject_numbers
 from medseg_ssl.nets.decoders.base import Decoder, decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import Pooling, pool, projection_head
+from medseg_ssl.nets.reach import unread
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import ALIGNED, Batch, Facts, Triple, ViewPlan, ViewSpec
+
+LEAST_TEMPERATURE = 0.01
+"""Of the global term; that of CLIP."""
 
 GLOBAL = ("registered", "same_frame", "same_study")
 """Relations of scans of one time; a scan of another day may show another body."""
@@ -58,7 +62,7 @@ class Paired(Objective):
         relations: tuple[Literal["registered", "same_frame", "same_study", "same_subject"], ...] = GLOBAL
         global_weight: float = Field(1.0, ge=0.0)
         dense_weight: float = Field(1.0, ge=0.0)
-        temperature: float = Field(0.1, gt=0.0)
+        temperature: float = Field(0.1, ge=LEAST_TEMPERATURE)
         embedding: int = Field(128, ge=2)
         pool: Pooling = "mean"
         projection: Literal["mlp", "none"] = "mlp"
@@ -150,7 +154,7 @@ class Paired(Objective):
         if self.config.global_weight > 0:
             vector_a, vector_b = self.project(pooled_BE).chunk(2)
             subjects = subject_numbers(batch).to(pooled_BE.device, non_blocking=True)
-            scale = self.log_scale.clamp(max=math.log(100.0)).exp()
+            scale = self.log_scale.exp()
             global_loss, hits = pair_info_nce(vector_a, vector_b, subjects, scale=scale)
             loss = loss + self.config.global_weight * global_loss
             logs |= {"global_loss": global_loss.detach(), "top1": hits, "temperature": 1.0 / scale.detach()}
@@ -164,9 +168,19 @@ class Paired(Objective):
             logs |= {"dense_loss": dense_loss.detach(), "dense_top1": dense_hits}
         return StepOutput(loss, logs, pooled_BE.detach())
 
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Bring a temperature that fell too low back to the least one.
+
+        Here and not in the loss: beyond a limit there the temperature would have no gradient and never come back.
+        """
+        if self.config.global_weight > 0:
+            self.log_scale.clamp_(max=math.log(1.0 / LEAST_TEMPERATURE))
+
     def export(self) -> Exported:
         """Encoder, and the decoder where the voxel term trained it."""
-        return Exported(self.encoder, self.decoder)
+        untrained = unread(self.encoder, self.decoder, coarsest=self.config.global_weight > 0)
+        return Exported(self.encoder, self.decoder, untrained=untrained)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """The two modalities of the first samples."""

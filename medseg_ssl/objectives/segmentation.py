@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from medseg_ssl.config import Block, ConfigError, MirrorAxes
 from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
+from medseg_ssl.nets.reach import unread
 from medseg_ssl.nets.segmentation_loss import SegmentationLoss, check_weights
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, View, ViewPlan, ViewSpec
@@ -61,6 +62,7 @@ class Segmentation(Objective):
         if len(facts.classes) < 2:
             raise ConfigError("segmentation needs an archive with labels; this one has no classes")
         self.decoder = decoder_for(encoder, config.decoder)
+        self._unread = unread(encoder, self.decoder)  # now: fine-tuning may put adapters into the encoder
         self.loss = SegmentationLoss(
             voxel_loss=config.voxel_loss,
             region_loss=config.region_loss,
@@ -93,7 +95,7 @@ class Segmentation(Objective):
 
     def export(self) -> Exported:
         """Encoder, decoder and the class heads."""
-        return Exported(self.encoder, self.decoder, self.heads)
+        return Exported(self.encoder, self.decoder, self.heads, self._unread)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Input, truth and prediction."""

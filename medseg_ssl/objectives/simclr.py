@@ -17,6 +17,7 @@ from medseg_ssl.nets.correspondence import DenseContrast
 from medseg_ssl.nets.decoders.base import Decoder, decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import pool, projection_head
+from medseg_ssl.nets.reach import unread
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, ViewPlan, ViewSpec
 
@@ -113,7 +114,8 @@ class SimCLR(Objective):
 
     def export(self) -> Exported:
         """Encoder, and the decoder where the voxel term trained it."""
-        return Exported(self.encoder, self.decoder)
+        untrained = unread(self.encoder, self.decoder, coarsest=self.config.global_weight > 0)
+        return Exported(self.encoder, self.decoder, untrained=untrained)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """The two views."""

@@ -53,7 +53,8 @@ class SimMIM(Objective):
     def __init__(self, config: Config, encoder: PatchEncoder, facts: Facts) -> None:
         super().__init__(config, encoder, facts)
         block, patch, deepest = config.hiding.block, encoder.patch, encoder.strides[-1]
-        if config.hiding.block_mm is None and any(b % p for b, p in zip(block, patch, strict=True)):
+        axes = zip(config.size, block, patch, strict=True)  # a slice is one patch deep, whatever the block
+        if config.hiding.block_mm is None and any(n > 1 and b % p for n, b, p in axes):
             raise ConfigError(
                 f"objective.hiding.block {list(block)} is no multiple of the encoder's patch {list(patch)}, but simmim "
                 f"hides whole patches; take a multiple of it, best {list(deepest)}, the encoder's deepest stride"

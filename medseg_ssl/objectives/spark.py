@@ -14,13 +14,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from medseg_ssl.config import Block, ConfigError
+from medseg_ssl.config import Block, ConfigError, UserError
 from medseg_ssl.nets.blocks import InstanceNorm, initialise
 from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import VoxelHead, pool
 from medseg_ssl.nets.hiding import Hiding, draw_hidden
 from medseg_ssl.nets.packed import PackedPass, check_treated
+from medseg_ssl.nets.reach import unread
 from medseg_ssl.nets.restoration import Restoration, at_size, pictures
 from medseg_ssl.nets.sparse import DensePass, VisiblePass
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
@@ -64,7 +65,7 @@ class SparK(Objective):
                 the finest (``coarse``), where it is dearest; S3D's public code leaves it out there too.
             compute: ``packed`` computes visible blocks only: the numbers of ``dense`` in less time. It needs as many
                 of them in every sample (two equal ratios, blocks that divide the crop, no ``foreground``, no
-                ``block_mm``). ``auto`` packs where that holds.
+                ``block_mm``), and kernels that reach no further than a block. ``auto`` packs where that holds.
             decoder: block on the shelf of decoders.
         """
 
@@ -101,8 +102,7 @@ class SparK(Objective):
         super().__init__(config, encoder, facts)
         self.deepest = encoder.strides[-1]
         _check_block(config.hiding, config.size, self.deepest)
-        self.packed = config.packable and config.compute != "dense"
-        check_treated(encoder, packed=self.packed)
+        self.packed = _can_pack(config, encoder)
         kernels: list[int | None] = [*(3 for _ in encoder.channels[1:]), 1]
         if config.densify == "coarse":
             kernels[0] = None
@@ -147,7 +147,7 @@ class SparK(Objective):
 
     def export(self) -> Exported:
         """The encoder alone: the decoder has only seen densified maps, which the plain encoder does not make."""
-        return Exported(self.encoder, None)
+        return Exported(self.encoder, None, untrained=unread(self.encoder, self.decoder))
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Input, what was visible, the restoration, and the clean target."""
@@ -157,8 +157,27 @@ class SparK(Objective):
         return pictures(view, hidden_BDHW, restored)
 
 
+def _can_pack(config: SparK.Config, encoder: Encoder) -> bool:
+    """Whether visible blocks alone are computed, as the config asks or, by ``auto``, where the encoder can.
+
+    Raises:
+        ConfigError: an encoder that cannot leave hidden voxels out, packed or dense as is asked for.
+    """
+    visible = config.hiding.visible_blocks(config.size)
+    if config.packable and visible is not None and config.compute != "dense":
+        try:
+            check_treated(encoder, size=config.size, block=config.hiding.block, visible=visible)
+            return True
+        except UserError:  # a kernel that reaches too far, too few blocks for the encoder
+            if config.compute == "packed":
+                raise
+    check_treated(encoder)
+    return False
+
+
 def _check_block(hiding: Hiding, size: Triple, deepest: Triple) -> None:
-    if hiding.block_mm is not None or all(b % s == 0 for b, s in zip(hiding.block, deepest, strict=True)):
+    whole = (n == 1 or b % s == 0 for n, b, s in zip(size, hiding.block, deepest, strict=True))
+    if hiding.block_mm is not None or all(whole):  # of a single slice there is one block, whatever its depth
         return
     fits = min(n // s for n, s in zip(size, deepest, strict=True))
     choices = [tuple(k * s for s in deepest) for k in range(1, max(1, min(fits, 3)) + 1)]

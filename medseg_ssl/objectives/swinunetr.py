@@ -24,6 +24,7 @@ from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.distortions import Sides, draw_cutouts, inside_boxes, partners, turned
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import VoxelHead, pool, projection_head
+from medseg_ssl.nets.reach import unread
 from medseg_ssl.nets.restoration import Restoration, at_size
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, View, ViewPlan, ViewSpec
@@ -192,7 +193,8 @@ class SwinUNETR(Objective):
 
     def export(self) -> Exported:
         """Encoder and decoder."""
-        return Exported(self.encoder, self.decoder)
+        untrained = unread(self.encoder, self.decoder, coarsest=True)
+        return Exported(self.encoder, self.decoder, untrained=untrained)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """The first view, distorted and restored, and its clean target."""

@@ -23,6 +23,7 @@ from medseg_ssl.nets.correspondence import read_features, transform, usable_firs
 from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import pool
+from medseg_ssl.nets.reach import unread
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Template, Triple, View, ViewPlan, ViewSpec
 
@@ -124,7 +125,7 @@ class TemplatePlaces(Objective):
 
     def export(self) -> Exported:
         """Encoder and decoder."""
-        return Exported(self.encoder, self.decoder)
+        return Exported(self.encoder, self.decoder, untrained=unread(self.encoder, self.decoder))
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """The crop."""

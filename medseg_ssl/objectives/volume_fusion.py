@@ -22,6 +22,7 @@ from medseg_ssl.nets.decoders.base import decoder_for
 from medseg_ssl.nets.distortions import Sides, draw_boxes, partners
 from medseg_ssl.nets.encoders.base import Encoder
 from medseg_ssl.nets.heads import VoxelHead, pool
+from medseg_ssl.nets.reach import unread
 from medseg_ssl.nets.restoration import at_size
 from medseg_ssl.objectives.base import Exported, Objective, ObjectiveConfig, StepOutput
 from medseg_ssl.types import Batch, Facts, Triple, ViewPlan, ViewSpec
@@ -165,7 +166,7 @@ class VolumeFusion(Objective):
 
     def export(self) -> Exported:
         """Encoder and decoder; the class head stays behind."""
-        return Exported(self.encoder, self.decoder)
+        return Exported(self.encoder, self.decoder, untrained=unread(self.encoder, self.decoder))
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """The foreground, the mixture, the true shares and the predicted ones."""

@@ -124,6 +124,16 @@ def test_the_earlier_segmenter_counts():
     assert counted["distillation"] == 2 * counted["segmentation"], "the earlier segmenter answers every crop"
 
 
+@pytest.mark.parametrize("name", ["mean_teacher", "distillation"])
+def test_a_copy_is_made_of_networks_that_have_their_adapters(name, monkeypatch):
+    """As the run makes it: a teacher without the student's adapters could not follow it."""
+    monkeypatch.setattr(estimate, "in_a_process", trying.trial)
+    found = estimate.main([name, *SMALL, "tune.name=lora", "--seconds", "0.1"])
+    assert found.step_s > 0
+    plain = estimate.main([name, *SMALL, "--seconds", "0.1"])
+    assert sum(found.parameters.values()) > sum(plain.parameters.values()), "adapters of both"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -5,6 +5,7 @@ import torch
 import yaml
 
 from finetune.run import SHELVES, FinetuneConfig, main, run_finetune
+from finetune.segmenters import never_trained
 from medseg_ssl.config import ConfigError, UserError, parse
 from medseg_ssl.nets import encoder_file
 from pretrain.run import main as pretrain
@@ -59,6 +60,29 @@ def test_what_is_shipped_predicts(world, tmp_path):
     opened = Archive.open(archive)
     label = Predictor.load(shipped).predict_case(opened, "case-s6")
     assert label.shape == opened.original_label("case-s6")[0].shape
+
+
+def test_levels_that_no_run_trained_are_named(world, tmp_path):
+    """A light decoder reads the coarsest map alone: the levels above it stay as they were drawn."""
+    archive, _ = world
+    encoder = "encoder={name: primus, size: tiny, patch: [8, 8, 8], crop: [16, 16, 16]}"
+    light = finetune(archive, tmp_path / "light", encoder, "decoder={name: light}")
+    untrained = encoder_file.load_card(light).untrained
+    assert untrained
+    assert all(name.startswith("levels.") for name in untrained)
+    again = finetune(archive, tmp_path / "again", encoder, "decoder={name: light}", "--encoder", str(light))
+    assert encoder_file.load_card(again).untrained == untrained
+    whole = finetune(archive, tmp_path / "whole", encoder, "decoder={name: unet}", "--encoder", str(light))
+    assert encoder_file.load_card(whole).untrained == ()
+    assert encoder_file.load_card(finetune(archive, tmp_path / "resenc")).untrained == ()
+
+
+def test_never_trained_is_what_is_neither_read_nor_from_a_file():
+    assert never_trained(("levels.0.", "x."), ("",)) == ("levels.0.", "x.")
+    assert never_trained(("levels.",), ("levels.1.",)) == ("levels.1.",)
+    assert never_trained(("levels.1.",), ("levels.",)) == ("levels.1.",)
+    assert never_trained(("levels.",), ()) == ()
+    assert never_trained((), ("",)) == ()
 
 
 def test_it_learns_from_few_labels(world, tmp_path):

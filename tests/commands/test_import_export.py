@@ -8,10 +8,11 @@ import torch
 from finetune import export_weights
 from medseg_ssl.cli import main
 from medseg_ssl.config import ConfigError, UserError
-from medseg_ssl.nets.encoder_file import Card, build, load_card, save
+from medseg_ssl.nets.encoder_file import Card, build, load_card, load_into, save
 from medseg_ssl.nets.segmenter import Segmenter
 from pretrain import import_weights
 from tests.nets.foreign_files import Bomb, nnunet_checkpoint, plans, residual_unet
+from tests.nets.test_imports import dna_primus, primus_file
 
 
 @pytest.fixture
@@ -47,6 +48,7 @@ def test_import_writes_an_encoder_file_and_prints_the_audit(tmp_path, checkpoint
     assert "note: trained on intensities by CTNormalization" in said
     assert "no licence" not in said
     card = load_card(out)
+    assert card.untrained == ()
     assert card.licence == "CC-BY-4.0"
     assert card.source.startswith(
         "doi:10.0/x; nnU-Net nnUNetTrainer 3d_fullres; checkpoint_final.pth sha256 "
@@ -56,6 +58,32 @@ def test_import_writes_an_encoder_file_and_prints_the_audit(tmp_path, checkpoint
     image = torch.randn(1, 1, 8, 32, 24)
     with torch.no_grad():
         assert torch.allclose(loaded.encoder(image)[0], residual_unet().encoder(image)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "drawn"), [("test_vit", ("network.mixing.", "levels.")), ("test_resnet", ("network.mixing.",))]
+)
+def test_what_the_file_lacks_is_fresh_wherever_it_goes(tmp_path, model, drawn, capsys):
+    """Random weights in the encoder file must not pass for trained ones."""
+    import timm
+
+    weights, out = tmp_path / "weights.pth", tmp_path / "e.safetensors"
+    torch.save(timm.create_model(model, in_chans=1).state_dict(), weights)
+    words = ["--from", "timm", f"model={model}", "encoder.kind=slices", "--minimum-coverage", "0.3"]
+    import_weights.main([str(weights), str(out), *words])
+    assert sorted(load_card(out).untrained) == sorted(drawn)
+    encoder = build(out).encoder
+    audit = load_into(out, encoder=encoder)
+    assert audit.missing == ()
+    assert sorted(audit.fresh) == sorted(f"encoder.{name}" for name in drawn)
+    assert "not trained in the file: encoder." in audit.note
+
+
+def test_a_pyramid_on_tokens_of_openmind_is_fresh(tmp_path, capsys):
+    weights = primus_file(tmp_path / "openmind.pth", dna_primus((16, 16, 32)), (16, 16, 32))
+    out = tmp_path / "e.safetensors"
+    import_weights.main([str(weights), str(out), "--from", "openmind", "--minimum-coverage", "0.5"])
+    assert load_into(out, encoder=build(out).encoder).fresh == ("encoder.levels.",)
 
 
 def test_import_and_export_again_is_the_same_network(tmp_path, checkpoint, capsys):

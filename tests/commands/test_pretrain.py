@@ -138,6 +138,10 @@ def test_all_wrong_keys_at_once(archive, tmp_path):
             r"wrong gradients for maps 2 voxels deep, as view 'crop' has at stride \[8, 8, 8\]",
         ),
         (["optim.name=adamm"], "no optimizer named 'adamm'"),
+        (
+            ["objective={name: distillation, size: [16, 16, 16]}"],
+            "'distillation' goes on from a segmenter.* take finetune with --continue-from",
+        ),
     ],
 )
 def test_what_cannot_be_is_told_before_the_folder_is_made(archive, tmp_path, more, told):

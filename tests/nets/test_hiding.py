@@ -113,6 +113,20 @@ def test_tubes_as_wide_as_a_slice_are_refused():
     hiding.check_fits((64, 24, 40))
 
 
+@pytest.mark.parametrize("strategy", ["blocks", "tubes", "foreground"])
+def test_of_a_slice_every_block_is_as_deep(strategy):
+    Hiding(block=(8, 8, 8)).check_fits((1, 24, 32))
+    with pytest.raises(ValueError, match="does not fit into size"):
+        Hiding(block=(8, 8, 8)).check_fits((2, 24, 32))
+    with pytest.raises(ValueError, match="nothing would be left to see"):
+        Hiding(block=(8, 24, 32)).check_fits((1, 24, 32))
+    hidden, flat = (
+        draw((1, 24, 32), strategy=strategy, block=(depth, 8, 8), ratio=(0.5, 0.5)) for depth in (8, 1)
+    )
+    assert torch.equal(hidden, flat)
+    assert (hidden.flatten(1).sum(1) == 6 * 64).all()
+
+
 def test_wrong_options():
     with pytest.raises(ConfigError, match="ratio must be"):
         parse(Hiding, {"ratio": [0.8, 0.6]})

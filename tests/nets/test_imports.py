@@ -516,7 +516,7 @@ def test_monai_whole_network(tmp_path, options):
     net = swin_unetr(**options)
     path = tmp_path / "model.pt"
     torch.save({"epoch": 3, "state_dict": net.state_dict(), "best_acc": 0.5}, path)
-    foreign, (encoder, decoder, audit) = bring("monai_swin", path, axes="zyx")
+    foreign, (encoder, decoder, audit) = bring("monai_swin", path, axes="zyx", merging="merging")
     assert (audit.coverage, audit.decoder_coverage) == (1.0, 1.0)
     assert foreign.unused == ("out.conv.conv.weight", "out.conv.conv.bias")
     image = torch.randn(1, 1, 32, 64, 32, dtype=torch.float64)
@@ -558,6 +558,19 @@ def test_old_swin_weights_read_two_tokens_twice_on_either_axes():
     with torch.no_grad():
         expected = theirs(state.permute(0, 3, 2, 1, 4)).permute(0, 3, 2, 1, 4)
         assert_equal([ours(state)], [expected])
+
+
+def test_the_order_of_a_whole_monai_network_is_to_be_stated(tmp_path):
+    """No weight shows it, and a network in the wrong order says something else without a word."""
+    path = tmp_path / "model.pt"
+    torch.save({"state_dict": swin_unetr(window_size=2).state_dict()}, path)
+    with pytest.raises(
+        UserError, match=r"state merging=twice \(.*MONAI up to 1\.4.*merging=merging \(MONAI 1\.5 and later\)"
+    ) as error:
+        reader("monai_swin").read(path)
+    assert "\n" not in str(error.value)
+    for stated, taken in (("twice", "twice_xyz"), ("merging", "merging"), ("mergingv2", "mergingv2")):
+        assert reader("monai_swin", merging=stated).read(path).encoder["merging"] == taken
 
 
 @pytest.mark.parametrize("prefix", ["module.", "module.swin_vit.", "swinViT."])

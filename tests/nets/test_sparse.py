@@ -266,6 +266,25 @@ def test_packed_equals_dense_with_its_gradients(make, block, cell):
         assert torch.allclose(gradient, found[1][1][name], rtol=1e-4, atol=1e-5 * largest), name
 
 
+@pytest.mark.parametrize(
+    ("size", "block", "depth_from"),
+    [
+        ((1, 64, 64), (1, 32, 32), None),  # slices: every map is one slice deep
+        ((32, 64, 64), (32, 32, 32), 1),  # one block deep: the deepest map is
+        ((64, 32, 32), (32, 32, 32), 1),  # two blocks deep, and one visible: none is
+        ((2, 64, 32), (1, 64, 32), None),
+    ],
+    ids=str,
+)
+def test_packed_kernels_meet_as_many_slices_as_dense_ones(size, block, depth_from):
+    """A lifted kernel is summed where a crop's map is a single slice, not where that of a block is."""
+    encoder = shaken(build_encoder("lifted2d", kind="inflate", depth_from=depth_from)).eval()
+    _, dense, packed = passes(size, block, block, share=0.5)
+    image = image_of(size)
+    for a, b in zip(dense.encode(encoder, image), spread(packed, encoder, image), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
 def test_taken_blocks_go_back_to_their_places():
     hidden_BDHW, _, packed = passes()
     image = image_of()
@@ -389,10 +408,20 @@ class Refused(Encoder):
         (lambda x: torch.cat([x, x[:, :1]], 1), "__getitem__"),
     ],
 )
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [{}, {"size": (4, 4, 4), "block": (2, 2, 2), "visible": 4}])
 def test_other_functions_are_refused_by_name(function, named, packed):
     with pytest.raises(ConfigError, match=f"cannot treat .*{named}.*no attention"):
-        check_treated(Refused(function), packed=packed)
+        check_treated(Refused(function), **packed)
+
+
+def test_a_packed_pass_is_tried_on_the_blocks_of_the_training():
+    """A kernel may reach further than a block of the deepest stride is wide; a slice stays one block deep."""
+    wide = ResEnc(ResEnc.Config(features=(4, 6), blocks=(1, 2), kernels=((3, 3, 3), (5, 5, 5))))
+    check_treated(wide, size=(8, 8, 8), block=(4, 4, 4), visible=2)
+    with pytest.raises(ConfigError, match=r"a reach of \(2, 2, 2\) voxels beyond blocks of \(1, 1, 1\)"):
+        check_treated(wide, size=(8, 8, 8), block=(2, 2, 2), visible=16)
+    slices = build_encoder("lifted2d", kind="inflate", depth_from=None)
+    check_treated(slices, size=(1, 64, 64), block=(1, 32, 32), visible=2)
 
 
 def test_batch_norm_over_processes_is_refused_where_it_cannot_be_treated():
@@ -404,15 +433,15 @@ def test_batch_norm_over_processes_is_refused_where_it_cannot_be_treated():
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_on_the_shelf_is_treated_rightly_or_refused(name):
     encoder = build_encoder(name)
-    try:
-        check_treated(encoder, packed=True)
-    except ConfigError:
-        with pytest.raises(ConfigError, match="cannot treat"):
-            check_treated(encoder, packed=False)
-        return
-    shake(encoder)
     cell = encoder.strides[-1]
     size = (2 * cell[0], 3 * cell[1], 4 * cell[2])
+    try:
+        check_treated(encoder, size=size, block=cell, visible=12)
+    except ConfigError:
+        with pytest.raises(ConfigError, match="cannot treat"):
+            check_treated(encoder)
+        return
+    shake(encoder)
     hidden_BDHW, dense, packed = passes(size, cell, cell, share=0.5)
     image = image_of(size)
     for passed in (dense, packed):

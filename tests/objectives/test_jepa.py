@@ -199,7 +199,12 @@ def test_the_teacher_follows_by_progress(token_encoder):
 
 @pytest.mark.parametrize(
     ("size", "block"),
-    [((64, 64, 64), (16, 16, 16)), ((16, 48, 20), (8, 16, 10)), ((8, 40, 40), (8, 16, 16))],
+    [
+        ((64, 64, 64), (16, 16, 16)),
+        ((16, 48, 20), (8, 16, 10)),
+        ((8, 40, 40), (8, 16, 16)),
+        ((1, 40, 40), (1, 16, 16)),
+    ],
 )
 def test_blocks_are_large_unless_they_are_given(size, block):
     assert parse(JEPA.Config, {"size": size}).hiding.block == block

@@ -213,6 +213,14 @@ def test_it_ships_the_encoder_alone():
     assert objective.export() == (objective.encoder, None, None, ("levels.",))
 
 
+@pytest.mark.parametrize("depth", [1, 8, 32])
+def test_a_slice_is_one_patch_deep_whatever_the_block(depth):
+    objective = build((1, 16, 24), hiding={"block": [depth, 8, 8], "ratio": [0.5, 0.5]})
+    hidden, keep_BK = objective.choose(one_batch((1, 16, 24)))
+    assert (hidden.flatten(1).float().mean(1) == 0.5).all()
+    assert keep_BK.shape[1] == grid_of((1, 16, 24), PATCH)[1] * grid_of((1, 16, 24), PATCH)[2] // 2
+
+
 def test_wrong_options():
     def options(**hiding):
         return parse(MAETokens.Config, {"hiding": {"ratio": [0.75, 0.75], **hiding}})

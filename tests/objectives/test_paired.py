@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -62,6 +64,32 @@ def test_without_a_projection_the_encoders_own_features_are_compared(encoder, ho
     expected, _ = pair_info_nce(*own, torch.arange(3), scale=torch.tensor(10.0))
     assert paired(batch, 0.0).loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert not [n for n, _ in paired.named_parameters() if n.startswith("project")]
+
+
+def test_a_temperature_that_fell_too_low_comes_back(encoder):
+    """Each view shows another subject's pair: the lower the temperature, the larger the loss."""
+    paired = build(encoder, dense_weight=0.0, temperature=0.01).eval()
+    batch = pair("registered")
+    a, b = batch.views["pair"]
+    a.image_BCDHW = b.image_BCDHW.roll(1, 0)
+    with torch.no_grad():
+        paired.log_scale += 0.5  # as a step may leave it
+    paired.after_step(0.0)
+    assert paired.log_scale.item() == pytest.approx(math.log(100.0))
+    paired(batch, 0.0).loss.backward()
+    assert paired.log_scale.grad > 0
+    torch.optim.SGD([paired.log_scale], lr=0.1).step()
+    paired.after_step(0.0)
+    assert paired.log_scale.item() < math.log(100.0) - 1e-3
+
+
+def test_the_temperature_starts_where_it_may_be(encoder):
+    with pytest.raises(ConfigError, match=r"temperature: .*greater than or equal to 0\.01"):
+        parse(Paired.Config, {"temperature": 0.005})
+    before = (paired := build(encoder)).log_scale.clone()
+    paired.after_step(0.0)
+    assert torch.equal(paired.log_scale, before), "below the limit nothing is changed"
+    build(encoder, global_weight=0.0).after_step(0.0)
 
 
 def test_all_parameters_learn(encoder):

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from medseg_ssl import draws
-from medseg_ssl.config import Block, parse
+from medseg_ssl.config import Block, ConfigError, find, parse
 from medseg_ssl.data.augment import prepare_batch
 from medseg_ssl.data.loader import Loader
 from medseg_ssl.nets.encoders.base import Encoder
+from medseg_ssl.objectives.base import Objective
 from medseg_ssl.train import runtime
 from medseg_ssl.train.settings import TrainConfig
 from pretrain.run import PretrainConfig, build, templates
 from tests.objectives.waiting import NoWaiting
-from tests.shelves import OBJECTIVES, encoder_for
+from tests.shelves import OBJECTIVES, build_encoder, encoder_for
 from tests.train.archives import TRAIN, quick_templates, write_archive
 
 
@@ -31,13 +32,26 @@ def archive(tmp_path_factory):
 def trained(request, archive, tmp_path, monkeypatch):
     """An objective with its smallest encoder, and a batch as the loader makes it."""
     quick_templates(monkeypatch)
-    config = PretrainConfig(
-        encoder=Block.model_validate(encoder_for(request.param)),
-        objective=Block(name=request.param, size=(16, 16, 16)),
-        data={"batch_size": 4},  # pyright: ignore[reportArgumentType]
-        train={"steps": 1},  # pyright: ignore[reportArgumentType]
-    )
-    objective, options = build(config, archive.facts())
+    return made(request.param, archive, tmp_path, encoder=encoder_for(request.param))
+
+
+def made(name, archive, tmp_path, *, encoder, **more):
+    """An objective with this encoder and these options, and a batch as the loader makes it."""
+    cls = find("medseg_ssl.objectives", name, Objective)
+    given = {"name": name, "size": (16, 16, 16), **more}
+    if cls.needs_previous:  # no pretraining has a segmenter that it could go on from
+        options = parse(cls.Config, {key: value for key, value in given.items() if key != "name"})
+        torch.manual_seed(0)
+        objective = cls(options, build_encoder(**encoder), archive.facts())  # pyright: ignore[reportAbstractUsage]
+        objective.begin((0, 1))
+    else:
+        config = PretrainConfig(
+            encoder=Block.model_validate(encoder),
+            objective=Block.model_validate(given),
+            data={"batch_size": 4},  # pyright: ignore[reportArgumentType]
+            train={"steps": 1},  # pyright: ignore[reportArgumentType]
+        )
+        objective, options = build(config, archive.facts())
     if objective.takes_templates:
         machine = runtime.start(parse(TrainConfig, {"steps": 1, "accelerator": "cpu"}))
         objective.use_templates(
@@ -127,7 +141,59 @@ def test_the_preview_shows_the_batch(trained):
 
 def test_what_ships_is_live_and_was_trained(trained):
     """Every shipped parameter gets a gradient, or stands among those that are said to be untrained."""
-    objective, batch = trained
+    assert_trained(*trained)
+
+
+FINER = {
+    "primus": {"encoder": {"name": "primus"}},
+    "swin": {"encoder": {"name": "swin"}},
+    "slices": {"encoder": {"name": "lifted2d", "kind": "slices"}},
+    "light": {"encoder": {"name": "primus"}, "decoder": {"name": "light"}},
+    "level": {"encoder": {"name": "swin"}, "decoder": {"name": "linear", "levels": [1]}},
+}
+"""Encoders with parameters that their coarsest map does not need, and decoders that do not read every level."""
+OFTEN = {
+    ("simclr", "primus"),
+    ("paired", "swin"),
+    ("mae", "light"),
+    ("segmentation", "level"),
+    ("gvsl", "light"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        pytest.param(n, how, marks=[] if (n, how) in OFTEN else [pytest.mark.slow])
+        for n in OBJECTIVES
+        for how in FINER
+    ],
+)
+def test_what_ships_was_trained_or_is_said_to_be_untrained(name, how, archive, tmp_path, monkeypatch):
+    cls = find("medseg_ssl.objectives", name, Objective)
+    if "decoder" in FINER[how] and "decoder" not in cls.Config.model_fields:
+        pytest.skip("has no pyramid's decoder")
+    quick_templates(monkeypatch)
+    # by the deepest map alone, where a term can be left out
+    alone = (
+        {"dense_weight": 0.0}
+        if "decoder" not in FINER[how] and "dense_weight" in cls.Config.model_fields
+        else {}
+    )
+    try:
+        made_of = made(name, archive, tmp_path, **FINER[how], **alone)
+    except ConfigError as error:
+        pytest.skip(str(error))  # an encoder that this objective cannot train
+    objective, batch = made_of
+    for views in batch.views.values():
+        for view in views:
+            view.modality_B = ["CT"] * len(
+                view.modality_B
+            )  # so that neighbours are pairs, where it needs those
+    assert_trained(objective, batch)
+
+
+def assert_trained(objective, batch):
     exported = objective.export()
     parts = {id(part) for part in objective.modules()}
     assert id(exported.encoder) in parts

@@ -6,6 +6,7 @@ from medseg_ssl.nets.encoders.swin import Swin
 from medseg_ssl.objectives.simmim import SimMIM
 from medseg_ssl.types import Facts
 from tests.objectives.conftest import make_batch, make_view
+from tests.shelves import build_encoder
 
 SIZE = (16, 24, 32)
 
@@ -120,6 +121,16 @@ def test_a_block_must_be_whole_patches():
     hidden = simmim.hidden(one_batch(spacing=(3.0, 2.0, 1.0)))
     blocks = hidden.unfold(1, 4, 4).unfold(2, 4, 4).unfold(3, 8, 8)[:, :3, :6, :4]
     assert ((blocks.float().mean((4, 5, 6)) % 1) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["primus", "swin"])
+@pytest.mark.parametrize("depth", [1, 8])
+def test_a_slice_is_one_patch_deep_whatever_the_block(name, depth):
+    size = (1, 32, 48)
+    simmim = build(build_encoder(name), size=size, hiding={"block": [depth, 8, 8], "ratio": [0.5, 0.5]})
+    hidden = simmim.hidden(one_batch(size))
+    assert (hidden.flatten(1).sum(1) == 12 * 64).all()
+    assert simmim(one_batch(size), 0.0).loss > 0
 
 
 def test_the_error_is_absolute_where_none_is_named(encoder):

@@ -11,6 +11,7 @@ from medseg_ssl.objectives.spark import Densify, SparK
 from medseg_ssl.types import Facts
 from tests.nets.test_shelf_contracts import shake
 from tests.objectives.conftest import make_batch, make_view
+from tests.shelves import build_encoder
 
 SIZE = (16, 24, 32)
 EVEN = {"hiding": {"block": [8, 8, 8], "ratio": [0.75, 0.75]}}
@@ -96,6 +97,43 @@ def test_it_packs_where_every_sample_shows_as_many_blocks(encoder):
         assert isinstance(build(encoder, **other).visible_pass(hidden), DensePass)
         with pytest.raises(ConfigError, match=r"as many visible blocks in every sample.*compute: dense"):
             build(encoder, **other, compute="packed")
+
+
+WIDE = {"features": (4, 6), "blocks": (1, 2), "kernels": ((3, 3, 3), (5, 5, 5))}
+
+
+def test_what_can_be_packed_is_tried_with_the_blocks_that_are_hidden():
+    encoder = ResEnc(ResEnc.Config(**WIDE))
+    for block, packed in (((2, 2, 2), False), ((4, 4, 4), True)):
+        hiding = {"block": block, "ratio": [0.75, 0.75]}
+        assert build(encoder, hiding=hiding).packed == packed
+    with pytest.raises(ConfigError, match=r"a reach of \(2, 2, 2\).*or compute: dense"):
+        build(encoder, hiding={"block": [2, 2, 2], "ratio": [0.75, 0.75]}, compute="packed")
+
+
+@pytest.mark.parametrize(
+    ("lifted", "block", "packed"),
+    [
+        (False, (8, 8, 8), False),
+        (False, (1, 8, 8), False),
+        (True, (1, 32, 32), True),
+        (True, (8, 32, 32), False),
+    ],
+)
+def test_a_slice_is_one_block_deep_whatever_the_block(encoder, lifted, block, packed):
+    """Packed where the encoder can be, and with the loss of the dense pass."""
+    if lifted:
+        encoder = build_encoder("lifted2d", kind="inflate", depth_from=None)
+    size, losses = (1, 64, 96), []
+    options = {"size": size, "hiding": {"block": block, "ratio": [0.5, 0.5]}}
+    shared = copy.deepcopy(build(encoder, **options).state_dict())
+    for compute in ("auto", "dense"):
+        spark = build(encoder, **options, compute=compute).eval()
+        spark.load_state_dict(shared)
+        assert spark.packed == (packed and compute == "auto")
+        losses.append(spark(one_batch(size), 0.0).loss)
+    assert torch.allclose(*losses, rtol=1e-5)
+    assert losses[0] > 0
 
 
 def test_densify_norms_what_is_visible_and_puts_the_token_elsewhere():

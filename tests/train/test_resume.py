@@ -1,4 +1,7 @@
-"""Every objective on the shelf, stopped and continued, ends with the weights of an uninterrupted run, bit for bit."""
+"""Every objective on the shelf, stopped and continued, ends with the weights of an uninterrupted run, bit for bit.
+
+One that goes on from a segmenter is fine-tuned, all others are pretrained.
+"""
 
 import os
 import random
@@ -11,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from medseg_ssl.config import parse
+from finetune.run import run_finetune
+from finetune.settings import FinetuneConfig
+from medseg_ssl.config import find, parse
 from medseg_ssl.nets import encoder_file
+from medseg_ssl.objectives.base import Objective
 from medseg_ssl.train.runtime import Runtime
 from pretrain.run import PretrainConfig, run_pretrain
 from tests.shelves import OBJECTIVES, encoder_for
@@ -35,6 +41,35 @@ def few_registration_steps():
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     return write_archive(tmp_path_factory.mktemp("resume") / "archive").path
+
+
+@pytest.fixture
+def previous(request, archive, tmp_path_factory):
+    """The segmenter that an objective goes on from; None for most."""
+    name = request.getfixturevalue("name")
+    return segmenter(tmp_path_factory.mktemp("previous"), archive) if goes_on(name) else None
+
+
+def goes_on(name) -> bool:
+    return find("medseg_ssl.objectives", name, Objective).needs_previous
+
+
+def segmenter(folder, archive):
+    config = parse(FinetuneConfig, tree("segmentation", steps=1))
+    return run_finetune(config, folder / "run", archive=archive, quiet=True)
+
+
+def train(name, run, archive, previous):
+    if previous is None:
+        return run_pretrain(parse(PretrainConfig, tree(name)), run, archive=archive, quiet=True)
+    config = parse(FinetuneConfig, tree(name))
+    return run_finetune(config, run, archive=archive, continue_from=previous, quiet=True)
+
+
+def words(config, run, archive, previous) -> list[str]:
+    """Of the command that trains, behind its name."""
+    given = [] if previous is None else ["--continue-from", str(previous)]
+    return [str(config), str(run), "--archive", str(archive), *given, "--quiet"]
 
 
 def tree(name, *, steps=STEPS):
@@ -64,17 +99,16 @@ def assert_same_runs(a, b):
         assert first[part].keys() == second[part].keys()
         for name, value in first[part].items():
             assert torch.equal(value, second[part][name]), f"{part} {name}"
-    shipped = [encoder_file.build(run / "encoder.safetensors").encoder.state_dict() for run in (a, b)]
+    files = [next(run.glob("*.safetensors")) for run in (a, b)]
+    shipped = [encoder_file.build(file).encoder.state_dict() for file in files]
     assert all(torch.equal(shipped[0][name], shipped[1][name]) for name in shipped[0])
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LIKE_MAE else []) for n in OBJECTIVES]
 )
-def test_a_broken_run_continues_exactly(name, archive, tmp_path, monkeypatch):
-    config = parse(PretrainConfig, tree(name))
-    run_pretrain(config, tmp_path / "whole", archive=archive, quiet=True)
-
+def test_a_broken_run_continues_exactly(name, archive, previous, tmp_path, monkeypatch):
+    train(name, tmp_path / "whole", archive, previous)
     seed_step = Runtime.seed_step
 
     def breaks(self, seed, step):
@@ -84,26 +118,26 @@ def test_a_broken_run_continues_exactly(name, archive, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Runtime, "seed_step", breaks)
     with pytest.raises(ConnectionError):
-        run_pretrain(config, tmp_path / "broken", archive=archive, quiet=True)
+        train(name, tmp_path / "broken", archive, previous)
     assert state(tmp_path / "broken")["step"] == 2
     monkeypatch.undo()
-    run_pretrain(config, tmp_path / "broken", archive=archive, quiet=True)
+    train(name, tmp_path / "broken", archive, previous)
     assert_same_runs(tmp_path / "whole", tmp_path / "broken")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_killed_process_continues_exactly(name, archive, tmp_path):
+def test_a_killed_process_continues_exactly(name, archive, previous, tmp_path):
     import yaml
 
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(tree(name, steps=12)))
-    command = [sys.executable, "-m", "pretrain.run", str(file)]
+    command = [sys.executable, "-m", "finetune.run" if goes_on(name) else "pretrain.run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(run):
-        words = [*command, str(tmp_path / run), "--archive", str(archive), "--quiet"]
-        return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        given = [*command, *words(file, tmp_path / run, archive, previous)]
+        return subprocess.Popen(given, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
     def finish(process):
         _, errors = process.communicate(timeout=300)

@@ -13,7 +13,7 @@ import yaml
 from medseg_ssl.config import shelf
 from medseg_ssl.nets import encoder_file
 from tests.train.archives import write_archive
-from tests.train.test_resume import state, tree
+from tests.train.test_resume import goes_on, segmenter, state, tree, words
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -21,7 +21,7 @@ import sys
 import pytest
 from pathlib import Path
 from tests.train.archives import quick_templates
-from pretrain.run import main
+from {command}.run import main
 with pytest.MonkeyPatch.context() as patch:
     quick_templates(patch)
     main(sys.argv[1:])
@@ -37,7 +37,8 @@ def first(run, name):
 def test_two_processes_train_one_encoder(name, tmp_path):
     archive = write_archive(tmp_path / "archive").path
     script, config = tmp_path / "two.py", tmp_path / "config.yaml"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.format(command="finetune" if goes_on(name) else "pretrain"))
+    previous = segmenter(tmp_path / "previous", archive) if goes_on(name) else None
     config.write_text(yaml.safe_dump(tree(name)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launcher = [
@@ -49,24 +50,14 @@ def test_two_processes_train_one_encoder(name, tmp_path):
         str(script),
     ]
     for run in ("a", "b"):
-        words = [str(config), str(tmp_path / run), "--archive", str(archive), "--quiet"]
-        done = subprocess.run(
-            [*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-        )
+        command = [*launcher, *words(config, tmp_path / run, archive, previous)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     a, b = (state(tmp_path / run) for run in ("a", "b"))
     assert a["step"] == 4
     assert all(torch.equal(value, b["objective"][key]) for key, value in a["objective"].items())
-    encoder_file.build(tmp_path / "a" / "encoder.safetensors")
-    alone = [
-        sys.executable,
-        str(script),
-        str(config),
-        str(tmp_path / "one"),
-        "--archive",
-        str(archive),
-        "--quiet",
-    ]
+    encoder_file.build(next((tmp_path / "a").glob("*.safetensors")))
+    alone = [sys.executable, str(script), *words(config, tmp_path / "one", archive, previous)]
     subprocess.run(alone, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     one, two = (first(tmp_path / run, "train/loss") for run in ("one", "a"))
     # The first step sees the same samples with the same weights, the second what the first one's gradient made of them.

@@ -34,8 +34,8 @@ class MonaiSwin(Import):
                 turned; ``zyx`` takes them as they are.
                 A turned network says the same wherever no side of its grid of tokens is shorter than its window.
             merging: order of the tokens that merge, which no weight shows: ``merging``, ``mergingv2`` or ``twice`` of
-                the ``swin`` encoder. None takes ``twice`` for a self-supervised file (those were trained before MONAI
-                1.5) and ``merging`` for a whole network.
+                the ``swin`` encoder. To be stated for a whole network; None takes ``twice`` for a self-supervised file
+                (those were trained before MONAI 1.5).
             window: tokens along each axis of a window that is no cube, in the order of the network's axes; None takes
                 the cube.
         """
@@ -50,7 +50,7 @@ class MonaiSwin(Import):
         """Read a state dict.
 
         Raises:
-            UserError: another kind of file, or windows that are no cubes and not stated.
+            UserError: another kind of file, or windows that are no cubes or the order of a whole network, not stated.
         """
         tensors = _by_new_names(state_dict(read(path), path, at=("state_dict", "model", "network_weights")))
         embedding = tensors.get(f"{TRANSFORMER}patch_embed.proj.weight")
@@ -60,7 +60,13 @@ class MonaiSwin(Import):
             )
         stages = _stages(path, tensors, self.config.window)
         whole = "decoder1.conv_block.conv1.conv.weight" in tensors and len(stages["depths"]) == 4
-        merging = self.config.merging or ("merging" if whole else "twice")
+        if whole and self.config.merging is None:
+            raise UserError(
+                f"{path} does not show in which order its tokens merge, which MONAI 1.5 changed: state merging=twice"
+                " (trained with MONAI up to 1.4, as weights published before 2025 were), merging=merging (MONAI 1.5 and"
+                " later) or merging=mergingv2 (downsample='mergingv2')"
+            )
+        merging = self.config.merging or "twice"
         encoder = {
             "name": "swin",
             "features": embedding.shape[0],
