@@ -110,7 +110,7 @@ def compare(
         "test_cases": hash_names(cases),
         **budget_record.folds_hash(folds),
     }
-    if sentence(config.inits, config.finetune):
+    if sentence(config.inits, config.finetune, config.init_overrides):
         # fits of an earlier version, which held them back, are not to be counted with new ones
         inputs["from_scratch"] = WHOLE
     if reused is not None and apart:

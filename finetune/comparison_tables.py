@@ -110,9 +110,10 @@ def read_comparison(out: Path, *, volumes_bytes: int = VOLUMES_BYTES) -> Read:
 
 
 def _comparable(out: Path, planned: Sequence[str], finished: Sequence[Path]) -> list[Path]:
-    """Finished fits of every (budget, draw) in which none is still to be done, so that means are over the same draws.
+    """Finished fits of every (budget, draw) in which none is still to be done.
 
-    A fit that failed is not waited for: it would fail again, and would keep the others of its draw out for good. An
+    So means are over the same draws, but for fits that failed: these would fail again and keep the others of their draw
+    out for good, so they are not waited for, and ``gaps_of`` names them. An
     init that was pretrained several times has finished a draw with the last of them; folds count each on its own. Where
     no (budget, draw) is whole yet, every finished fit counts.
     """

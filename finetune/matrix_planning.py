@@ -194,7 +194,7 @@ def notes_of(
         notes.append(f"Target {target.name}: {cases} in archive {target.archive} at {at}, pooled over the budgets"
                      f" {', '.join(map(str, low))} where they were fitted.")  # fmt: skip
         notes += shares
-        if alone := sentence(plan.inits, plan.finetune):
+        if alone := sentence(plan.inits, plan.finetune, plan.init_overrides):
             notes.append(f"Target {target.name}: {alone}.")
         if plan.stratify is not None:
             notes.append(f"Target {target.name}: the subsets are balanced by {plan.stratify.by}.")

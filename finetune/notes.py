@@ -130,7 +130,7 @@ def _init_notes(
             )
         elif init in cards:
             notes += _card_notes(init, cards[init], config=config, archive=archive, test=test)
-    if alone := sentence(config.inits, config.finetune):
+    if alone := sentence(config.inits, config.finetune, config.init_overrides):
         notes.append(f"{alone}.")
     for init, tree in config.init_overrides.items():
         text = ", ".join(f"{key}={value}" for key, value in _flat(tree))

@@ -67,9 +67,18 @@ def from_nothing(inits: Mapping[str, Any]) -> list[str]:
     return of_kind(inits, SCRATCH, SCRATCH_LONG, "network")
 
 
-def sentence(inits: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
-    """A sentence without its full stop on what these inits do not share of a comparison's fine-tuning; may be empty."""
-    alone, held = from_nothing(inits), held_back(tree)
+def sentence(
+    inits: Mapping[str, Any],
+    tree: Mapping[str, Any],
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """A sentence without its full stop on what these inits do not share of a comparison's fine-tuning; may be empty.
+
+    An init whose own ``overrides`` hold it back after all is none of them.
+    """
+    own = overrides or {}
+    alone = [init for init in from_nothing(inits) if not held_back(overlay({}, own.get(init, {})))]
+    held = held_back(tree)
     if not alone or not held:
         return ""
     spared = ", ".join(f"{key}={value}" for key, value in held.items())

@@ -22,16 +22,19 @@ def lock(path: Path, *, folder: Path | None = None) -> int:
         The descriptor, for ``os.close``.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or its file system has no locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(descriptor)
         raise UserError(
             f"another process is working on {folder or path.parent}; wait for it, or name another folder"
         ) from error
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(f"cannot lock {path}: {error.strerror or error}") from error
     return descriptor
 
 

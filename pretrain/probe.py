@@ -202,7 +202,7 @@ def _keep(out: Path, name: str, found: Sequence[Score]) -> None:
             write_bytes(_picture(out, name, picture), png)
     rows = [s._replace(value=float(s.value), pictures=list(s.pictures or ()))._asdict() for s in found]  # pyright: ignore[reportArgumentType]
     # numbers of NumPy as numbers
-    text = json.dumps(rows, default=lambda value: value.item())
+    text = json.dumps(rows, default=lambda value: value.tolist())
     write_text(_kept_file(out, name), text + "\n")
 
 
@@ -210,14 +210,14 @@ def _kept(out: Path, name: str) -> list[Score] | None:
     """What an earlier call of the command found; None where it did not come so far."""
     from medseg_ssl.types import Score
 
-    path = _kept_file(out, name)
-    if not path.is_file():
+    try:
+        scores = []
+        for row in json.loads(_kept_file(out, name).read_text(encoding="utf-8")):
+            pictures = {picture: _picture(out, name, picture).read_bytes() for picture in row["pictures"]}
+            scores.append(Score(**{**row, "pictures": pictures or None}))
+        return scores
+    except (OSError, ValueError):  # not there, or damaged: measured again
         return None
-    scores = []
-    for row in json.loads(path.read_text(encoding="utf-8")):
-        pictures = {picture: _picture(out, name, picture).read_bytes() for picture in row["pictures"]}
-        scores.append(Score(**{**row, "pictures": pictures or None}))
-    return scores
 
 
 def _kept_file(out: Path, name: str) -> Path:

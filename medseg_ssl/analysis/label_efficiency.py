@@ -21,7 +21,17 @@ import numpy as np
 
 from medseg_ssl.analysis.metrics import METRICS
 from medseg_ssl.analysis.savings import savings_by_baseline, strictest_savings
-from medseg_ssl.analysis.scores import Row, Table, Tables, budgets_of, common, inits_of, shared, tables
+from medseg_ssl.analysis.scores import (
+    Row,
+    Table,
+    Tables,
+    budgets_of,
+    common,
+    inits_of,
+    paired,
+    shared,
+    tables,
+)
 from medseg_ssl.analysis.statistics import (
     Interval,
     crossed_interval,
@@ -101,11 +111,20 @@ def area_table(parts: Sequence[Table], budgets: Sequence[int]) -> Table:
     """The area of every (case, draw, pretraining) that all budgets have."""
     cases, draws, pretrainings = shared(parts)
     stacked_SNDP = np.stack([t.select(cases, draws, pretrainings) for t in parts])
-    area_NDP = stacked_SNDP[0]
-    if len(budgets) > 1:
-        x_S = np.log2(np.asarray(budgets, dtype=np.float64))
-        area_NDP = np.trapezoid(stacked_SNDP, x_S, axis=0) / (x_S[-1] - x_S[0])
+    area_NDP = _trapezoids(stacked_SNDP, budgets)
     return Table(area_NDP, tuple(cases), tuple(draws), tuple(pretrainings or ()))
+
+
+def _trapezoids(scores_SNDP: Sequence[np.ndarray] | np.ndarray, budgets: Sequence[int]) -> np.ndarray:
+    """Mean over log2(budget) by trapezoids; of one budget its own."""
+    if len(budgets) == 1:
+        return np.asarray(scores_SNDP)[0]
+    x_S = np.log2(np.asarray(budgets, dtype=np.float64))
+    return np.trapezoid(np.asarray(scores_SNDP), x_S, axis=0) / (x_S[-1] - x_S[0])
+
+
+def _mean(scores_SNDP: Sequence[np.ndarray], budgets: Sequence[int]) -> np.ndarray:
+    return np.mean(scores_SNDP, axis=0)
 
 
 # -- comparisons ---------------------------------------------------------------------------------------------
@@ -120,8 +139,7 @@ def comparisons(
     so a pooled cell stays one observation. ``detectable`` is the smallest true difference that four of five such
     comparisons would find at 5 %; NaN where there is a single case or draw, since the error then lacks a part.
     ``one_sided`` counts the cells that only one of the two has a score for, which enter no difference; ``partly`` the
-    cases that both have a score for under some of the draws alone, which enter none either: what decides whether an
-    absent class has a score is a false alarm, so the other draws cannot be filled from those.
+    cases that both have a score for under some of the draws alone, which enter none either (``scores.paired``).
     """
     shared = [b for b in budgets_of(tables_, init) if (baseline, b) in tables_]
     low = [b for b in shared if b in low_budgets]
@@ -130,15 +148,16 @@ def comparisons(
     for budget in shared:
         first_NDP, second_NDP = common([tables_[init, budget], tables_[baseline, budget]])
         lost[budget] = int((np.isnan(first_NDP) != np.isnan(second_NDP)).sum())
-        out.append(_comparison(first_NDP, second_NDP, init, baseline, f"budget {budget}", [budget]))
-    if low:
-        both = common([tables_[i, b] for i in (init, baseline) for b in low])
-        first_NDP, second_NDP = np.mean(both[: len(low)], axis=0), np.mean(both[len(low) :], axis=0)
-        out.append(_comparison(first_NDP, second_NDP, init, baseline, "low budgets", low))
-    if len(shared) > 1:
-        areas = [area_table([tables_[i, b] for b in shared], shared) for i in (init, baseline)]
-        first_NDP, second_NDP = common(areas)
-        out.append(_comparison(first_NDP, second_NDP, init, baseline, "area", shared))
+    for scope, budgets in [
+        *((f"budget {budget}", [budget]) for budget in shared),
+        *([("low budgets", low)] if low else []),
+        *([("area", shared)] if len(shared) > 1 else []),
+    ]:
+        both, partly = paired([tables_[i, b] for i in (init, baseline) for b in budgets])
+        over = _trapezoids if scope == "area" else _mean
+        first_NDP, second_NDP = over(both[: len(budgets)], budgets), over(both[len(budgets) :], budgets)
+        found = _comparison(first_NDP, second_NDP, init, baseline, scope, budgets)
+        out.append(found | {"partly": partly})
     # counted before anything is averaged: a mean over budgets is missing on both sides where either lacks one
     return [item | {"one_sided": sum(lost[b] for b in item["budgets"])} for item in out]
 
@@ -146,29 +165,12 @@ def comparisons(
 def _comparison(
     first_NDP, second_NDP, init: str, baseline: str, scope: str, budgets: Sequence[int]
 ) -> dict[str, Any]:
-    first_NDP, partly = _without_partly(first_NDP, second_NDP)
     interval, tests = paired_interval(first_NDP, second_NDP), paired_tests(first_NDP, second_NDP)
     head = {"init": init, "baseline": baseline, "scope": scope, "budgets": list(budgets)}
     whole = min(interval.cases, interval.draws) > 1
     detectable = detectable_difference(interval.standard_error, interval.freedom) if whole else math.nan
     tail = {"t_p": tests.t_p, "wilcoxon_p": tests.wilcoxon_p, "detectable": detectable}
-    return head | asdict(interval) | tail | {"partly": partly}
-
-
-def _without_partly(first_NDP: np.ndarray, second_NDP: np.ndarray) -> tuple[np.ndarray, int]:
-    """The first table without the cases that have a pair under some of the fits only, and how many these were.
-
-    A fit of which nothing is scored is not finished yet, or failed: that leaves no case out. Where no case would be
-    left, all stay.
-    """
-    paired_NDP = ~np.isnan(first_NDP) & ~np.isnan(second_NDP)
-    scored_N = np.any(paired_NDP, axis=(1, 2))
-    partly_N = scored_N & np.any(np.any(paired_NDP, axis=0) & ~paired_NDP, axis=(1, 2))
-    if not np.any(scored_N & ~partly_N):
-        return first_NDP, 0
-    whole_NDP = first_NDP.copy()
-    whole_NDP[partly_N] = np.nan
-    return whole_NDP, int(partly_N.sum())
+    return head | asdict(interval) | tail
 
 
 def adjust(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

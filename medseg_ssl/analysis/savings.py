@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from medseg_ssl.analysis.scores import Tables, budgets_of, common
+from medseg_ssl.analysis.scores import Tables, budgets_of, paired
 from medseg_ssl.analysis.statistics import paired_interval
 
 SAVINGS_GRID = 48
@@ -33,7 +33,7 @@ def savings(tables_: Tables, *, init: str, baseline: str) -> list[dict[str, Any]
     grid = budgets_of(tables_, baseline)
     out = []
     for budget in budgets_of(tables_, init):
-        parts = common([tables_[init, budget], *(tables_[baseline, b] for b in grid)])
+        parts, _ = paired([tables_[init, budget], *(tables_[baseline, b] for b in grid)])
         if not parts[0].size or np.isnan(parts[0]).all():
             continue
         labels_G, mean_G, low_G, high_G = _differences(parts[0], parts[1:], grid)
@@ -54,7 +54,7 @@ def savings(tables_: Tables, *, init: str, baseline: str) -> list[dict[str, Any]
             | {"ci_high": None if ci_high is None else ci_high / budget}
             | {"censored": bool(censored), "at_most": bool(first == 0 and not censored and mean_G[0] < 0)}
             | {"gap": float(mean_G[first]) if censored or first == 0 else 0.0}
-            | {"cases": int(parts[0].shape[0]), "draws": int(parts[0].shape[1])}
+            | {"cases": int(np.any(~np.isnan(parts[0]), axis=(1, 2)).sum()), "draws": int(parts[0].shape[1])}
         )
     return out
 

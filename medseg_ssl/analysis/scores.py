@@ -27,6 +27,8 @@ class Table:
             one layer.
         cases: names of the rows.
         draws: numbers of the columns.
+        empty_NDP: True where a fit was scored and there is no score (a class absent in truth and prediction); None:
+            nowhere. A cell that is missing otherwise is of a fit that is not finished, or failed.
         pretrainings: numbers of the layers; empty where the init has a single pretraining, or none as scratch, and so
             stands beside every pretraining of another. Left out with several layers, they count from 0.
     """
@@ -35,6 +37,7 @@ class Table:
     cases: tuple[str, ...]
     draws: tuple[int, ...]
     pretrainings: tuple[int, ...] = ()
+    empty_NDP: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Give every table three axes."""
@@ -51,11 +54,21 @@ class Table:
 
         A table of a single pretraining is repeated for each.
         """
+        return self.scores_NDP[self._places(cases, draws, pretrainings)]
+
+    def select_empty(
+        self, cases: Sequence[str], draws: Sequence[int], pretrainings: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """``empty_NDP`` of the cells that ``select`` gives."""
+        empty_NDP = np.zeros(self.scores_NDP.shape, bool) if self.empty_NDP is None else self.empty_NDP
+        return empty_NDP[self._places(cases, draws, pretrainings)]
+
+    def _places(self, cases: Sequence[str], draws: Sequence[int], pretrainings: Sequence[int] | None):
         rows, columns = [self.cases.index(c) for c in cases], [self.draws.index(d) for d in draws]
         layers = list(range(self.scores_NDP.shape[2]))
         if pretrainings is not None:
             layers = [self.pretrainings.index(p) if self.pretrainings else 0 for p in pretrainings]
-        return self.scores_NDP[np.ix_(rows, columns, layers)]
+        return np.ix_(rows, columns, layers)
 
 
 Tables = dict[tuple[str, int], Table]
@@ -92,10 +105,13 @@ def tables(rows: Iterable[Row], metric: str = "dice", *, of_class: str | None = 
             of_units[subjects[case], draw, layer].append(_mean_of_known(values))
         units, draws, layers = (sorted(set(names)) for names in zip(*of_units, strict=True))
         scores_NDP = np.full((len(units), len(draws), len(layers)), np.nan)
+        empty_NDP = np.zeros(scores_NDP.shape, dtype=bool)
         for (unit, draw, layer), values in of_units.items():
-            scores_NDP[units.index(unit), draws.index(draw), layers.index(layer)] = _mean_of_known(values)
+            place = units.index(unit), draws.index(draw), layers.index(layer)
+            scores_NDP[place] = _mean_of_known(values)
+            empty_NDP[place] = np.isnan(scores_NDP[place])
         numbers = tuple(layers) if len(pretrainings[init]) > 1 else ()
-        out[init, budget] = Table(scores_NDP, tuple(units), tuple(draws), numbers)
+        out[init, budget] = Table(scores_NDP, tuple(units), tuple(draws), numbers, empty_NDP)
     return out
 
 
@@ -112,6 +128,24 @@ def common(tables_: Sequence[Table]) -> list[np.ndarray]:
     """
     cases, draws, pretrainings = shared(tables_)
     return [t.select(cases, draws, pretrainings) for t in tables_]
+
+
+def paired(tables_: Sequence[Table]) -> tuple[list[np.ndarray], int]:
+    """``common`` without the cases that all tables have a score for under some of the fits alone, and their number.
+
+    What decides whether an absent class has a score is a false alarm, so the fits without one cannot be filled from
+    those with. A fit that is not finished, or failed, leaves no case out. Where no case would be left, all stay.
+    """
+    cases, draws, pretrainings = shared(tables_)
+    scores = [t.select(cases, draws, pretrainings).copy() for t in tables_]
+    empty_NDP = np.any([t.select_empty(cases, draws, pretrainings) for t in tables_], axis=0)
+    scored_N = np.any(~np.isnan(scores).any(axis=0), axis=(1, 2))
+    partly_N = scored_N & np.any(empty_NDP, axis=(1, 2))
+    if not np.any(scored_N & ~partly_N):
+        return scores, 0
+    for table_NDP in scores:
+        table_NDP[partly_N] = np.nan
+    return scores, int(partly_N.sum())
 
 
 def shared(tables_: Sequence[Table]) -> tuple[list[str], list[int], list[int] | None]:

@@ -30,7 +30,7 @@ import numpy as np
 from medseg_ssl.config import UserError
 from medseg_ssl.data.budgets import check_split, read_split
 from medseg_ssl.data.channels import cases_of
-from medseg_ssl.data.intensity import Linear, Policy, linear
+from medseg_ssl.data.intensity import Linear, Policy, linear, unit_of
 from medseg_ssl.data.manifest import CaseRow, PairRow, ScanRow, Split, read_rows
 from medseg_ssl.data.partial import Access, limit_label, limited_cases
 from medseg_ssl.data.recipe import FORMAT, Recipe
@@ -154,16 +154,16 @@ class Archive:
         found = self.recipe.policies()
         units: dict[str, set[str]] = {}
         for row in self.scans.values():
-            units.setdefault(row.modality, set()).add(row.unit)
+            units.setdefault(row.modality, set()).add(unit_of(row))
         for modality, seen in units.items():
-            if found[modality].kind == "suv_window" and seen == {"raw"}:
+            if found[modality].kind in ("window", "suv_window") and seen == {"raw"}:
                 found[modality] = Policy(kind="robust_zscore")
         return {modality: found[modality] for modality in sorted(units)}
 
     def linear(self, key: str) -> Linear:
         """The clipped line that normalises a scan, in physical units."""
         row = self.scans[key]
-        return linear(self.intensity[row.modality], row.statistics, unit=row.unit)
+        return linear(self.intensity[row.modality], row.statistics, unit=unit_of(row))
 
     def facts(self) -> Facts:
         """What networks and objectives must know.

@@ -20,7 +20,7 @@ from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.archive import Archive, read_head
 from medseg_ssl.data.budgets import check_split, read_split, write_split
 from medseg_ssl.data.manifest import CaseRow, PairRow, Row, ScanRow, Split
-from medseg_ssl.data.recipe import FORMAT, ROWS_ONLY, Recipe, fingerprint_of
+from medseg_ssl.data.recipe import FORMAT, ROWS_ONLY, Recipe, fingerprint_of, without_names
 from medseg_ssl.data.store import label_hash
 
 _KEY_LENGTH = 16
@@ -257,6 +257,8 @@ def _sweep(path: Path) -> None:
 def _completed(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A stored recipe with the defaults of keys that did not exist when it was written."""
     recipe = {key: value for key, value in tree.items() if key != "classes"}
+    # an earlier version kept some of the names that a recipe must not hold
+    recipe["source"] = without_names(recipe.get("source"))
     with contextlib.suppress(ValidationError):  # of another version: the comparison names what differs
         recipe = Recipe.model_validate(recipe).model_dump(mode="json")
     return {**recipe, "classes": tree.get("classes")}

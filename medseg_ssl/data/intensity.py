@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from medseg_ssl.config import Record
-from medseg_ssl.data.manifest import Statistics
+from medseg_ssl.data.manifest import ScanRow, Statistics
 from medseg_ssl.types import MODALITIES, Triple
 
 CT_FOREGROUND_HU = -500.0
@@ -98,6 +98,16 @@ def policies(overrides: Mapping[str, Policy] | None = None) -> dict[str, Policy]
     if unknown:
         raise ValueError(f"no modality named {unknown[0]!r}; known: {', '.join(MODALITIES)}")
     return {**DEFAULT_POLICIES, **(overrides or {})}
+
+
+def unit_of(row: ScanRow) -> str:
+    """The unit by which a stored scan is normalised.
+
+    A CT that states no HU counts as HU in archives made before such scans were told apart (flag ``no_hu``): its
+    foreground was found so, and what was trained on it saw it so.
+    """
+    old = row.modality == "CT" and row.unit == "raw" and "no_hu" not in row.quality
+    return "HU" if old else row.unit
 
 
 def linear(policy: Policy, statistics: Statistics, *, unit: str = "") -> Linear:

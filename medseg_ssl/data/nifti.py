@@ -30,6 +30,8 @@ _GZIP_RATIO = 1032
 _MOST_INFLATED = 16 * 2**30
 _PLAUSIBLE_MM = (0.002, 50.0)
 """Voxel sizes of scans, from microtomography to thick slices."""
+_CERTAIN_MM = (0.1, 10.0)
+"""Voxel sizes of clinical scans: numbers in this range are millimetres, whatever the header says of the unit."""
 
 
 class BadScan(UserError):  # noqa: N818 -- it is a verdict on a file, listed in dropped.csv
@@ -482,13 +484,15 @@ def _original_grid(image: Any, path: Path, *, volume: int | None) -> OriginalGri
 
 
 def _mm_per_unit(xyzt_units: int, sizes: np.ndarray) -> float:
-    """Millimetres of the unit that a header states: 1 unless voxels of a scan's size come out in metres or micrometres.
+    """Millimetres of the unit that a header states: 1 where its numbers are millimetres of a scan, or no scan's at all.
 
     Files that state a unit and mean millimetres all the same are as common as those that mean it.
     """
     stated = {1: 1000.0, 3: 0.001}.get(xyzt_units & 7, 1.0)
     low, high = _PLAUSIBLE_MM
-    return stated if (sizes * stated >= low).all() and (sizes * stated <= high).all() else 1.0
+    meant = (sizes >= _CERTAIN_MM[0]).all() and (sizes <= _CERTAIN_MM[1]).all()
+    fits = (sizes * stated >= low).all() and (sizes * stated <= high).all()
+    return stated if fits and not meant else 1.0
 
 
 def _voxels(image: Any, original: OriginalGrid, path: Path, *, volume: int | None) -> np.ndarray:

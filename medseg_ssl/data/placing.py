@@ -44,6 +44,9 @@ def check_split(wanted: PrepareSplit, listings: Sequence[Listing], *, grown: boo
         missing = sorted(set(getattr(wanted, name)) - there)
         if missing:
             raise ConfigError(f"split.{name} names {missing[0]!r}, which no root holds")
+    unknown = frozenset.intersection(*(listing.unknown_test_subjects for listing in listings))
+    if unknown and not grown:
+        raise ConfigError(f"source.test_subjects names {sorted(unknown)[0]!r}, which no root holds")
     reserved = set(wanted.test_subjects).union(*(listing.test_subjects for listing in listings))
     twice = sorted(reserved & set(wanted.development_subjects))
     if twice:

@@ -27,7 +27,7 @@ from medseg_ssl.data.manifest import CaseRow, ScanRow, Split
 from medseg_ssl.data.overview import overview_page
 from medseg_ssl.data.placing import PrepareSplit, check_split, place_subjects
 from medseg_ssl.data.planning import Plan, plan_tasks
-from medseg_ssl.data.recipe import Recipe
+from medseg_ssl.data.recipe import Recipe, without_names
 from medseg_ssl.data.relating import NOTES, relate
 from medseg_ssl.data.sources.base import FanOut, Listing, Source
 from medseg_ssl.fanout import Failure, WorkerDiedError, map_tasks
@@ -55,14 +55,7 @@ class PrepareConfig(Recipe):
         tree = self.checked().model_dump()
         for name in ("test_subjects", "development_subjects"):
             tree["split"].pop(name)
-        return Recipe.model_validate({**tree, "source": _without_names(tree["source"])})
-
-
-def _without_names(tree: Any) -> Any:
-    """A source's block without names of subjects and of folders, at any depth: they stay out of the archive."""
-    if isinstance(tree, Mapping):
-        return {k: _without_names(v) for k, v in tree.items() if k not in ("test_subjects", "folders")}
-    return tree
+        return Recipe.model_validate({**tree, "source": without_names(tree["source"])})
 
 
 def prepare(
@@ -112,7 +105,7 @@ def prepare(
     lock = out / "private" / ".lock"
     with ExitStack() as held:
         # before anything of another process is swept away; a folder that is not there yet is locked once it is
-        there = lock.parent.is_dir()
+        there = (out / "archive.json").is_file() or (lock.parent / "recipe.json").is_file()
         if there:
             held.enter_context(locked(lock, folder=out))
         writer = ArchiveWriter.open(out, recipe, tuple(classes.values()))

@@ -59,13 +59,13 @@ def mirror(address: str, cache: Path, *, on_progress: Callable[[int, int], None]
         raise UserError(f"{address} holds no files (an https address must show an index of its folder)")
     state = _read_state(target / _STATE)
     try:
+        _forget(address, target, start, [name for name in state if name not in files], state)
         for number, (name, info) in enumerate(files.items()):
             _fetch(system, name, info, _place(target, name, start), state)
             if (number + 1) % _SAVE_EVERY == 0:
                 _write_state(target / _STATE, state)
             if on_progress is not None:
                 on_progress(number + 1, len(files))
-        _forget(target, start, [name for name in state if name not in files], state)
     except OSError as error:
         raise UserError(
             f"cannot mirror {address} to {target}: {error.strerror or _first_line(error)}"
@@ -96,8 +96,17 @@ def _fetch(system: Any, name: str, info: Mapping[str, Any], place: Path, state: 
     state[name] = version
 
 
-def _forget(target: Path, start: str, gone: Sequence[str], state: dict[str, str]) -> None:
-    """Remove mirrored files that the server no longer has: a scan that was withdrawn must not live on here."""
+def _forget(address: str, target: Path, start: str, gone: Sequence[str], state: dict[str, str]) -> None:
+    """Remove mirrored files that the server no longer has: a scan that was withdrawn must not live on here.
+
+    Raises:
+        UserError: most of the mirror would go, as where a server shows a part of its folder.
+    """
+    if len(gone) > max(10, len(state) // 2):
+        raise UserError(
+            f"{address} no longer shows {len(gone)} of {len(state)} mirrored files; if that is meant, remove its mirror"
+            f" {target}"
+        )
     for name in gone:
         _place(target, name, start).unlink(missing_ok=True)
         del state[name]

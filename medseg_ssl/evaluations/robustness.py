@@ -217,6 +217,7 @@ def _altered(
         array_DHW, valid = corrupt(setting.corruption, volume, setting.amount, seed=seed)
     if valid is not None and not valid.any():
         return channel
-    statistics = intensity.statistics(array_DHW, valid, modality=row.modality, unit=row.unit)
-    line = intensity.linear(policy_for(policies, row.modality), statistics, unit=row.unit)
+    unit = intensity.unit_of(row)
+    statistics = intensity.statistics(array_DHW, valid, modality=row.modality, unit=unit)
+    line = intensity.linear(policy_for(policies, row.modality), statistics, unit=unit)
     return Channel(array_DHW, valid, channel.affine_44, line)

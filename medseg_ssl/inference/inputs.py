@@ -97,7 +97,7 @@ def archive_channel(
     valid_DHW = stored_DHW != NO_DATA
     affine_44 = np.array(row.affine_44, dtype=np.float64)
     affine_44[:3, 3] += affine_44[:3, :3] @ np.asarray(start, dtype=np.float64)
-    line = intensity.linear(policy_for(policies, row.modality), row.statistics, unit=row.unit)
+    line = intensity.linear(policy_for(policies, row.modality), row.statistics, unit=intensity.unit_of(row))
     array_DHW = stored_DHW.astype(np.float32) * np.float32(row.scale) + np.float32(row.offset)
     return Channel(array_DHW, None if valid_DHW.all() else valid_DHW, affine_44, line)
 

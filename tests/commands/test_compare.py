@@ -508,7 +508,7 @@ def test_what_starts_from_nothing_is_not_held_back_by_what_spares_pretrained_wei
     folds = labeling.folds_of(config, fakes.archive(), fakes.archive())
     said = notes.notes_of(config, tasks, folds=folds, cards={}, archive=fakes.archive())
     assert (
-        "scratch, scratch_long, other: nothing of it is pretrained, so it is trained whole, at the full rate from the"
+        "scratch, other: nothing of it is pretrained, so it is trained whole, at the full rate from the"
         " first step; tune.name=lora, optim.encoder_lr_scale=0.3, optim.decoder_first=10%, optim.sawtooth=True holds"
         " for what is pretrained alone."
     ) in said

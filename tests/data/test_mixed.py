@@ -10,10 +10,11 @@ import pytest
 
 from medseg_ssl.config import Block, ConfigError, UserError
 from medseg_ssl.data.archive import Archive
-from medseg_ssl.data.prepare import PrepareConfig, _without_names, prepare
+from medseg_ssl.data.prepare import PrepareConfig, prepare
+from medseg_ssl.data.recipe import without_names
 from medseg_ssl.data.sources.base import Source
 from tests.data.dicom_files import places, write_series
-from tests.data.scans import msd_task
+from tests.data.scans import body, msd_task, save
 from tests.data.test_dicom import noise
 
 
@@ -105,6 +106,7 @@ def test_folders_of_days_and_kinds_are_no_subjects(tmp_path):
     touch(tmp_path, "p01/day1/T1.nii.gz", "p01/day2/T1.nii.gz", "p01/flair/FLAIR.nii.gz", "p01/T2.nii.gz")
     touch(tmp_path, "site/p01/mri/T1.nii.gz", "site/p02/mri/T1.nii.gz", "site/p02/20200131/CT.nii.gz")
     touch(tmp_path, "set/day1/p3_T1.nii.gz", "T1/baseline/T1.nii.gz")
+    touch(tmp_path, "hospital/12345678/T1.nii.gz", "hospital/87654321/T1.nii.gz", "trial/scan_001/T1.nii.gz")
     listed = listing(tmp_path)
     found = {c.name: c.scans[0].subject for c in listed.cases}
     assert {
@@ -113,9 +115,33 @@ def test_folders_of_days_and_kinds_are_no_subjects(tmp_path):
     assert found["site/p01/mri/T1.nii.gz"] == "site/p01"
     assert {found["site/p02/mri/T1.nii.gz"], found["site/p02/20200131/CT.nii.gz"]} == {"site/p02"}
     assert found["set/day1/p3_T1.nii.gz"] == "set/p3"
+    numbers = ("hospital/12345678", "hospital/87654321", "trial/scan_001")
+    assert [found[f"{n}/T1.nii.gz"] for n in numbers] == list(numbers), (
+        "these are names of subjects, not days"
+    )
     [(path, reason)] = [r for r in listed.rejected if r[0].name == "T1.nii.gz"]
     assert path.parent.name == "baseline"
     assert reason == "neither its name nor its folders tell whose scan it is; source.folders can explain them"
+
+
+def test_an_archive_of_an_earlier_version_goes_on(tmp_path):
+    """Its recipe held an empty list that no recipe holds any more."""
+    save(tmp_path / "raw/a/p1_T1.nii.gz", body(1))
+    config = PrepareConfig.model_validate(
+        {"source": {"name": "mixed"}, "split": {"test": 0, "development": 0}}
+    )
+    out = prepare(config, [tmp_path / "raw"], tmp_path / "out")
+    for file, at in (
+        (out / "archive.json", ("recipe", "source")),
+        (out / "private/recipe.json", ("source",)),
+    ):
+        tree = json.loads(file.read_text())
+        block = tree
+        for key in at:
+            block = block[key]
+        block["dicom"]["test_subjects"] = []
+        file.write_text(json.dumps(tree))
+    assert len(Archive.open(prepare(config, [tmp_path / "raw"], out)).scans) == 1
 
 
 def test_patients_reserved_for_test_stand_in_one_place_and_in_no_archive():
@@ -127,7 +153,7 @@ def test_patients_reserved_for_test_stand_in_one_place_and_in_no_archive():
         "test_subjects": ["a"],
         "folders": {},
     }
-    assert _without_names(names) == {"dicom": {"minimum_slices": 8}}
+    assert without_names(names) == {"dicom": {"minimum_slices": 8}}
 
 
 def test_names_of_folders_stay_out_of_the_recipe():

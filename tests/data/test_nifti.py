@@ -198,6 +198,7 @@ def test_without_qform_and_sform_the_first_axis_runs_to_the_right(tmp_path, ramp
         (0, 1.5, 1.5),
         (1, 1.5, 1.5),
         (3, 1.5, 1.5),
+        (3, 4.07, 4.07),
         (11, 50.0, 0.05),
     ],
 )

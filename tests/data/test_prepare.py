@@ -223,6 +223,17 @@ def test_a_subject_in_two_splits(tmp_path):
         made(tmp_path, split={**SPLIT, "test_subjects": ["nobody"]})
 
 
+def test_a_source_may_reserve_a_subject_of_one_of_two_roots(tmp_path):
+    first, second = msd_task(tmp_path / "raw", 3), msd_task(tmp_path / "more", 5)
+    for i in range(5):
+        save(second / "imagesTr" / f"case_{i:03d}.nii.gz", body(50 + i))
+    source = {"name": "msd", "test_subjects": ["case_004"]}
+    archive = made(tmp_path, source, roots=[first, second], split={"test": 0, "development": 0})
+    assert len(archive.split().test) == 1
+    with pytest.raises(ConfigError, match=r"source\.test_subjects names 'case_04', which no root holds"):
+        prepare(config({"name": "msd", "test_subjects": ["case_04"]}), [first, second], tmp_path / "other")
+
+
 def test_two_names_for_one_scan_cannot_part(tmp_path):
     msd_task(tmp_path / "raw", 4)
     for name in ("case_001", "case_002"):

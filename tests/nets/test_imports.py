@@ -529,7 +529,11 @@ def test_monai_whole_network(tmp_path, options):
         assert_equal([net.out(decoder.double()(maps)[0])], [net(image)])
 
 
-@pytest.mark.parametrize("options", [{}, {"use_v2": True, "downsample": "mergingv2"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"use_v2": True, "downsample": "mergingv2"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_monai_volumes_have_other_axes_than_ours(tmp_path, options):
     """What MONAI's network says of x, y, z, ours says of z, y, x."""
     net = swin_unetr(**{"window_size": 2, **options}).double()

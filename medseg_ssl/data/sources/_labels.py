@@ -86,19 +86,19 @@ class TaskConfig(SourceConfig):
         )
 
 
-def reserved_subjects(names: Iterable[str], cases: Iterable[RawCase], root: Path) -> frozenset[str]:
+def reserved_subjects(
+    names: Iterable[str], cases: Iterable[RawCase]
+) -> tuple[frozenset[str], frozenset[str]]:
     """The subjects that a config reserves for test, by their own name or by that of one of their cases.
 
-    Raises:
-        UserError: a name that is neither.
+    Returns:
+        The subjects, and the names that are neither (another root may hold them).
     """
     of_case = {case.name: case.scans[0].subject for case in cases}
     # a subject's own name goes before the case of another that happens to have it
     known = of_case | {subject: subject for subject in of_case.values()}
-    unknown = sorted(set(names) - known.keys())
-    if unknown:
-        raise UserError(f"source.test_subjects names {unknown[0]!r}, which is not below {root}")
-    return frozenset(known[name] for name in names)
+    wanted = set(names)
+    return frozenset(known[name] for name in wanted & known.keys()), frozenset(wanted - known.keys())
 
 
 def class_values(chosen: Iterable[int | str], classes: Mapping[int, str]) -> frozenset[int]:

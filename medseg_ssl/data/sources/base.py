@@ -94,6 +94,7 @@ class Listing:
         ignored_values: label values of voxels that nobody classified (nnU-Net's ``ignore``).
         rejected: files that cannot be a scan, with the reason.
         test_subjects: subjects a source reserves for test (a public test split), never used for training.
+        unknown_test_subjects: names of the config for such subjects that this root does not hold; another may.
     """
 
     cases: tuple[RawCase, ...]
@@ -104,6 +105,7 @@ class Listing:
     ignored_values: frozenset[int] = frozenset()
     rejected: tuple[tuple[Path, str], ...] = ()
     test_subjects: frozenset[str] = frozenset()
+    unknown_test_subjects: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

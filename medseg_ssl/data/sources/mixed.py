@@ -35,8 +35,9 @@ _LABEL = re.compile(
     r"(?i)(?:.+[_\-. ])?(?:auto|manual)?(?:masks?|seg|segmentation|labels?|lesions?|roi|gt|gtv)"
 )
 _NO_SUBJECT = re.compile(
-    rf"(?i)(?:ses(?:sion)?|visit|day|week|month|year|tp|time[-_ ]?point|scan|study|exam|baseline|follow[-_ ]?up"
-    rf"|pre[-_ ]?op|post[-_ ]?op)[-_ ]?[a-z]?\d*|\d{{8}}|\d{{4}}-\d{{2}}-\d{{2}}"
+    rf"(?i)(?:ses(?:sion)?|visit|day|week|month|year|tp|time[-_ ]?point|baseline|follow[-_ ]?up"
+    rf"|pre[-_ ]?op|post[-_ ]?op)[-_ ]?[a-z]?\d*"
+    rf"|(?:19|20)\d{{2}}(?P<dash>-?)(?:0[1-9]|1[0-2])(?P=dash)(?:0[1-9]|[12]\d|3[01])"
     rf"|mri?|anat|nii|nifti|niftis|raw|orig|images?|volumes?|{KNOWN_NAMES}"
 )
 """Folders between a subject's and its files: sessions, days, kinds of data."""
@@ -167,6 +168,11 @@ class Mixed(Source):
             yield Listing((), rejected=tuple((p, reason) for p in _below(self.files(part.folder), part.owns)))
             return
         prefix = "" if self.config.shared_subjects else f"{part.folder.relative_to(root).as_posix()}/"
+        if found.unknown_test_subjects:
+            unknown = sorted(found.unknown_test_subjects)[0]
+            raise UserError(
+                f"source.folders: test_subjects names {unknown!r}, which is not below {part.folder}"
+            )
         yield _without_labels(found, prefix=prefix)
 
     def _loose(self, volumes: Iterable[Path], root: Path) -> Listing:

@@ -66,13 +66,15 @@ class MSD(Source):
                 f"no scan in {root}: dataset.json names {len(listed)} images, and none of them is there"
             )
         check_reserved(train, test, root)
+        reserved, unknown = reserved_subjects(self.config.test_subjects, cases)
         return Listing(
             cases=tuple(cases),
             classes=classes if any(c.label for c in cases) else {},
             relation="registered" if len(channels) > 1 else None,
             unknown_when_absent=class_values(self.config.unknown_when_absent, classes),
             rejected=tuple(rejected),
-            test_subjects=reserved_subjects(self.config.test_subjects, cases, root) | test,
+            test_subjects=reserved | test,
+            unknown_test_subjects=unknown,
         )
 
     def _case(self, image: Path, label: Path | None, channels: tuple[Kind, ...]) -> RawCase:

@@ -57,6 +57,7 @@ class NNUNet(Source):
             reason = f"; {rejected[0][0].name}: {rejected[0][1]}" if rejected else ""
             raise UserError(f"no scan in {root}: imagesTr holds no complete case CASE_0000{ending}{reason}")
         check_reserved(subjects["Tr"], subjects["Ts"], root)
+        reserved, unknown = reserved_subjects(self.config.test_subjects, cases)
         return Listing(
             cases=tuple(cases),
             classes=classes if any(c.label for c in cases) else {},
@@ -64,7 +65,8 @@ class NNUNet(Source):
             unknown_when_absent=class_values(self.config.unknown_when_absent, classes),
             ignored_values=ignored,
             rejected=tuple(rejected),
-            test_subjects=reserved_subjects(self.config.test_subjects, cases, root) | subjects["Ts"],
+            test_subjects=reserved | subjects["Ts"],
+            unknown_test_subjects=unknown,
         )
 
 
