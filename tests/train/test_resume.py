@@ -27,7 +27,10 @@ from tests.train.archives import quick_templates, write_archive
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
 
-LIKE_MAE = ("genesis", "simmim", "swinunetr", "volume_fusion")
+LIKE_MAE = (
+    *("genesis", "simmim", "swinunetr", "volume_fusion"),
+    *("spark", "mae_tokens", "segmentation", "distillation"),
+)
 """Networks and a loss, as ``mae`` has them, and nothing else that could be lost: broken off in slow tests."""
 
 
