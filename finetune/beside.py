@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.inference.predictor import Predictor
 
-ROBUSTNESS, CALIBRATION = "robustness.csv", "calibration.csv"
+ROBUSTNESS, CALIBRATION, RELIABILITY = "robustness.csv", "calibration.csv", "reliability.csv"
 MISSING, MISSING_SCORES = "missing_modalities.csv", "missing.csv"
 MISSING_COLUMNS = ("given", "case", *METRIC_COLUMNS)
 SUBGROUPS, FORGETTING = "subgroups.csv", "forgetting.csv"
@@ -92,7 +92,7 @@ def write_calibration(
     bins = evaluation.cases(predictor, archive, cases, on_case=on_case)
     rows = calibration.case_rows(bins)
     write_csv(out / "calibration_cases.csv", rows, columns=calibration.CASE_COLUMNS)
-    write_csv(out / "reliability.csv", calibration.reliability_table(bins), columns=calibration.BIN_COLUMNS)
+    write_csv(out / RELIABILITY, calibration.reliability_table(bins), columns=calibration.BIN_COLUMNS)
     write_csv(
         out / CALIBRATION,
         calibration.calibration_table(rows, subjects=_subjects(archive, cases)),

@@ -3,7 +3,8 @@ and class.
 
 Every label is met in its own space. ``cases.csv`` holds a row per case and class, ``summary.json`` the means
 over the classes of a case, then over cases. Beside them, where asked for, also later: ``robustness.csv``,
-``calibration.csv``, ``missing_modalities.csv``, ``subgroups.csv`` and ``forgetting.csv``.
+``calibration.csv``, ``missing_modalities.csv``, ``subgroups.csv`` and ``forgetting.csv``. ``report.html`` shows
+all of them and opens offline.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from medseg_ssl.inference.predictor import Predictor
 
     from . import beside
+    from .evaluated import PAGE, write_page
 
     load = partial(Predictor.load, device=args.device, precision=args.precision, flips=args.flips)
     predictor = load(args.segmenter)
@@ -151,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         and all((args.out / n).is_file() for n, asked in wanted.items() if asked)
     ):
         console.print(f"{args.out} already holds these results")
+        if not (args.out / PAGE).is_file():  # made by an earlier version
+            write_page(args.out)
         return args.out
     if not complete:
         _score(console, args, archive, predictor, cases, identity, conditions=conditions)
@@ -179,6 +183,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             )
     if args.by:
         beside.write_subgroups(args.out, archive, cases, by=args.by)
+    page = write_page(args.out)
+    console.print(f"to look at: {page}", markup=False, highlight=False, soft_wrap=True)
     return args.out
 
 

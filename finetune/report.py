@@ -1,6 +1,7 @@
 """``medseg-ssl report RUN… --out HTML``: pictures and tables of any runs, in one file that opens offline.
 
-RUN is the folder of a comparison (finished or not), of a transfer matrix, of a pretraining or of a fine-tuning.
+RUN is the folder of a comparison (finished or not), of a transfer matrix, of a pretraining, of a fine-tuning or of
+``evaluate``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from medseg_ssl.analysis.evaluation_page import evaluation_sections
 from medseg_ssl.analysis.page import Picture
 from medseg_ssl.analysis.report import Run, comparison_page, runs_page
 from medseg_ssl.analysis.tables import write_text
@@ -22,6 +24,7 @@ from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError, UserError
 
 from .comparison_tables import PLAN, VOLUMES_BYTES, Read, read_comparison, read_losses, read_metrics
+from .evaluated import is_evaluation, read_evaluation
 from .transfer_tables import MATRIX, read_transfer, target_folders
 
 PICTURES_PER_RUN = 6
@@ -117,13 +120,24 @@ def main(argv: Sequence[str] | None = None) -> Path:
         # the comparisons stand below on the same page
         found = read_transfer(run, {name: of_folder[f] for name, f in target_folders(run).items()}).page
         transfers.append((found.title, transfer_sections(found, name=f"transfer{len(transfers)}")))
-    known = {run for run in args.runs if (run / MATRIX).is_file() or run in folders}
+    evaluations = []
+    for run in filter(is_evaluation, args.runs):
+        found = read_evaluation(run)
+        evaluations.append((found.title, evaluation_sections(found, name=f"evaluation{len(evaluations)}")))
+    known = {run for run in args.runs if (run / MATRIX).is_file() or run in folders or is_evaluation(run)}
     runs = [read_run(run) for run in args.runs if run not in known]
-    if len(comparisons) == 1 and not runs and not transfers:
+    if len(comparisons) == 1 and not (runs or transfers or evaluations):
         write_text(args.out, comparison_page(comparisons[0]))
     else:
         tasks = _over_tasks(folders, read) if len(folders) > 1 else ""
-        page = runs_page("Runs", runs=runs, comparisons=comparisons, transfers=transfers, tasks=tasks)
+        page = runs_page(
+            "Runs",
+            runs=runs,
+            comparisons=comparisons,
+            transfers=transfers,
+            evaluations=evaluations,
+            tasks=tasks,
+        )
         write_text(args.out, page)
     Console(stderr=True).print(f"report: {args.out}", markup=False, highlight=False)
     return args.out

@@ -70,7 +70,7 @@ def differences_table(summary: Mapping[str, Any]) -> str:
     tests = [
         [f"{text(c['init'])} − {text(c['baseline'])}", scopes[c["scope"]], counts_text(c)]
         + [
-            _p(c[name]) if _judged(c) else "–"
+            p_cell(c[name]) if _judged(c) else "–"
             for name in ("p", "p_holm", "t_p", "wilcoxon_p", "wilcoxon_p_holm")
         ]
         for c in found
@@ -201,7 +201,8 @@ def interval_cell(mean: float, low: float, high: float, *, sign: bool = False) -
     return f"{mean:{form}}{ends}"
 
 
-def _p(value: float) -> str:
+def p_cell(value: float) -> str:
+    """``0.012``, or that it is below 0.001; empty for NaN."""
     if math.isnan(value):
         return ""
     return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"

@@ -103,7 +103,7 @@ def curve_figure(
     shown: dict[str, Any] = {"title": {"text": label}, "gridcolor": GRID}
     if (limits := _limits(found, metric)) is not None:
         shown["range"] = list(limits)
-    return {"data": traces, "layout": _layout(axis, shown)}
+    return {"data": traces, "layout": layout(axis, shown)}
 
 
 def _limits(found: Mapping[str, Sequence[Row]], metric: str) -> tuple[float, float] | None:
@@ -136,7 +136,7 @@ def loss_figure(losses: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, 
         for place, (name, points) in enumerate(losses.items())
     ]
     x_axis = {"title": {"text": "step"}, "gridcolor": GRID}
-    return {"data": traces, "layout": _layout(x_axis, {"title": {"text": "loss"}, "gridcolor": GRID})}
+    return {"data": traces, "layout": layout(x_axis, {"title": {"text": "loss"}, "gridcolor": GRID})}
 
 
 def heat_map(
@@ -164,11 +164,11 @@ def heat_map(
     if gain:
         trace["zmid"] = 0
     axis = {"type": "category", "showgrid": False, "automargin": True}
-    layout = _layout(
+    axes = layout(
         axis | {"title": {"text": "source: pretrained on" if gain else "init"}},
         axis | {"title": {"text": "target"}, "autorange": "reversed"},
     )
-    return {"data": [trace], "layout": layout | {"showlegend": False}}
+    return {"data": [trace], "layout": axes | {"showlegend": False}}
 
 
 def _is_empty(cell: Row | None) -> bool:
@@ -225,7 +225,8 @@ def heat_map_png(
     return _png(drawn)
 
 
-def _layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
+def layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
+    """What all figures share, around two axes."""
     return {
         "xaxis": x_axis | {"zeroline": False, "linecolor": GRID},
         "yaxis": y_axis | {"zeroline": False, "linecolor": GRID},

@@ -180,15 +180,17 @@ def runs_page(
     runs: Sequence[Run] = (),
     comparisons: Sequence[Comparison] = (),
     transfers: Sequence[tuple[str, Sequence[str]]] = (),
+    evaluations: Sequence[tuple[str, Sequence[str]]] = (),
     tasks: str = "",
 ) -> str:
-    """One page of any runs: transfer matrices first, then comparisons, the losses of all runs, and each run.
+    """One page of any runs: transfer matrices first, comparisons, evaluations, the losses of all runs, and each run.
 
     Args:
         title: heading.
         runs: pretrainings and fine-tunings.
         comparisons: of any tasks.
         transfers: heading and sections of each (``transfer_page.transfer_sections``).
+        evaluations: likewise (``evaluation_page.evaluation_sections``).
         tasks: HTML that sums up the comparisons of several tasks.
     """
     sections = [MAP, section("Over all tasks", tasks)]
@@ -197,6 +199,8 @@ def runs_page(
     for number, comparison in enumerate(comparisons):
         sections.append(f"<h1>{text(comparison.title)}</h1>")
         sections += comparison_sections(comparison, prefix=f"curve{number}")
+    for heading, parts in evaluations:
+        sections += [f"<h1>{text(heading)}</h1>", *parts]
     losses = {run.name: run.losses for run in runs if run.losses}
     if losses:
         sections.append(section("Loss", figure("runs-loss", {"loss": loss_figure(losses)})))

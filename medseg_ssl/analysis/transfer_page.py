@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medseg_ssl.analysis.comparison_html import UNJUDGED, counts_text, interval_cell
+from medseg_ssl.analysis.comparison_html import UNJUDGED, counts_text, interval_cell, p_cell
 from medseg_ssl.analysis.figures import heat_map
 from medseg_ssl.analysis.page import details, figure, inline, made_again, page, section, table, text
 from medseg_ssl.analysis.report import MANY, MAP
@@ -325,7 +325,7 @@ def _signed(value: float | None) -> str:
 
 def _p_cells(item: Row) -> list[str]:
     """The cells of p and of Holm's; a dash where the interval covers too little for a verdict."""
-    return [_p(item[name]) if item["covers"] in JUDGED else "–" for name in ("p", "p_holm")]
+    return [p_cell(item[name]) if item["covers"] in JUDGED else "–" for name in ("p", "p_holm")]
 
 
 def _unjudged(items: Sequence[Row]) -> str:
@@ -334,9 +334,3 @@ def _unjudged(items: Sequence[Row]) -> str:
     thin = [item for item in open_ if min(item["cases"], item["draws"]) < 2]
     unequal = " Of two gains one alone covers new pretrainings: no p." if len(thin) < len(open_) else ""
     return (f" {UNJUDGED}: no p." if thin else "") + unequal
-
-
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"

@@ -279,6 +279,7 @@ def test_tables_beside_the_cases_come_later_once_and_go_on(world, monkeypatch):
     folder, _ = world
     out = run(folder)
     before = (out / "cases.csv").stat().st_mtime_ns
+    assert "<h2>Robustness</h2>" not in (out / "report.html").read_text()
     run(folder, "--robustness", "--calibration", "--by", "modality")
     assert (out / "cases.csv").stat().st_mtime_ns == before
     table = rows_of(out / "robustness.csv")
@@ -298,7 +299,9 @@ def test_tables_beside_the_cases_come_later_once_and_go_on(world, monkeypatch):
     assert (out / "robustness.csv").read_text() == whole
     assert (out / "robustness_cases" / "noise-1.csv").stat().st_mtime_ns == kept
     assert {r["by"] for r in rows_of(out / "subgroups.csv")} == {"modality", "unit"}
-    for file in out.rglob("*.csv"):
+    page = (out / "report.html").read_text()
+    assert all(f"<h2>{part}</h2>" in page for part in ("Robustness", "Calibration", "Subgroups"))
+    for file in (*out.rglob("*.csv"), out / "report.html"):
         assert str(folder) not in file.read_text()
 
 

@@ -1,0 +1,340 @@
+"""The page of one evaluated segmenter: scores, worst cases, and what was asked for beside them.
+
+Robustness, calibration, missing channels, subgroups and forgetting each have a section where their table is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from medseg_ssl.analysis.change import OVER_CLASSES
+from medseg_ssl.analysis.comparison_html import METRIC_LABELS, interval_cell, p_cell
+from medseg_ssl.analysis.figures import COLOURS, GRID, layout
+from medseg_ssl.analysis.page import details, figure, made_again, page, section, sortable, table, text
+from medseg_ssl.analysis.report import MAP
+
+Row = Mapping[str, Any]
+
+CHANGE_CAPTION = (
+    "Mean over classes, cases of a subject averaged, paired by subject; bars and small print are 95 % intervals for "
+    "new subjects. Green and red: the interval excludes 0. p of a paired t-test, corrected (Holm) over the rows of "
+    "one class. 'One-sided' cases have a class with a score on one side alone, such as one that is absent and falsely "
+    "found."
+)
+ROBUSTNESS_CAPTION = (
+    "Severity 1 is the mildest. A disturbance is compared on those scans alone that it touches (a shift in HU leaves "
+    "MR as it is), so the Dice before it differs between rows."
+)
+CALIBRATION_CAPTION = (
+    "Voxels of and near the foreground, labeled or found; every case counts the same. On the dotted line what is "
+    "promised comes; below it, the segmenter is too sure. ECE: expected calibration error, arXiv 1706.04599. "
+    "Overconfidence: mean probability minus frequency."
+)
+SUBGROUP_CAPTION = (
+    "Gap: the group's mean minus that of all other subjects. Groups of few subjects are flagged and not tested, nor "
+    "are groups that share subjects. p of a Mann-Whitney test, corrected (Holm) over the groups; 'all groups' of a "
+    "Kruskal-Wallis test. A group without a finding is not shown to be served equally: few subjects find large gaps "
+    "only."
+)
+FORGETTING_CAPTION = (
+    "What the segmenter that this one continued from scored on the same cases, and what this one does. "
+)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the page shows.
+
+    Attributes:
+        title: heading.
+        summary: of ``summary.json``: ``cases``, ``conditions``, ``metrics`` and ``classes``.
+        cases: rows of ``cases.csv``.
+        robustness: rows of the table of that name, as the others below; empty where it was not asked for.
+        calibration: means.
+        reliability: bins.
+        missing: by subset of the channels.
+        subgroups: by column and group.
+        forgetting: by class.
+        command: how to make it again.
+        made: what else that takes.
+    """
+
+    title: str
+    summary: Mapping[str, Any]
+    cases: Sequence[Row]
+    robustness: Sequence[Row] = ()
+    calibration: Sequence[Row] = ()
+    reliability: Sequence[Row] = ()
+    missing: Sequence[Row] = ()
+    subgroups: Sequence[Row] = ()
+    forgetting: Sequence[Row] = ()
+    command: str = ""
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+
+def evaluation_page(found: Evaluated) -> str:
+    """The page of one evaluation."""
+    return page(found.title, [MAP, *evaluation_sections(found)])
+
+
+def evaluation_sections(found: Evaluated, *, name: str = "evaluation") -> list[str]:
+    """Sections of an evaluation; ``name`` keeps several on one page apart."""
+    notes = "".join(f"<li>{text(note)}</li>" for note in found.summary.get("conditions", ()))
+    robustness = [(_setting(row), row) for row in found.robustness]
+    missing = [(str(row["given"]), row) for row in found.missing]
+    return [
+        f'<ul class="verdicts">{notes}</ul>' if notes else "",
+        section("Scores", _scores(found.summary)),
+        section("Cases, worst first", _worst(found.cases)),
+        section("Robustness", _changes(robustness, "disturbance", f"{name}-robustness", ROBUSTNESS_CAPTION)),
+        section("Calibration", _calibration(found, f"{name}-reliability")),
+        section("Missing channels", _changes(missing, "given", f"{name}-missing", "")),
+        section("Subgroups", _subgroups(found.subgroups)),
+        section("Forgetting", _forgetting(found.forgetting)),
+        section("How to make this again", made_again(found.command, found.made)),
+    ]
+
+
+def _scores(summary: Mapping[str, Any]) -> str:
+    """Means and standard deviations over cases by class, the mean over classes last."""
+    blocks = {**summary["classes"], OVER_CLASSES: summary["metrics"]}
+    shown = [m for m in METRIC_LABELS if any(m in block for block in blocks.values())]
+    rows = []
+    for name, block in blocks.items():
+        cells = [
+            f"{block[m]['mean']:.3f}<small>± {block[m]['std']:.3f}, {block[m]['cases']} cases</small>"
+            if m in block
+            else "–"
+            for m in shown
+        ]
+        rows.append([text(name), *cells])
+    note = (
+        '<p class="caption">Mean ± standard deviation over cases. –: no case has a score, so the class was in none.'
+        "</p>"
+    )
+    return table(["class", *(METRIC_LABELS[m] for m in shown)], rows) + note
+
+
+def _worst(cases: Sequence[Row]) -> str:
+    """Cases by mean Dice over their classes, the lowest first; columns sort on a click."""
+    classes = list(dict.fromkeys(str(row["class"]) for row in cases))
+    by_case: dict[str, dict[str, float]] = {}
+    for row in cases:
+        by_case.setdefault(str(row["case"]), {})[str(row["class"])] = number(row["dice"])
+    means = {}
+    for case, scores in by_case.items():
+        known = [score for score in scores.values() if not math.isnan(score)]
+        means[case] = sum(known) / len(known) if known else math.nan
+    order = sorted(means, key=lambda case: (math.isnan(means[case]), means[case]))
+    rows = [
+        [
+            text(case),
+            *(_plain(value) for value in (means[case], *(by_case[case].get(c, math.nan) for c in classes))),
+        ]
+        for case in order
+    ]
+    head = ["case", "mean Dice", *classes]
+    return sortable(head if len(classes) > 1 else head[:2], [r if len(classes) > 1 else r[:2] for r in rows])
+
+
+def _plain(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
+
+
+def _setting(row: Row) -> str:
+    return str(row["corruption"]) if not row["severity"] else f"{row['corruption']} {row['severity']}"
+
+
+def _changes(rows: Sequence[tuple[str, Row]], head: str, name: str, note: str) -> str:
+    """Differences with their intervals as a figure (a button per class) and a table; other metrics on a click."""
+    if not rows:
+        return ""
+    dice = [(label, row) for label, row in rows if row["metric"] == "dice"]
+    figures = {}
+    for of_class in dict.fromkeys(str(row["class"]) for _, row in dice):
+        figures[of_class] = _change_figure([pair for pair in dice if str(pair[1]["class"]) == of_class])
+    over = [(label, row) for label, row in dice if row["class"] == OVER_CLASSES]
+    rest = [(f"{label}, {row['class']}, {METRIC_LABELS[row['metric']]}", row) for label, row in rows]
+    rest = [pair for pair in rest if pair[1]["class"] != OVER_CLASSES or pair[1]["metric"] != "dice"]
+    caption = f'<p class="caption">{text(f"{note} {CHANGE_CAPTION}".strip())}</p>'
+    more = details("every class and metric", _change_table(rest, head)) if rest else ""
+    return (figure(name, figures) if figures else "") + _change_table(over, head) + caption + more
+
+
+def _change_table(rows: Sequence[tuple[str, Row]], head: str) -> str:
+    cells = []
+    for label, row in rows:
+        amount = f"<small>{row['amount']:g} {text(row['unit'] or '')}</small>" if row.get("severity") else ""
+        low, high = number(row["ci_low"]), number(row["ci_high"])
+        mark = "better" if low > 0 else "worse" if high < 0 else ""
+        difference = interval_cell(number(row["difference"]), low, high, sign=True)
+        cells.append(
+            [
+                text(label) + amount,
+                _plain(number(row["before"])),
+                _plain(number(row["after"])),
+                f'<span class="{mark}">{difference}</span>',
+                p_cell(number(row["p_holm"])),
+                f"{row['subjects']} subjects, {row['cases']} cases",
+                str(row["one_sided"] or ""),
+            ]
+        )
+    return table([head, "before", "after", "difference", "p (Holm)", "compared", "one-sided"], cells)
+
+
+def _change_figure(rows: Sequence[tuple[str, Row]]) -> dict[str, Any]:
+    """Differences in Dice in the order of the rows, with their intervals and a line at no change."""
+    values = [number(row["difference"]) for _, row in rows]
+    ends = [(number(row["ci_low"]), number(row["ci_high"])) for _, row in rows]
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [label for label, _ in rows],
+        "y": values,
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": [0 if math.isnan(high) else high - v for v, (_, high) in zip(values, ends, strict=True)],
+            "arrayminus": [
+                0 if math.isnan(low) else v - low for v, (low, _) in zip(values, ends, strict=True)
+            ],
+            "thickness": 1.6,
+            "width": 5,
+        },
+        "marker": {"size": 9, "color": COLOURS[0]},
+        "customdata": [
+            "no interval" if math.isnan(low) else f"95 % interval {low:+.3f} to {high:+.3f}"
+            for low, high in ends
+        ],
+        "hovertemplate": "<b>%{x}</b><br>%{y:+.3f} Dice, %{customdata}<extra></extra>",
+    }
+    axes = layout(
+        {"type": "category", "gridcolor": GRID, "automargin": True},
+        {"title": {"text": "change in Dice"}, "gridcolor": GRID},
+    )
+    zero = {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "y0": 0,
+        "y1": 0,
+        "line": {"color": "#69707d", "width": 1},
+    }
+    return {"data": [trace], "layout": axes | {"showlegend": False, "shapes": [zero]}}
+
+
+def _calibration(found: Evaluated, name: str) -> str:
+    """Reliability of every class as a figure, and the means with their intervals."""
+    if not found.calibration:
+        return ""
+    measures = list(dict.fromkeys(str(row["measure"]) for row in found.calibration))
+    cells: dict[str, dict[str, Row]] = {}
+    for row in found.calibration:
+        cells.setdefault(str(row["class"]), {})[str(row["measure"])] = row
+    rows = [
+        [
+            text(of_class),
+            *(
+                interval_cell(
+                    *(number(by[m][k]) for k in ("mean", "ci_low", "ci_high")), sign=m == "overconfidence"
+                )
+                for m in measures
+            ),
+            f"{by[measures[0]]['subjects']} subjects, {by[measures[0]]['cases']} cases",
+        ]
+        for of_class, by in cells.items()
+    ]
+    head = ["class", *({"ece": "ECE", "brier": "Brier score"}.get(m, m) for m in measures), "of"]
+    shown = figure(name, {"reliability": _reliability_figure(found.reliability)}) if found.reliability else ""
+    return shown + table(head, rows) + f'<p class="caption">{text(CALIBRATION_CAPTION)}</p>'
+
+
+def _reliability_figure(rows: Sequence[Row]) -> dict[str, Any]:
+    """What share of the voxels is of the class, over the probability it was given; the diagonal is perfect."""
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter", "mode": "lines", "name": "perfect", "x": [0, 1], "y": [0, 1], "hoverinfo": "skip",
+            "line": {"color": "#8a8f98", "width": 1.4, "dash": "dot"},
+        }
+    ]  # fmt: skip
+    for place, of_class in enumerate(dict.fromkeys(str(row["class"]) for row in rows)):
+        own = [row for row in rows if str(row["class"]) == of_class]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": of_class,
+                "x": [number(row["confidence"]) for row in own],
+                "y": [number(row["frequency"]) for row in own],
+                "line": {"color": COLOURS[place % len(COLOURS)], "width": 2.2},
+                "marker": {"size": 8},
+                "customdata": [f"{row['voxels']} voxels of {row['cases']} cases" for row in own],
+                "hovertemplate": "<b>%{fullData.name}</b><br>given %{x:.2f}, true in %{y:.2f}"
+                "<br>%{customdata}<extra></extra>",
+            }
+        )
+    share = {"range": [-0.02, 1.02], "gridcolor": GRID}
+    return {
+        "data": traces,
+        "layout": layout(
+            share | {"title": {"text": "probability given"}},
+            share | {"title": {"text": "share that is of the class"}},
+        ),
+    }
+
+
+def _subgroups(rows: Sequence[Row]) -> str:
+    """A table of Dice by group for every column, over the classes; every class and metric on a click."""
+    if not rows:
+        return ""
+    over = [row for row in rows if row["metric"] == "dice" and row["class"] == OVER_CLASSES]
+    rest = [row for row in rows if row not in over]
+    shown = ""
+    for by in dict.fromkeys(str(row["by"]) for row in over):
+        own = [row for row in over if str(row["by"]) == by]
+        groups = number(own[0]["p_groups"])
+        tested = f", all groups: p {p_cell(groups)}" if not math.isnan(groups) else ", not tested"
+        shown += f"<h3>{text(by)}{tested}</h3>" + _group_table(own)
+    more = details("every class and metric", _group_table(rest, whole=True)) if rest else ""
+    return shown + f'<p class="caption">{text(SUBGROUP_CAPTION)}</p>' + more
+
+
+def _group_table(rows: Sequence[Row], *, whole: bool = False) -> str:
+    cells = []
+    for row in rows:
+        of = f"{row['subjects']} subjects, {row['cases']} cases" + (", few" if row["small"] else "")
+        of += f", {row['shared']} in other groups too" if row["shared"] else ""
+        gap = number(row["gap"])
+        first = [text(row["group"])]
+        if whole:
+            first = [text(f"{row['by']} {row['group']}"), text(row["class"]), METRIC_LABELS[row["metric"]]]
+        cells.append(
+            [
+                *first,
+                interval_cell(*(number(row[k]) for k in ("mean", "ci_low", "ci_high"))),
+                "" if math.isnan(gap) else f"{gap:+.3f}",
+                p_cell(number(row["p_holm"])),
+                of,
+            ]
+        )
+    first = ["group", "class", "metric"] if whole else ["group"]
+    return table([*first, "mean" if whole else "Dice", "gap", "p (Holm)", "of"], cells)
+
+
+def _forgetting(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    dice = [(str(row["class"]), row) for row in rows if row["metric"] == "dice"]
+    rest = [(str(row["class"]), row) for row in rows if row["metric"] != "dice"]
+    caption = f'<p class="caption">{text(FORGETTING_CAPTION + CHANGE_CAPTION)}</p>'
+    more = details("NSD", _change_table(rest, "class")) if rest else ""
+    return _change_table(dice, "class") + caption + more
+
+
+def number(value: object) -> float:
+    """A cell of a table as a number, NaN where it is empty."""
+    return math.nan if value is None or value == "" else float(str(value))
