@@ -23,11 +23,18 @@ def build_decoder(name: str, encoder: Encoder) -> Decoder:
     return cls(cls.Config(), encoder.channels, encoder.strides)
 
 
+def options_for(objective: str) -> dict[str, Any]:
+    """Options of an objective that make its step cheap, where it has them."""
+    cheap = {"points": 64}
+    fields = find("medseg_ssl.objectives", objective, Objective).Config.model_fields
+    return {name: value for name, value in cheap.items() if name in fields}
+
+
 def encoder_for(objective: str) -> dict[str, Any]:
     """Block of the first encoder that an objective can train: a narrow residual one where it will do."""
     needs = find("medseg_ssl.objectives", objective, Objective).needs
     if issubclass(find("medseg_ssl.nets.encoders", "resenc", Encoder), needs):
-        return {"name": "resenc", "features": [8, 16, 32, 64]}
+        return {"name": "resenc", "features": [4, 8, 8, 8]}
     return {
         "name": next(n for n in ENCODERS if issubclass(find("medseg_ssl.nets.encoders", n, Encoder), needs))
     }

@@ -17,6 +17,7 @@ from medseg_ssl.nets import encoder_file
 from tests.train.archives import write_archive
 
 COMMON = [
+    "encoder.features=[4,8,8,8]",
     "objective.size=[16,16,16]",
     "data.batch_size=2",
     "train.accelerator=cpu",

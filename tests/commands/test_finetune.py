@@ -12,6 +12,7 @@ from pretrain.run import main as pretrain
 from tests.train.archives import write_archive
 
 COMMON = [
+    "encoder.features=[4,8,8,8]",
     "objective.size=[16,16,16]",
     "data.batch_size=2",
     "train.accelerator=cpu",
@@ -127,8 +128,7 @@ def test_another_topology_is_refused(world, tmp_path):
             tmp_path / "run",
             "--encoder",
             str(encoder),
-            "encoder.size=s",
-            "objective.size=[64,64,64]",
+            "encoder.features=[8,16,16,16]",
         )
     assert not (tmp_path / "run").exists()
 

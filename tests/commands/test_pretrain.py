@@ -19,6 +19,7 @@ from tests.train.archives import quick_templates, write_archive
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
+    "encoder.features=[4,8,8,8]",
     "objective.size=[16,16,16]",
     "data.batch_size=2",
     "train.steps=4",

@@ -37,7 +37,7 @@ def archive(tmp_path_factory):
 
 def config(**changes):
     tree = {
-        "encoder": {"name": "resenc"},
+        "encoder": {"name": "resenc", "features": [4, 8, 8, 8]},
         "objective": {"name": "mae", "size": [16, 16, 16]},
         "data": {"batch_size": 2},
         "optim": {"lr": 0.05},

@@ -22,6 +22,7 @@ from medseg_ssl.types import ViewSpec
 from tests.train.archives import TEST, TRAIN, write_archive
 
 COMMON = [
+    "encoder.features=[4,8,8,8]",
     "objective.size=[16,16,16]",
     "data.batch_size=4",
     "train.accelerator=cpu",

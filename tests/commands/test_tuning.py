@@ -24,6 +24,7 @@ from tests.shelves import ENCODERS
 from tests.train.archives import write_archive
 
 COMMON = [
+    "encoder.features=[4,8,8,8]",
     "objective.size=[16,16,16]",
     "data.batch_size=2",
     "train.accelerator=cpu",

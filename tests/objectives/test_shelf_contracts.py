@@ -4,6 +4,7 @@ Exact resume is in ``tests/train/test_resume.py``, two processes in ``tests/trai
 """
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from medseg_ssl.train import runtime
 from medseg_ssl.train.settings import TrainConfig
 from pretrain.run import PretrainConfig, build, templates
 from tests.objectives.waiting import NoWaiting
-from tests.shelves import OBJECTIVES, build_encoder, encoder_for
+from tests.shelves import OBJECTIVES, build_encoder, encoder_for, options_for
 from tests.train.archives import TRAIN, quick_templates, write_archive
 
 
@@ -28,11 +29,25 @@ def archive(tmp_path_factory):
     return write_archive(tmp_path_factory.mktemp("objectives") / "archive")
 
 
+@pytest.fixture(scope="module")
+def as_made(archive, tmp_path_factory):
+    """Name of an objective to it with its smallest encoder and a batch, made once."""
+
+    @functools.cache
+    def once(name):
+        with pytest.MonkeyPatch.context() as patch:
+            quick_templates(patch)
+            return made(
+                name, archive, tmp_path_factory.mktemp(name), encoder=encoder_for(name), **options_for(name)
+            )
+
+    return once
+
+
 @pytest.fixture(params=OBJECTIVES)
-def trained(request, archive, tmp_path, monkeypatch):
-    """An objective with its smallest encoder, and a batch as the loader makes it."""
-    quick_templates(monkeypatch)
-    return made(request.param, archive, tmp_path, encoder=encoder_for(request.param))
+def trained(request, as_made):
+    """An objective with its smallest encoder, and a batch as the loader makes it: copies of a test's own."""
+    return copy.deepcopy(as_made(request.param))
 
 
 def made(name, archive, tmp_path, *, encoder, **more):

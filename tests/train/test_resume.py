@@ -21,7 +21,7 @@ from medseg_ssl.nets import encoder_file
 from medseg_ssl.objectives.base import Objective
 from medseg_ssl.train.runtime import Runtime
 from pretrain.run import PretrainConfig, run_pretrain
-from tests.shelves import OBJECTIVES, encoder_for
+from tests.shelves import OBJECTIVES, encoder_for, options_for
 from tests.train.archives import quick_templates, write_archive
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def words(config, run, archive, previous) -> list[str]:
 def tree(name, *, steps=STEPS):
     return {
         "encoder": encoder_for(name),
-        "objective": {"name": name, "size": [16, 16, 16]},
+        "objective": {"name": name, "size": [16, 16, 16], **options_for(name)},
         "data": {"batch_size": 2},
         "train": {
             "steps": steps,
