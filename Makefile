@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/medseg-ssl demo runs/demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "slow and not realdata and not gpu" --timeout 1200
