@@ -16,6 +16,14 @@ def _two_cores():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """Files of tests need not outlive a power cut; tests of a full disk put in a ``fsync`` of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of real volumes; the test is skipped, with the reason, where there is none."""

@@ -1,6 +1,7 @@
 """The house rules that are not a matter of taste: floors, doors for guests, shelves, words."""
 
 import ast
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -56,14 +57,15 @@ def room(module: str) -> str:
     return "ground"
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
-    return found
+    return frozenset(found)
 
 
 @pytest.mark.parametrize(

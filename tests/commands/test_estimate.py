@@ -124,7 +124,8 @@ def test_the_earlier_segmenter_counts():
     assert counted["distillation"] == 2 * counted["segmentation"], "the earlier segmenter answers every crop"
 
 
-@pytest.mark.parametrize("name", ["mean_teacher", pytest.param("distillation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mean_teacher", "distillation"])
 def test_a_copy_is_made_of_networks_that_have_their_adapters(name, monkeypatch):
     """As the run makes it: a teacher without the student's adapters could not follow it."""
     monkeypatch.setattr(estimate, "in_a_process", trying.trial)

@@ -234,8 +234,16 @@ def rebuilt(out: Path) -> tuple[torch.nn.Module, dict]:
     return network.eval(), said
 
 
-@pytest.mark.parametrize("axes", ["xyz", "zyx"])
-@pytest.mark.parametrize("options", [{}, {"v2": True, "merging": "mergingv2"}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "axes"),
+    [
+        ({}, "xyz"),
+        pytest.param({}, "zyx", marks=pytest.mark.slow),
+        pytest.param({"v2": True, "merging": "mergingv2"}, "xyz", marks=pytest.mark.slow),
+        ({"v2": True, "merging": "mergingv2"}, "zyx"),
+    ],
+    ids=str,
+)
 def test_monai_swin_unetr_is_the_segmenter(tmp_path, options, axes):
     pytest.importorskip("einops")
     ours = loaded(SWIN | options, {"name": "swin_unetr"}, classes=3)

@@ -519,7 +519,7 @@ def test_monai_whole_network(tmp_path, options):
     foreign, (encoder, decoder, audit) = bring("monai_swin", path, axes="zyx", merging="merging")
     assert (audit.coverage, audit.decoder_coverage) == (1.0, 1.0)
     assert foreign.unused == ("out.conv.conv.weight", "out.conv.conv.bias")
-    image = torch.randn(1, 1, 32, 64, 32, dtype=torch.float64)
+    image = torch.randn(1, 1, 32, 32, 64, dtype=torch.float64)
     net.double()
     encoder.double()
     with torch.no_grad():
@@ -544,7 +544,7 @@ def test_monai_volumes_have_other_axes_than_ours(tmp_path, options):
     torch.save({"state_dict": net.state_dict()}, path)
     merging = options.get("downsample", "merging")
     _, (encoder, decoder, _) = bring("monai_swin", path, merging=merging)
-    image = torch.randn(1, 1, 32, 64, 96, dtype=torch.float64)
+    image = torch.randn(1, 1, 32, 32, 64, dtype=torch.float64)
     with torch.no_grad():
         maps = encoder.double()(image)
         theirs = [net.encoder1(reverse(image)), *net.swinViT(reverse(image), normalize=True)]

@@ -14,7 +14,8 @@ CROSS = [
 """The whole grid; by default each encoder with one decoder and each decoder with one encoder."""
 PATCH_ENCODERS = [e for e in ENCODERS if isinstance(build_encoder(e), PatchEncoder)]
 TOKEN_ENCODERS = [e for e in ENCODERS if isinstance(build_encoder(e), TokenEncoder)]
-SIZES = [(32, 32, 32), (17, 25, 30), (1, 40, 33)]
+ODD = (17, 25, 30)
+SIZES = [(32, 32, 32), ODD, (1, 40, 33)]
 """Even, odd, and a single slice."""
 
 
@@ -142,8 +143,17 @@ def test_tokens_that_are_dropped_have_no_influence(name, size):
         assert torch.allclose(encoder.tokens(image, keep_BK[:, order]), seen[:, order], atol=1e-4)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize(("encoder_name", "decoder_name"), PAIRS)
+@pytest.mark.parametrize(
+    ("encoder_name", "decoder_name", "size"),
+    [
+        pytest.param(
+            e, d, size, marks=[] if e == "resenc" or d == "unet" or size == ODD else [pytest.mark.slow]
+        )
+        for e, d in PAIRS
+        for size in SIZES
+    ],
+    ids=str,
+)
 def test_decoder_returns_every_level_it_promises(encoder_name, decoder_name, size):
     encoder = build_encoder(encoder_name)
     decoder = build_decoder(decoder_name, encoder)
