@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from medseg_ssl.inference.predictor import Predictor
 
     from . import beside
-    from .evaluated import PAGE, write_page
+    from .evaluated import SUMMARY, write_page
 
     load = partial(Predictor.load, device=args.device, precision=args.precision, flips=args.flips)
     predictor = load(args.segmenter)
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "flips": args.flips,
         "task": args.task or archive.fingerprint[:12],
     }
-    complete = claim(args.out, identity, complete="summary.json")
+    complete = claim(args.out, identity, complete=SUMMARY)
     wanted = {
         beside.ROBUSTNESS: args.robustness,
         beside.CALIBRATION: args.calibration,
@@ -153,8 +153,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         and all((args.out / n).is_file() for n, asked in wanted.items() if asked)
     ):
         console.print(f"{args.out} already holds these results")
-        if not (args.out / PAGE).is_file():  # made by an earlier version
-            write_page(args.out)
+        write_page(args.out)  # an interrupted call may have left tables that it does not show
         return args.out
     if not complete:
         _score(console, args, archive, predictor, cases, identity, conditions=conditions)
@@ -276,7 +275,11 @@ def _score(
 ) -> None:
     """Write ``cases.csv`` and ``summary.json``, and show the means."""
     from medseg_ssl.evaluations.segmentation import evaluate_cases
+    from medseg_ssl.train.run_folder import describe_environment
 
+    from .evaluated import CASES, ENVIRONMENT, SUMMARY
+
+    write_json(args.out / ENVIRONMENT, describe_environment(args.device))
     with _progress(console) as progress:
         bar = progress.add_task("cases", total=len(cases))
         rows = evaluate_cases(
@@ -287,11 +290,11 @@ def _score(
             on_case=lambda _: progress.advance(bar),
         )
     origin = _origin(predictor.card, archive, cases) | {"task": identity["task"]}
-    write_csv(args.out / "cases.csv", ({**origin, **row} for row in rows), columns=CASE_COLUMNS)
+    write_csv(args.out / CASES, ({**origin, **row} for row in rows), columns=CASE_COLUMNS)
     summary = _summary(rows, archive.classes)
     # last, since its presence says that all is there
     write_json(
-        args.out / "summary.json",
+        args.out / SUMMARY,
         {**identity, **origin, "cases": len(cases), "conditions": list(conditions), **summary},
     )
     _show(console, summary, title=f"{len(cases)} cases, {args.subset} of {args.split!r}")

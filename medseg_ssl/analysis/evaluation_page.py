@@ -13,34 +13,42 @@ from typing import Any
 from medseg_ssl.analysis.change import OVER_CLASSES
 from medseg_ssl.analysis.comparison_html import METRIC_LABELS, interval_cell, p_cell
 from medseg_ssl.analysis.figures import COLOURS, GRID, layout
+from medseg_ssl.analysis.metrics import case_means
 from medseg_ssl.analysis.page import details, figure, made_again, page, section, sortable, table, text
 from medseg_ssl.analysis.report import MAP
 
 Row = Mapping[str, Any]
 
 CHANGE_CAPTION = (
-    "Mean over classes, cases of a subject averaged, paired by subject; bars and small print are 95 % intervals for "
-    "new subjects. Green and red: the interval excludes 0. p of a paired t-test, corrected (Holm) over the rows of "
-    "one class. 'One-sided' cases have a class with a score on one side alone, such as one that is absent and falsely "
-    "found."
+    "Cases of a subject averaged, paired by subject; small print and bars are 95 % intervals for new subjects. "
+    "Green and red: the interval excludes 0. p of a paired t-test. 'One-sided' cases have a class with a score on "
+    "one side alone, such as one that is absent and falsely found. "
 )
 ROBUSTNESS_CAPTION = (
-    "Severity 1 is the mildest. A disturbance is compared on those scans alone that it touches (a shift in HU leaves "
-    "MR as it is), so the Dice before it differs between rows."
+    "From the scans as they are to the disturbed ones; severity 1 is the mildest. A disturbance is compared on "
+    "those scans alone that it touches (a shift in HU leaves MR as it is). Holm's correction is over the "
+    "disturbances of a class."
+)
+MISSING_CAPTION = (
+    "From all channels to those in the first column, the others zero. Holm's correction is over the subsets of a "
+    "class."
+)
+FORGETTING_CAPTION = (
+    "From the segmenter that this one continued from to this one, on the cases that both know. Holm's correction is "
+    "over the rows."
 )
 CALIBRATION_CAPTION = (
-    "Voxels of and near the foreground, labeled or found; every case counts the same. On the dotted line what is "
-    "promised comes; below it, the segmenter is too sure. ECE: expected calibration error, arXiv 1706.04599. "
+    "Voxels of and near the foreground, labeled or found. Figure: every case counts the same; on the dotted line "
+    "what is promised comes, below it the segmenter is too sure. Table: means over subjects, whose cases are "
+    "averaged first, with 95 % intervals for new subjects. ECE: expected calibration error, arXiv 1706.04599. "
     "Overconfidence: mean probability minus frequency."
 )
 SUBGROUP_CAPTION = (
-    "Gap: the group's mean minus that of all other subjects. Groups of few subjects are flagged and not tested, nor "
-    "are groups that share subjects. p of a Mann-Whitney test, corrected (Holm) over the groups; 'all groups' of a "
-    "Kruskal-Wallis test. A group without a finding is not shown to be served equally: few subjects find large gaps "
-    "only."
-)
-FORGETTING_CAPTION = (
-    "What the segmenter that this one continued from scored on the same cases, and what this one does. "
+    "Means over subjects, whose cases of a group are averaged first, with 95 % intervals for new subjects. Gap: the "
+    "group's mean minus that of all other subjects. Groups of few subjects are flagged and not tested; where others "
+    "share subjects, nothing is tested. p of a Mann-Whitney test, corrected (Holm) over the groups; 'all groups' of "
+    "a Kruskal-Wallis test. A group without a finding is not shown to be served equally: few subjects find large "
+    "gaps only."
 )
 
 
@@ -85,15 +93,16 @@ def evaluation_sections(found: Evaluated, *, name: str = "evaluation") -> list[s
     notes = "".join(f"<li>{text(note)}</li>" for note in found.summary.get("conditions", ()))
     robustness = [(_setting(row), row) for row in found.robustness]
     missing = [(str(row["given"]), row) for row in found.missing]
+    forgetting = [(str(row["class"]), row) for row in found.forgetting]
     return [
         f'<ul class="verdicts">{notes}</ul>' if notes else "",
         section("Scores", _scores(found.summary)),
         section("Cases, worst first", _worst(found.cases)),
         section("Robustness", _changes(robustness, "disturbance", f"{name}-robustness", ROBUSTNESS_CAPTION)),
         section("Calibration", _calibration(found, f"{name}-reliability")),
-        section("Missing channels", _changes(missing, "given", f"{name}-missing", "")),
+        section("Missing channels", _changes(missing, "given", f"{name}-missing", MISSING_CAPTION)),
         section("Subgroups", _subgroups(found.subgroups)),
-        section("Forgetting", _forgetting(found.forgetting)),
+        section("Forgetting", _forgetting(forgetting)),
         section("How to make this again", made_again(found.command, found.made)),
     ]
 
@@ -104,18 +113,29 @@ def _scores(summary: Mapping[str, Any]) -> str:
     shown = [m for m in METRIC_LABELS if any(m in block for block in blocks.values())]
     rows = []
     for name, block in blocks.items():
-        cells = [
-            f"{block[m]['mean']:.3f}<small>± {block[m]['std']:.3f}, {block[m]['cases']} cases</small>"
-            if m in block
-            else "–"
-            for m in shown
-        ]
+        cells = [_spread(**block[m]) if m in block else "–" for m in shown]
         rows.append([text(name), *cells])
     note = (
-        '<p class="caption">Mean ± standard deviation over cases. –: no case has a score, so the class was in none.'
-        "</p>"
+        '<p class="caption">Mean ± standard deviation over cases. –: no case has a score: the class was absent, '
+        "and not found, or unknown in all of them.</p>"
     )
     return table(["class", *(METRIC_LABELS[m] for m in shown)], rows) + note
+
+
+def _spread(mean: float, std: float, cases: int) -> str:
+    deviation = f"± {std:.3f}, " if cases > 1 else ""
+    return f"{mean:.3f}<small>{deviation}{_count(cases, 'case')}</small>"
+
+
+def _count(number_of: object, what: str) -> str:
+    """``1 case``, ``2 cases``."""
+    return f"{text(number_of)} {what}{'' if str(number_of) == '1' else 's'}"
+
+
+def _of(row: Row) -> str:
+    """How many subjects and cases; an earlier version did not count subjects."""
+    subjects = row.get("subjects")
+    return (f"{_count(subjects, 'subject')}, " if subjects is not None else "") + _count(row["cases"], "case")
 
 
 def _worst(cases: Sequence[Row]) -> str:
@@ -124,10 +144,8 @@ def _worst(cases: Sequence[Row]) -> str:
     by_case: dict[str, dict[str, float]] = {}
     for row in cases:
         by_case.setdefault(str(row["case"]), {})[str(row["class"])] = number(row["dice"])
-    means = {}
-    for case, scores in by_case.items():
-        known = [score for score in scores.values() if not math.isnan(score)]
-        means[case] = sum(known) / len(known) if known else math.nan
+    found = case_means(cases, "dice")
+    means = {case: found.get(case, math.nan) for case in by_case}
     order = sorted(means, key=lambda case: (math.isnan(means[case]), means[case]))
     rows = [
         [
@@ -155,13 +173,20 @@ def _changes(rows: Sequence[tuple[str, Row]], head: str, name: str, note: str) -
     dice = [(label, row) for label, row in rows if row["metric"] == "dice"]
     figures = {}
     for of_class in dict.fromkeys(str(row["class"]) for _, row in dice):
-        figures[of_class] = _change_figure([pair for pair in dice if str(pair[1]["class"]) == of_class])
+        block = [pair for pair in dice if str(pair[1]["class"]) == of_class and not _is_reference(pair[1])]
+        if block:
+            figures[of_class] = _change_figure(block)
     over = [(label, row) for label, row in dice if row["class"] == OVER_CLASSES]
     rest = [(f"{label}, {row['class']}, {METRIC_LABELS[row['metric']]}", row) for label, row in rows]
     rest = [pair for pair in rest if pair[1]["class"] != OVER_CLASSES or pair[1]["metric"] != "dice"]
-    caption = f'<p class="caption">{text(f"{note} {CHANGE_CAPTION}".strip())}</p>'
+    caption = f'<p class="caption">{text(f"Mean over classes. {CHANGE_CAPTION}{note}")}</p>'
     more = details("every class and metric", _change_table(rest, head)) if rest else ""
     return (figure(name, figures) if figures else "") + _change_table(over, head) + caption + more
+
+
+def _is_reference(row: Row) -> bool:
+    """Whether a row compares the unchanged scores with themselves: without a p, and without any difference."""
+    return row["p"] is None and not number(row["difference"])
 
 
 def _change_table(rows: Sequence[tuple[str, Row]], head: str) -> str:
@@ -176,10 +201,10 @@ def _change_table(rows: Sequence[tuple[str, Row]], head: str) -> str:
                 text(label) + amount,
                 _plain(number(row["before"])),
                 _plain(number(row["after"])),
-                f'<span class="{mark}">{difference}</span>',
+                "" if _is_reference(row) else f'<span class="{mark}">{difference}</span>',
                 p_cell(number(row["p_holm"])),
-                f"{row['subjects']} subjects, {row['cases']} cases",
-                str(row["one_sided"] or ""),
+                _of(row),
+                text(row.get("one_sided") or ""),
             ]
         )
     return table([head, "before", "after", "difference", "p (Holm)", "compared", "one-sided"], cells)
@@ -244,7 +269,7 @@ def _calibration(found: Evaluated, name: str) -> str:
                 )
                 for m in measures
             ),
-            f"{by[measures[0]]['subjects']} subjects, {by[measures[0]]['cases']} cases",
+            _of(by[measures[0]]),
         ]
         for of_class, by in cells.items()
     ]
@@ -272,7 +297,9 @@ def _reliability_figure(rows: Sequence[Row]) -> dict[str, Any]:
                 "y": [number(row["frequency"]) for row in own],
                 "line": {"color": COLOURS[place % len(COLOURS)], "width": 2.2},
                 "marker": {"size": 8},
-                "customdata": [f"{row['voxels']} voxels of {row['cases']} cases" for row in own],
+                "customdata": [
+                    f"{_count(row['voxels'], 'voxel')} of {_count(row['cases'], 'case')}" for row in own
+                ],
                 "hovertemplate": "<b>%{fullData.name}</b><br>given %{x:.2f}, true in %{y:.2f}"
                 "<br>%{customdata}<extra></extra>",
             }
@@ -306,8 +333,8 @@ def _subgroups(rows: Sequence[Row]) -> str:
 def _group_table(rows: Sequence[Row], *, whole: bool = False) -> str:
     cells = []
     for row in rows:
-        of = f"{row['subjects']} subjects, {row['cases']} cases" + (", few" if row["small"] else "")
-        of += f", {row['shared']} in other groups too" if row["shared"] else ""
+        of = _of(row) + (", few" if row["small"] else "")
+        of += f", {text(row['shared'])} in other groups too" if row.get("shared") else ""
         gap = number(row["gap"])
         first = [text(row["group"])]
         if whole:
@@ -325,12 +352,12 @@ def _group_table(rows: Sequence[Row], *, whole: bool = False) -> str:
     return table([*first, "mean" if whole else "Dice", "gap", "p (Holm)", "of"], cells)
 
 
-def _forgetting(rows: Sequence[Row]) -> str:
+def _forgetting(rows: Sequence[tuple[str, Row]]) -> str:
     if not rows:
         return ""
-    dice = [(str(row["class"]), row) for row in rows if row["metric"] == "dice"]
-    rest = [(str(row["class"]), row) for row in rows if row["metric"] != "dice"]
-    caption = f'<p class="caption">{text(FORGETTING_CAPTION + CHANGE_CAPTION)}</p>'
+    dice = [(name, row) for name, row in rows if row["metric"] == "dice"]
+    rest = [(name, row) for name, row in rows if row["metric"] != "dice"]
+    caption = f'<p class="caption">{text(CHANGE_CAPTION + FORGETTING_CAPTION)}</p>'
     more = details("NSD", _change_table(rest, "class")) if rest else ""
     return _change_table(dice, "class") + caption + more
 

@@ -2,7 +2,8 @@
 for (const box of document.querySelectorAll(".figure")) {
   const figures = JSON.parse(box.querySelector("script").textContent);
   const plot = box.querySelector(".plot"), buttons = box.querySelectorAll("button");
-  let shown = Object.keys(figures)[0];
+  // not the first key: keys that look like integers come before all others
+  let shown = buttons.length ? buttons[0].dataset.show : Object.keys(figures)[0];
   const show = (name) => {
     shown = name;
     const chosen = figures[name], layout = structuredClone(chosen.layout), narrow = plot.clientWidth < 560;

@@ -9,6 +9,7 @@ import pytest
 
 from medseg_ssl.analysis.evaluation_page import Evaluated, evaluation_page, evaluation_sections
 from medseg_ssl.analysis.tables import IDENTITY, write_csv, write_json
+from medseg_ssl.config import UserError
 
 
 def case(name, of_class, dice):
@@ -46,7 +47,7 @@ FOUND = Evaluated(
     cases=[case("k1", "liver", 0.9), case("k1", "a&b", 0.7), case("k2", "liver", 0.2), case("k2", "a&b", None),
            case("k3", "liver", None), case("k3", "a&b", None)],
     robustness=[
-        setting("undisturbed", 0, 0.0, None, "mean over classes", 0.0),
+        setting("undisturbed", 0, 0.0, None, "mean over classes", 0.0, ends=(0.0, 0.0)) | {"p": None, "p_holm": None},
         setting("noise", 1, 0.05, "share", "mean over classes", -0.25, ends=(-0.3, -0.2), one_sided=2),
         setting("noise", 1, 0.05, "share", "a&b", 0.1, ends=(-0.1, 0.3)),
         setting("noise", 1, 0.05, "share", "mean over classes", -0.05, ends=(-0.1, 0.0), metric="nsd"),
@@ -118,6 +119,9 @@ def test_tables_show_the_numbers(html):
         "noise 1 0.05 share", "0.800", "0.550", "-0.250 -0.300 to -0.200", "< 0.001", "9 subjects, 12 cases", "2"
     ]  # fmt: skip
     assert '<span class="worse">-0.250' in html
+    assert cells_of(html, "Robustness")[:5] == ["undisturbed", "0.800", "0.800", "", ""], (
+        "itself, so no difference"
+    )
     assert "0.071 0.061 to 0.081" in cells_of(html, "Calibration")
     assert "+0.033 +0.023 to +0.043" in cells_of(html, "Calibration")
     assert cells_of(html, "Missing channels")[0] == "CT"
@@ -126,6 +130,14 @@ def test_tables_show_the_numbers(html):
     assert groups[9] == "6 subjects, 7 cases, few, 1 in other groups too"
     assert "contrast, all groups: p 0.200" in html
     assert cells_of(html, "Forgetting")[3] == "-0.450 -0.500 to -0.400"
+
+
+def test_one_case_has_no_spread_and_one_subject_no_interval():
+    alone = dict(FOUND.summary, classes={}, metrics={"dice": {"mean": 0.5, "std": 0.0, "cases": 1}})
+    row = change("mean over classes", -0.1, given="CT") | {"subjects": 1, "cases": 1}
+    html = evaluation_page(Evaluated(title="one", summary=alone, cases=FOUND.cases, missing=[row]))
+    assert cells_of(html, "Scores")[1] == "0.500 1 case"
+    assert cells_of(html, "Missing channels")[3:6] == ["-0.100", "", "1 subject, 1 case"]
 
 
 def test_worst_cases_come_first_and_those_without_a_score_last(html):
@@ -141,9 +153,9 @@ def test_figures_hold_what_the_tables_say():
     )
     assert list(changes) == ["mean over classes", "a&b"]
     [trace] = changes["mean over classes"]["data"]
-    assert (trace["x"], trace["y"]) == (["undisturbed", "noise 1"], [0.0, -0.25])
-    assert trace["error_y"]["array"] == pytest.approx([0, 0.05])
-    assert trace["customdata"] == ["no interval", "95 % interval -0.300 to -0.200"]
+    assert (trace["x"], trace["y"]) == (["noise 1"], [-0.25])
+    assert trace["error_y"]["array"] == pytest.approx([0.05])
+    assert trace["customdata"] == ["95 % interval -0.300 to -0.200"]
     assert reliability["reliability"]["data"][1]["x"] == [0.25]
     assert reliability["reliability"]["data"][1]["y"] == [0.125]
     assert missing["mean over classes"]["data"][0]["x"] == ["CT"]
@@ -176,14 +188,42 @@ def test_a_folder_is_read_back_and_joins_a_report(tmp_path):
     assert [row["dice"] for row in found.cases] == [0.9, 0.7, 0.2, None, None, None]
     assert "--flips" in found.command
     assert not found.calibration
+    assert "--robustness --by" not in found.command
+    assert found.command.endswith("--flips --task mine --robustness")
     html = write_page(out).read_text()
-    assert str(tmp_path) not in html
     assert cells_of(html, "Robustness")[7] == "noise 1 0.05 share"
     page = main([str(out), str(out), "--out", str(tmp_path / "all.html")])
     assert page.read_text().count("<h2>Robustness</h2>") == 2
     assert {"evaluation0-robustness", "evaluation1-robustness"} <= set(
         re.findall(r'id="([^"]+)"', page.read_text())
     )
+
+
+def test_folders_of_earlier_versions_and_broken_ones(tmp_path):
+    """Tables that did not count subjects nor one-sided cases have a page; cells that are no numbers end in a line."""
+    from finetune.evaluated import read_evaluation, write_page
+
+    about = {
+        "segmenter": "5e6", "archive": "a1b2", "split": "fold 1", "subset": "test", "nsd_tolerance_mm": 2.0,
+        "precision": "fp32", "flips": False, "task": "mine",
+    }  # fmt: skip
+    rows = [{k: v for k, v in row.items() if k not in ("one_sided", "subjects")} for row in FOUND.robustness]
+    groups = [{k: v for k, v in row.items() if k != "shared"} for row in FOUND.subgroups]
+    write_csv(tmp_path / "cases.csv", FOUND.cases, columns=("case", "class", "dice"))
+    write_csv(tmp_path / "robustness.csv", rows, columns=list(rows[0]))
+    write_csv(tmp_path / "subgroups.csv", groups, columns=list(groups[0]))
+    write_json(tmp_path / "summary.json", {**about, **FOUND.summary})
+    html = write_page(tmp_path).read_text()
+    assert cells_of(html, "Robustness")[12] == "12 cases"
+    assert "--split 'fold 1'" in read_evaluation(tmp_path).command
+    assert "--by contrast" in read_evaluation(tmp_path).command
+    wrong = {"difference": "<img src=x>", "before": "many"}
+    write_csv(tmp_path / "robustness.csv", [rows[1] | wrong], columns=list(rows[0]))
+    with pytest.raises(UserError, match="does not hold what 'evaluate' writes: could not convert"):
+        read_evaluation(tmp_path)
+    write_json(tmp_path / "summary.json", about)
+    with pytest.raises(UserError, match="does not hold what 'evaluate' writes: no 'cases'"):
+        read_evaluation(tmp_path)
 
 
 def test_numbers_of_empty_cells():

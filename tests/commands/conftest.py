@@ -1,6 +1,10 @@
 """What the tests of commands share."""
 
+import inspect
+
 import pytest
+
+from medseg_ssl.analysis import figures
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -9,9 +13,11 @@ def _undrawn_curves():
 
     ``tests/analysis/test_report.py`` draws them.
     """
+    real = inspect.signature(figures.curve_png)
+
+    def undrawn(*what, **how):
+        return repr(real.bind(*what, **how)).encode()
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "medseg_ssl.analysis.figures.curve_png",
-            lambda *what, **how: b"\x89PNG" + repr((what, how)).encode(),
-        )
+        patch.setattr(figures, "curve_png", undrawn)
         yield

@@ -12,7 +12,6 @@ from finetune import budget_record, labeling, planning, report
 from finetune import compare as command
 from finetune import resolving as plans
 from finetune.comparison import Metrics
-from medseg_ssl.analysis import figures
 from medseg_ssl.config import ConfigError, overlay, parse, to_yaml
 from medseg_ssl.data import strata
 from medseg_ssl.data.archive import Archive
@@ -37,9 +36,8 @@ class Named(Baseline):
 
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch):
-    """Fits that are fakes, and no pictures: they are looked at elsewhere."""
+    """Fits that are fakes, and no pages: they are looked at elsewhere."""
     fakes.use_fakes(monkeypatch.setattr)
-    monkeypatch.setattr(figures, "curve_png", lambda *_, **__: b"")
     monkeypatch.setattr(report, "comparison_page", lambda comparison: comparison.title)
 
 

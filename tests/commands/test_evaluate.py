@@ -289,8 +289,13 @@ def test_tables_beside_the_cases_come_later_once_and_go_on(world, monkeypatch):
     assert found["missing_slices", "3"]["difference"].startswith("-0.")
     assert {r["measure"] for r in rows_of(out / "calibration.csv")} == {"ece", "brier", "overconfidence"}
     assert rows_of(out / "reliability.csv")
+    page = (out / "report.html").read_text()
+    assert all(f"<h2>{part}</h2>" in page for part in ("Robustness", "Calibration", "Subgroups"))
     group = rows_of(out / "subgroups.csv")[0]
     assert (group["group"], group["subjects"], group["small"]) == ("CT", "2", "yes")
+    (out / "report.html").write_text("of an interrupted call")
+    run(folder, "--robustness")
+    assert (out / "report.html").read_text() == page, "nothing is left to score, but the page to write"
     whole = (out / "robustness.csv").read_text()
     (out / "robustness.csv").unlink()
     (out / "robustness_cases" / "blur-2.csv").unlink()
@@ -299,8 +304,6 @@ def test_tables_beside_the_cases_come_later_once_and_go_on(world, monkeypatch):
     assert (out / "robustness.csv").read_text() == whole
     assert (out / "robustness_cases" / "noise-1.csv").stat().st_mtime_ns == kept
     assert {r["by"] for r in rows_of(out / "subgroups.csv")} == {"modality", "unit"}
-    page = (out / "report.html").read_text()
-    assert all(f"<h2>{part}</h2>" in page for part in ("Robustness", "Calibration", "Subgroups"))
     for file in (*out.rglob("*.csv"), out / "report.html"):
         assert str(folder) not in file.read_text()
 

@@ -29,7 +29,7 @@ STEPS = 4
 
 LIKE_MAE = (
     *("genesis", "simmim", "swinunetr", "volume_fusion"),
-    *("spark", "mae_tokens", "segmentation", "distillation", "pseudo_labels", "gvsl"),
+    *("spark", "mae_tokens", "segmentation", "distillation", "gvsl"),
 )
 """Networks and a loss, as ``mae`` has them, and nothing else that could be lost: broken off in slow tests."""
 
