@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from medseg_ssl.analysis.evaluation_page import evaluation_sections
+from medseg_ssl.analysis.evaluation_page import evaluation_page, evaluation_sections
 from medseg_ssl.analysis.page import Picture
 from medseg_ssl.analysis.report import Run, comparison_page, runs_page
 from medseg_ssl.analysis.tables import write_text
@@ -123,11 +123,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     evaluations = []
     for run in filter(is_evaluation, args.runs):
         found = read_evaluation(run)
-        evaluations.append((found.title, evaluation_sections(found, name=f"evaluation{len(evaluations)}")))
+        evaluations.append((found, evaluation_sections(found, name=f"evaluation{len(evaluations)}")))
     known = {run for run in args.runs if (run / MATRIX).is_file() or run in folders or is_evaluation(run)}
     runs = [read_run(run) for run in args.runs if run not in known]
     if len(comparisons) == 1 and not (runs or transfers or evaluations):
         write_text(args.out, comparison_page(comparisons[0]))
+    elif len(evaluations) == len(args.runs) == 1:
+        write_text(args.out, evaluation_page(evaluations[0][0]))
     else:
         tasks = _over_tasks(folders, read) if len(folders) > 1 else ""
         page = runs_page(
@@ -135,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             runs=runs,
             comparisons=comparisons,
             transfers=transfers,
-            evaluations=evaluations,
+            evaluations=[(found.title, sections) for found, sections in evaluations],
             tasks=tasks,
         )
         write_text(args.out, page)

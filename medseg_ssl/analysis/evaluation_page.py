@@ -117,7 +117,7 @@ def _scores(summary: Mapping[str, Any]) -> str:
         rows.append([text(name), *cells])
     note = (
         '<p class="caption">Mean ± standard deviation over cases. –: no case has a score: the class was absent, '
-        "and not found, or unknown in all of them.</p>"
+        "and not found, or unknown in all of them. Tables below average the cases of a subject first.</p>"
     )
     return table(["class", *(METRIC_LABELS[m] for m in shown)], rows) + note
 
@@ -207,7 +207,9 @@ def _change_table(rows: Sequence[tuple[str, Row]], head: str) -> str:
                 text(row.get("one_sided") or ""),
             ]
         )
-    return table([head, "before", "after", "difference", "p (Holm)", "compared", "one-sided"], cells)
+    head_line = [head, "before", "after", "difference", "p (Holm)", "compared", "one-sided"]
+    shown = len(head_line) if any(cell[-1] for cell in cells) else len(head_line) - 1
+    return table(head_line[:shown], [cell[:shown] for cell in cells])
 
 
 def _change_figure(rows: Sequence[tuple[str, Row]]) -> dict[str, Any]:

@@ -192,6 +192,8 @@ def test_a_folder_is_read_back_and_joins_a_report(tmp_path):
     assert found.command.endswith("--flips --task mine --robustness")
     html = write_page(out).read_text()
     assert cells_of(html, "Robustness")[7] == "noise 1 0.05 share"
+    alone = main([str(out), "--out", str(tmp_path / "one.html")])
+    assert alone.read_text() == html
     page = main([str(out), str(out), "--out", str(tmp_path / "all.html")])
     assert page.read_text().count("<h2>Robustness</h2>") == 2
     assert {"evaluation0-robustness", "evaluation1-robustness"} <= set(
@@ -214,7 +216,7 @@ def test_folders_of_earlier_versions_and_broken_ones(tmp_path):
     write_csv(tmp_path / "subgroups.csv", groups, columns=list(groups[0]))
     write_json(tmp_path / "summary.json", {**about, **FOUND.summary})
     html = write_page(tmp_path).read_text()
-    assert cells_of(html, "Robustness")[12] == "12 cases"
+    assert cells_of(html, "Robustness")[11] == "12 cases"
     assert "--split 'fold 1'" in read_evaluation(tmp_path).command
     assert "--by contrast" in read_evaluation(tmp_path).command
     wrong = {"difference": "<img src=x>", "before": "many"}
