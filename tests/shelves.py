@@ -25,16 +25,16 @@ def build_decoder(name: str, encoder: Encoder) -> Decoder:
 
 def options_for(objective: str) -> dict[str, Any]:
     """Options of an objective that make its step cheap, where it has them."""
-    cheap = {"points": 64}
+    cheap = {"points": 64, "regions": 3, "width": 16}
     fields = find("medseg_ssl.objectives", objective, Objective).Config.model_fields
     return {name: value for name, value in cheap.items() if name in fields}
 
 
 def encoder_for(objective: str) -> dict[str, Any]:
-    """Block of the first encoder that an objective can train: a narrow residual one where it will do."""
+    """Block of the first encoder that an objective can train, narrow: a residual one where it will do."""
     needs = find("medseg_ssl.objectives", objective, Objective).needs
-    if issubclass(find("medseg_ssl.nets.encoders", "resenc", Encoder), needs):
-        return {"name": "resenc", "features": [4, 8, 8, 8]}
-    return {
-        "name": next(n for n in ENCODERS if issubclass(find("medseg_ssl.nets.encoders", n, Encoder), needs))
-    }
+    fitting = [n for n in ENCODERS if issubclass(find("medseg_ssl.nets.encoders", n, Encoder), needs)]
+    name = "resenc" if "resenc" in fitting else fitting[0]
+    narrow = {"features": [4, 8, 8, 8], "embed_dim": 48, "depth": 2, "heads": 2}
+    fields = find("medseg_ssl.nets.encoders", name, Encoder).Config.model_fields
+    return {"name": name, **{key: value for key, value in narrow.items() if key in fields}}

@@ -235,6 +235,7 @@ def test_recomputing_changes_no_weight(archive, tmp_path):
             "mae",
             str(tmp_path / name),
             *SMALL,
+            "encoder.features=[4,8,8,8]",
             "train.steps=3",
             "train.log_every=1",
             f"train.recompute={flag}",

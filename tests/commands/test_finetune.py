@@ -66,7 +66,7 @@ def test_what_is_shipped_predicts(world, tmp_path):
 def test_levels_that_no_run_trained_are_named(world, tmp_path):
     """A light decoder reads the coarsest map alone: the levels above it stay as they were drawn."""
     archive, _ = world
-    encoder = "encoder={name: primus, size: tiny, patch: [8, 8, 8], crop: [16, 16, 16]}"
+    encoder = "encoder={name: primus, embed_dim: 48, depth: 2, heads: 2, patch: [8, 8, 8], crop: [16, 16, 16]}"
     light = finetune(archive, tmp_path / "light", encoder, "decoder={name: light}")
     untrained = encoder_file.load_card(light).untrained
     assert untrained
@@ -159,7 +159,7 @@ def test_only_the_given_cases_are_read(world, tmp_path, monkeypatch):
         Archive, "read_label", lambda self, case, *box: read.add(case) or original(self, case, *box)
     )
     tree = {
-        "encoder": {"name": "resenc", "size": "tiny"},
+        "encoder": {"name": "resenc", "size": "tiny", "features": [4, 8, 8, 8]},
         "objective": {"name": "segmentation", "size": [16, 16, 16]},
         "data": {"batch_size": 2},
         "train": {"steps": 2, "accelerator": "cpu"},
@@ -258,7 +258,7 @@ def test_unlabeled_scans_are_used_and_their_labels_never_read(world, tmp_path, m
     monkeypatch.setattr(Archive, "read_label", guarded)
     monkeypatch.setattr(Archive, "read", lambda self, key, *box: scans.add(key) or read(self, key, *box))
     tree = {
-        "encoder": {"name": "resenc", "size": "tiny"},
+        "encoder": {"name": "resenc", "size": "tiny", "features": [4, 8, 8, 8]},
         "objective": {"name": name, "size": [16, 16, 16]},
         "data": {"batch_size": 2},
         "train": {"steps": 4, "accelerator": "cpu", "preview_every": None},

@@ -195,7 +195,7 @@ def test_every_shipped_config_parses_and_round_trips():
 
 def test_in_code(archive, tmp_path):
     tree = {
-        "encoder": {"name": "resenc", "size": "tiny"},
+        "encoder": {"name": "resenc", "size": "tiny", "features": [4, 8, 8, 8]},
         "objective": {"name": "mae", "size": [32, 16, 16]},
         "data": {"batch_size": 2, "splits": ["train", "development"]},
         "train": {"steps": 2, "precision": "bf16", "channels_last": True, "accelerator": "cpu"},
