@@ -171,6 +171,8 @@ def _say(line: str, *, code: int) -> int:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    # ``timeout`` and batch systems often send it twice: the second would break off the ending of workers
+    _on_terminate(signal.SIG_IGN)
     raise Terminated
 
 

@@ -187,10 +187,10 @@ class _Pool:
                     index = flying.pop(future)
                     self.deliver(index, result)
         except BrokenProcessPool:
-            _stop(executor)
+            end_workers(executor)
             self._sort_out(flying, alone=workers == 1 and window == 1)
         except BaseException:
-            _stop(executor)
+            end_workers(executor)
             raise
         else:
             executor.shutdown(wait=True)
@@ -220,12 +220,17 @@ class _Pool:
 
 
 def _start_worker(slots) -> None:
-    # Ctrl-C reaches the whole process group; the parent alone decides, and ends its workers itself
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    obey_parent()
     device = slots.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+
+
+def obey_parent() -> None:
+    """Initializer of a worker process: it ends when its parent says so, or is gone."""
+    # Ctrl-C reaches the whole process group; the parent alone decides, and ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -237,8 +242,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _stop(executor: ProcessPoolExecutor) -> None:
-    """End the workers now, in the middle of their tasks."""
+def end_workers(executor: ProcessPoolExecutor) -> None:
+    """End the workers of a pool now, in the middle of their tasks."""
     workers = list((getattr(executor, "_processes", None) or {}).values())
     executor.shutdown(wait=False, cancel_futures=True)
     for worker in workers:

@@ -149,6 +149,9 @@ def measure_options(
 
     Returns:
         The options, fastest first, and a line for each that failed.
+
+    Raises:
+        ConfigError: a config that no option could train.
     """
     ways = [
         {"precision": precision, "channels_last": last, "compile": compile_}
@@ -168,6 +171,8 @@ def measure_options(
             try:
                 found[number].append(estimates.estimate(changed, kind=kind, archive=archive, seconds=seconds))
             except UserError as error:
+                if isinstance(error, ConfigError) and number == 0:
+                    raise  # in fp32 with nothing switched on: it is not the option that is wrong
                 failed[number] = str(error)
     options = [
         Option(

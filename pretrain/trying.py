@@ -12,6 +12,7 @@ from typing import Any
 
 from medseg_ssl.cli import locate
 from medseg_ssl.config import UserError
+from medseg_ssl.fanout import end_workers, obey_parent
 
 from .counting import begin, build, footprint_of, tuned_of
 
@@ -22,18 +23,20 @@ def in_a_process(job: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: it ran out of memory, or torch refused it.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(trial, dict(job)).result()
-        except BrokenProcessPool:
-            raise UserError(
-                "the trial was ended from outside, most likely for want of memory; make the crop or data.batch_size"
-                " smaller"
-            ) from None
-        except UserError:
-            raise
-        except (MemoryError, RuntimeError) as error:  # torch's out of memory, a compiler that fails
-            raise UserError(f"the trial failed: {' '.join(str(error).split())[:300]}") from error
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=obey_parent)
+    try:
+        return pool.submit(trial, dict(job)).result()
+    except BrokenProcessPool:
+        raise UserError(
+            "the trial was ended from outside, most likely for want of memory; make the crop or data.batch_size"
+            " smaller"
+        ) from None
+    except UserError:
+        raise
+    except (MemoryError, RuntimeError) as error:  # torch's out of memory, a compiler that fails
+        raise UserError(f"the trial failed: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        end_workers(pool)  # whoever interrupts does not wait for a compiler
 
 
 def trial(job: Mapping[str, Any]) -> dict[str, Any]:

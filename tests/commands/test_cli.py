@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -161,3 +162,19 @@ def test_deprecations_inside_torch_are_not_the_users_business(monkeypatch):
         assert cli.run(command, []) == 0
     assert [str(w.message) for w in caught] == ["our own"]
     assert os.environ["PYTHONWARNINGS"].startswith("error::BytesWarning,ignore:`torch.jit.interface`")
+
+
+def test_a_second_sigterm_does_not_break_off_the_ending():
+    ended = []
+
+    def command(words):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append("workers")
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.run(command, []) == 143
+    assert ended == ["workers"]
+    assert signal.getsignal(signal.SIGTERM) is before

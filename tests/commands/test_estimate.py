@@ -1,8 +1,12 @@
 import json
+import multiprocessing
+import signal
+import time
 
 import pytest
 import torch
 
+from medseg_ssl.cli import Terminated
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.nets.encoders.resenc import ResEnc
 from medseg_ssl.nets.footprint import footprint
@@ -268,10 +272,7 @@ def test_made_up_scans_lie_in_their_template_as_they_are():
 def test_what_fails_in_a_trial_is_one_line(monkeypatch):
     class Pool:
         def __init__(self, *args, **kwargs): ...
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args): ...
+        def shutdown(self, **options): ...
 
         def submit(self, *args):
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
@@ -279,3 +280,28 @@ def test_what_fails_in_a_trial_is_one_line(monkeypatch):
     monkeypatch.setattr(trying, "ProcessPoolExecutor", Pool)
     with pytest.raises(UserError, match=r"the trial failed: CUDA out of memory\. Tried to allocate"):
         trying.in_a_process({})
+
+
+def test_an_interrupted_trial_ends_its_process_at_once(monkeypatch):
+    def stop(number, frame):
+        raise Terminated
+
+    monkeypatch.setattr(trying, "trial", time.sleep)
+    monkeypatch.setattr(trying, "dict", lambda job: job, raising=False)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        began = time.monotonic()
+        with pytest.raises(Terminated):
+            trying.in_a_process(60)
+        assert time.monotonic() - began < 5
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not multiprocessing.active_children()
+
+
+def test_a_config_that_no_option_can_train_is_told_once(capsys):
+    with pytest.raises(ConfigError, match="deepest level has stride"):
+        bench.main(["segmentation", *SMALL, "objective.size=[1,7,7]", "--seconds", "0.2", "--rounds", "1"])
+    assert capsys.readouterr().err.count("round 1") == 1

@@ -19,6 +19,14 @@ from tests.data.small_archive import make_archive, scan_row
 SHAPE = (20, 24, 28)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short_farewell():
+    """A loader that is dropped waits so long for a worker that was blocked or killed: 5 s in torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+        yield
+
+
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     generator = np.random.default_rng(0)
