@@ -66,7 +66,9 @@ def test_what_is_shipped_predicts(world, tmp_path):
 def test_levels_that_no_run_trained_are_named(world, tmp_path):
     """A light decoder reads the coarsest map alone: the levels above it stay as they were drawn."""
     archive, _ = world
-    encoder = "encoder={name: primus, embed_dim: 48, depth: 2, heads: 2, patch: [8, 8, 8], crop: [16, 16, 16]}"
+    encoder = (
+        "encoder={name: primus, embed_dim: 48, depth: 2, heads: 2, patch: [8, 8, 8], crop: [16, 16, 16]}"
+    )
     light = finetune(archive, tmp_path / "light", encoder, "decoder={name: light}")
     untrained = encoder_file.load_card(light).untrained
     assert untrained
