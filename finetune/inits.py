@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import PositiveInt
 
-from medseg_ssl.config import Block, Record, overlay
+from medseg_ssl.config import Block, Record, find, overlay
+from medseg_ssl.objectives.base import Objective
 
 SCRATCH, SCRATCH_LONG, FROM_FILE = "scratch", "scratch_long", "encoder"
 Kind = Literal["scratch", "scratch_long", "encoder", "pretrain", "network", "baseline"]
@@ -25,7 +26,8 @@ class Network(Record):
     Attributes:
         encoder: block on the shelf of encoders, in place of the one of ``finetune``.
         decoder: likewise; None keeps it.
-        objective: options laid over those of ``finetune``.
+        objective: options laid over those of ``finetune``; by another ``name``, over those that it knows too, such as
+            the size of the crop.
         batch_size: samples of a step, for a network whose sample is less, such as a slice; None keeps the
             comparison's.
     """
@@ -41,10 +43,18 @@ class Network(Record):
         if self.decoder is not None:
             tree["decoder"] = self.decoder.model_dump(mode="json")
         if self.objective is not None:
-            tree["objective"] = overlay(tree.get("objective", {}), self.objective)
+            tree["objective"] = overlay(self._below(tree.get("objective", {})), self.objective)
         if self.batch_size is not None:
             tree["data"] = overlay(tree.get("data", {}), {"batch_size": self.batch_size})
         return tree
+
+    def _below(self, ours: Mapping[str, Any]) -> dict[str, Any]:
+        # by another name overlay would begin anew, and the crop would no longer be that of the others
+        own = (self.objective or {}).get("name")
+        if own in (None, ours.get("name")):
+            return dict(ours)
+        known = find("medseg_ssl.objectives", own, Objective).Config.model_fields
+        return {"name": own, **{key: value for key, value in ours.items() if key in known}}
 
 
 def kind_of(name: str, init: Any) -> Kind:

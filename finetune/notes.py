@@ -119,9 +119,12 @@ def _init_notes(
                 if batch is None
                 else f"the same steps, in batches of {batch} samples"
             )
+            own = (networks[init].get("objective") or {}).get("name")
+            ours = config.finetune.get("objective", {}).get("name")
+            learns = "" if own in (None, ours) else f", by the objective '{own}' in place of '{ours}'"
             notes.append(
-                f"{init}: another network ({names}) from scratch, with {how}; it is no measure of what pretraining"
-                " saves."
+                f"{init}: another network ({names}) from scratch{learns}, with {how}; it is no measure of what"
+                " pretraining saves."
             )
         elif init in baselines:
             notes.append(

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -53,6 +54,10 @@ VERBS = {
 
 DEPRECATION = "`torch.jit.interface` is deprecated"
 """Said by torch 2.15 when lightly and torchvision are imported; nothing that a user could act on."""
+
+
+ONE_REQUEST_S = 3.0
+"""Signals of the same kind within it are one request."""
 
 
 class Terminated(BaseException):
@@ -114,7 +119,7 @@ def run(command: Callable[[list[str]], Any], argv: list[str] | None = None) -> i
     words = sys.argv[1:] if argv is None else argv
     debug = "--debug" in words
     _hush_deprecation()
-    before = _on_terminate(_terminate)
+    before = _on_terminate(_Terminator())
     try:
         command(list(words))  # with --debug, which every command's parser knows
     except SystemExit as error:  # argparse's --help
@@ -170,10 +175,20 @@ def _say(line: str, *, code: int) -> int:
     return code
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    # ``timeout`` and batch systems often send it twice: the second would break off the ending of workers
-    _on_terminate(signal.SIG_IGN)
-    raise Terminated
+class _Terminator:
+    """Handler of SIGTERM that raises ``Terminated``.
+
+    ``timeout`` and batch systems often send it twice: the second would break off the ending of workers.
+    """
+
+    def __init__(self) -> None:
+        self._at = -ONE_REQUEST_S
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._at >= ONE_REQUEST_S:
+            self._at = now
+            raise Terminated
 
 
 def _on_terminate(handler: Any) -> Any:

@@ -1,7 +1,7 @@
 """Bench: how fast this machine is, and which options of a config train fastest on it.
 
 Without a config: memory, matrix products, convolutions, and with --archive reading crops. With one: its training step
-in float32 and bfloat16, with and without channels-last (and torch.compile with --compile, 30 to 50 s each), in
+in float32 and bfloat16, with and without channels-last (and torch.compile with --compile, about a minute each), in
 processes of their own that take turns, so that a busy machine is equally busy for all.
 """
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from medseg_ssl.config import UserError
+
+ONE_REQUEST_S = 3.0
+"""Two SIGTERM within it are one request."""
 
 
 class Interrupted(UserError):  # noqa: N818 - it was asked for, nothing went wrong
@@ -37,11 +41,13 @@ class Interrupted(UserError):  # noqa: N818 - it was asked for, nothing went wro
 class StopRequest:
     """While entered, SIGTERM and SIGINT set ``requested``; inside ``interruptible()`` they raise ``Interrupted``.
 
-    A second signal raises ``KeyboardInterrupt`` at once. Outside the main thread nothing is installed.
+    A second signal raises ``KeyboardInterrupt`` at once, but for a SIGTERM that is sent twice. Outside the main
+    thread nothing is installed.
     """
 
     def __init__(self) -> None:
         self._number = 0
+        self._at = 0.0
         self._raises = False
         self._before: dict[int, object] = {}
 
@@ -98,8 +104,12 @@ class StopRequest:
         return self.requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.requested:
+            # ``timeout`` and batch systems often send it twice, and a state is being saved for the first
+            if number == signal.SIGTERM == self._number and now - self._at < ONE_REQUEST_S:
+                return
             raise KeyboardInterrupt
-        self._number = number
+        self._number, self._at = number, now
         if self._raises:
             raise Interrupted(number)

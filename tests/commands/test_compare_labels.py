@@ -535,6 +535,13 @@ def test_another_network_and_a_baseline_share_all_but_themselves(tmp_path, shelf
     assert plans.resolve(more) == more
     flat = tasks_of(more)[-1]
     assert (flat.config["data"]["batch_size"], scratch.config["data"]["batch_size"]) == (64, 2)
+    teacher = {"network": {**inits["wide"]["network"], "objective": {"name": "mean_teacher", "weight": 0.5}}}
+    taught = read(tmp_path, inits={**inits, "taught": teacher})
+    assert plans.resolve(taught) == taught
+    learns = tasks_of(taught)[-1].config["objective"]
+    assert (learns["name"], learns["weight"]) == ("mean_teacher", 0.5)
+    for key in ("size", "augment", "deep_supervision"):
+        assert learns[key] == scratch.config["objective"][key], "what it says nothing of is the comparison's"
     run(tmp_path / "out", config)
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["kinds"]["named"] == "baseline"
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -434,9 +434,9 @@ def test_batch_norm_over_processes_is_refused_where_it_cannot_be_treated():
 def test_every_encoder_on_the_shelf_is_treated_rightly_or_refused(name):
     encoder = build_encoder(name)
     cell = encoder.strides[-1]
-    size = (cell[0], 2 * cell[1], 3 * cell[2])
+    size = (2 * cell[0], 2 * cell[1], 2 * cell[2])
     try:
-        check_treated(encoder, size=size, block=cell, visible=3)
+        check_treated(encoder, size=size, block=cell, visible=4)
     except ConfigError:
         with pytest.raises(ConfigError, match="cannot treat"):
             check_treated(encoder)

@@ -166,6 +166,18 @@ def test_a_worker_that_ignores_ctrl_c_goes_on_ignoring_it(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_sigterm_sent_twice_is_one_request(monkeypatch):
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.interruption().code == 143
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(interrupt, "ONE_REQUEST_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_signal_while_the_loader_waits(tmp_path):
     def hang():
         threading.Timer(0.2, raise_signal(signal.SIGTERM)).start()
