@@ -60,11 +60,14 @@ def check_names(
     wanted = list(wanted)
     missing = [name for name in wanted if name not in given]
     if missing:
-        raise ConfigError(f"{flag} {missing[0]!r} needs its path: --{flag} {missing[0]}={what}")
+        raise ConfigError(
+            "; ".join(f"{flag} {name!r} needs its path: --{flag} {name}={what}" for name in missing)
+        )
     unknown = [name for name in given if name not in wanted]
     if unknown:
         raise ConfigError(
-            f"--{flag} {unknown[0]}=… is not in the config; known: {', '.join(wanted) or 'none'}"
+            f"{', '.join(f'--{flag} {name}=…' for name in unknown)} {'is' if len(unknown) == 1 else 'are'} not in the"
+            f" config; known: {', '.join(wanted) or 'none'}"
         )
     return {name: Path(given[name]) for name in wanted}
 

@@ -508,6 +508,10 @@ def test_a_fit_that_is_asked_for_again_keeps_what_is_looked_at(tmp_path):
 def test_archives_and_encoders_go_with_their_names(tmp_path):
     with pytest.raises(ConfigError, match="archive 'lesions' needs its path: --archive lesions=PATH"):
         run(tmp_path / "out", archives={"organs": Path("ct")})
+    with pytest.raises(
+        ConfigError, match="archive 'organs' needs its path: .*; archive 'lesions' needs its path"
+    ):
+        run(tmp_path / "out", archives={})
     with pytest.raises(ConfigError, match=r"--archive liver=… is not in the config; known: organs, lesions"):
         run(tmp_path / "out", archives={**fakes.ARCHIVES, "liver": Path("x")})
     few = {"budgets": [1], "baselines": ["scratch"], "targets": {"organs": {"archive": "organs"}}}
