@@ -509,7 +509,7 @@ def test_archives_and_encoders_go_with_their_names(tmp_path):
     with pytest.raises(ConfigError, match="archive 'lesions' needs its path: --archive lesions=PATH"):
         run(tmp_path / "out", archives={"organs": Path("ct")})
     with pytest.raises(
-        ConfigError, match="archive 'organs' needs its path: .*; archive 'lesions' needs its path"
+        ConfigError, match=r"archive 'organs' needs its path: .*; archive 'lesions' needs its path"
     ):
         run(tmp_path / "out", archives={})
     with pytest.raises(ConfigError, match=r"--archive liver=… is not in the config; known: organs, lesions"):
