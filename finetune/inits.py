@@ -8,7 +8,6 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 
 from medseg_ssl.config import Block, Record, find, overlay
-from medseg_ssl.objectives.base import Objective
 
 SCRATCH, SCRATCH_LONG, FROM_FILE = "scratch", "scratch_long", "encoder"
 Kind = Literal["scratch", "scratch_long", "encoder", "pretrain", "network", "baseline"]
@@ -53,6 +52,8 @@ class Network(Record):
         own = (self.objective or {}).get("name")
         if own in (None, ours.get("name")):
             return dict(ours)
+        from medseg_ssl.objectives.base import Objective  # with torch, which no help text needs
+
         known = find("medseg_ssl.objectives", own, Objective).Config.model_fields
         return {"name": own, **{key: value for key, value in ours.items() if key in known}}
 
