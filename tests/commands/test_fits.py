@@ -191,6 +191,7 @@ class Truth(Baseline):
 '''
 
 
+@pytest.mark.slow
 def test_folds_of_part_labels_with_a_baseline_and_the_same_subset_by_finetune(world, tmp_path, monkeypatch):
     folder, _ = world
     (tmp_path / "baselines").mkdir()

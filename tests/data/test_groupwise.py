@@ -99,6 +99,7 @@ def test_the_template_is_sharper_than_the_mean_of_the_unregistered_scans(templat
     assert template.reference_DHW.numpy()[inner].std() > 1.1 * blurred
 
 
+@pytest.mark.slow
 def test_the_same_scans_give_the_same_file_and_others_a_new_one(archive, template, tmp_path):
     path, told = tmp_path / "t.npz", []
     keys = sorted(archive.scans)
@@ -176,6 +177,7 @@ def test_the_template_shows_at_a_place_what_the_scan_shows_there(archive, templa
         assert fit(0 * one) > max(fit(one), fit(-one))
 
 
+@pytest.mark.slow
 def test_an_unlike_scan_gets_no_place(tmp_path, caplog):
     scans = [scan_of(number) for number in range(5)]
     noise = np.random.default_rng(0).normal(300, 80, scans[3][1].shape)

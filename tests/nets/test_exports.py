@@ -240,7 +240,7 @@ def rebuilt(out: Path) -> tuple[torch.nn.Module, dict]:
         ({}, "xyz"),
         pytest.param({}, "zyx", marks=pytest.mark.slow),
         pytest.param({"v2": True, "merging": "mergingv2"}, "xyz", marks=pytest.mark.slow),
-        ({"v2": True, "merging": "mergingv2"}, "zyx"),
+        pytest.param({"v2": True, "merging": "mergingv2"}, "zyx", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -331,7 +331,7 @@ def test_a_graph_of_a_network_that_thinks_in_millimetres_has_one_spacing(tmp_pat
     ("encoder", "decoder"),
     [
         ({"name": "primus", "embed_dim": 48, "depth": 1, "heads": 2, "crop": [32, 32, 32]}, "light"),
-        ({"name": "swin"}, "linear"),
+        pytest.param({"name": "swin"}, "linear", marks=pytest.mark.slow),
         ({"name": "cnn3d"}, "upernet"),
     ],
     ids=lambda value: value if isinstance(value, str) else value["name"],

@@ -511,6 +511,7 @@ def swin_unetr(**options):
 SLOW = [pytest.param(more, marks=pytest.mark.slow) for more in ({}, {"depths": (2, 1, 2, 1)})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"use_v2": True}, *SLOW], ids=str)
 def test_monai_whole_network(tmp_path, options):
     net = swin_unetr(**options)

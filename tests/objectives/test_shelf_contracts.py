@@ -222,6 +222,18 @@ def assert_trained(objective, batch):
         assert not coarse, coarse
 
 
+KIN = (
+    *("spark", "simmim", "genesis", "volume_fusion", "swinunetr"),
+    *("mean_teacher", "pseudo_labels", "distillation"),
+)
+"""Objectives that send to the device what ``mae`` or ``segmentation`` sends: watched in slow tests."""
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in KIN else []) for n in OBJECTIVES],
+    indirect=True,
+)
 def test_no_step_makes_the_host_wait_for_the_device(trained, monkeypatch):
     """Device ``meta`` has no values: whatever reads one back raises; blocking copies and checks are noted."""
     objective, batch = trained
