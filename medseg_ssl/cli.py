@@ -57,7 +57,7 @@ DEPRECATION = "`torch.jit.interface` is deprecated"
 
 
 ONE_REQUEST_S = 3.0
-"""Signals of the same kind within it are one request."""
+"""SIGTERM sent twice within it is one request, in training too."""
 
 
 class Terminated(BaseException):

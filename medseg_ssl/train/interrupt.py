@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from medseg_ssl.cli import ONE_REQUEST_S
 from medseg_ssl.config import UserError
-
-ONE_REQUEST_S = 3.0
-"""Two SIGTERM within it are one request."""
 
 
 class Interrupted(UserError):  # noqa: N818 - it was asked for, nothing went wrong

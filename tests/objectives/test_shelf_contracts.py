@@ -222,11 +222,8 @@ def assert_trained(objective, batch):
         assert not coarse, coarse
 
 
-KIN = (
-    *("spark", "simmim", "genesis", "volume_fusion", "swinunetr"),
-    *("mean_teacher", "pseudo_labels", "distillation"),
-)
-"""Objectives that send to the device what ``mae`` or ``segmentation`` sends: watched in slow tests."""
+KIN = ("simmim", "genesis", "volume_fusion", "pseudo_labels", "distillation")
+"""Objectives whose step is built like that of ``mae`` or ``mean_teacher``: watched in slow tests."""
 
 
 @pytest.mark.parametrize(
