@@ -616,6 +616,7 @@ def test_too_large_budget_and_scored_scans_in_training_are_refused(tmp_path):
         labeling.scored_cases(fakes.config(subset="development"), fakes.archive(), fakes.archive())
 
 
+@pytest.mark.slow
 def test_pretraining_is_kept_from_a_test_archive_of_its_own(tmp_path, monkeypatch):
     seen_by = []
     located = importlib.import_module(locate("pretrain.run"))  # as an installed package or as a checkout

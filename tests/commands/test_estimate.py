@@ -104,6 +104,7 @@ def test_a_config_too_large_for_this_machine_is_tried_smaller(monkeypatch):
     assert found.step_s == pytest.approx(8 * smaller.step_s)
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_has_no_backward_pass_and_other_modalities_cost_nothing(archive):
     plans = {}
     for name in ("full", "frozen"):

@@ -55,7 +55,9 @@ def prepared(folder, depth):
     return prepare([*words, "--workers", "1", "--quiet"])
 
 
-@pytest.mark.parametrize(("size", "more"), [("[1,32,32]", ()), ("[3,32,32]", FLAT)])
+@pytest.mark.parametrize(
+    ("size", "more"), [pytest.param("[1,32,32]", (), marks=pytest.mark.slow), ("[3,32,32]", FLAT)]
+)
 def test_slices_of_volumes(tmp_path, size, more):
     archive = write_archive(tmp_path / "archive")
     shipped = run_both(archive.path, tmp_path, size, *more)

@@ -427,6 +427,7 @@ def test_subjects_whose_scans_cannot_be_joined_are_counted(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stand_ins")
 def test_targets_may_ask_what_a_comparison_can(tmp_path):
     """Shares of a target's cases, balanced subsets, labels known in part; numbers stand in every table."""
@@ -460,6 +461,7 @@ def test_targets_may_ask_what_a_comparison_can(tmp_path):
     assert again == {path: path.read_bytes() for path in again}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stand_ins")
 def test_what_was_pooled_is_named_as_it_was(tmp_path, finished):
     """Low budgets that were not fitted pool nothing: then all budgets are pooled, and no word calls them few."""
@@ -483,6 +485,7 @@ def test_another_config_is_refused(tmp_path, finished):
         run(finished, config=fakes.config(seed=1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stand_ins")
 def test_a_fit_that_is_asked_for_again_keeps_what_is_looked_at(tmp_path):
     """A worker may die between its scores and their delivery: the retry finds a finished fit."""

@@ -332,7 +332,7 @@ def test_a_graph_of_a_network_that_thinks_in_millimetres_has_one_spacing(tmp_pat
     [
         ({"name": "primus", "embed_dim": 48, "depth": 1, "heads": 2, "crop": [32, 32, 32]}, "light"),
         pytest.param({"name": "swin"}, "linear", marks=pytest.mark.slow),
-        ({"name": "cnn3d"}, "upernet"),
+        pytest.param({"name": "cnn3d"}, "upernet", marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else value["name"],
 )

@@ -578,7 +578,10 @@ def test_the_order_of_a_whole_monai_network_is_to_be_stated(tmp_path):
         assert reader("monai_swin", merging=stated).read(path).encoder["merging"] == taken
 
 
-@pytest.mark.parametrize("prefix", ["module.", "module.swin_vit.", "swinViT."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", *(pytest.param(p, marks=pytest.mark.slow) for p in ("module.swin_vit.", "swinViT."))],
+)
 def test_monai_self_supervised_transformer(tmp_path, prefix):
     net = swin_unetr()
     weights = {

@@ -126,6 +126,8 @@ def test_loss_falls_on_one_batch(trained):
         optimizer.step()
         objective.after_step(0.5)
         losses.append(loss.item())
+        if step > 3 and sum(losses[-2:]) < 0.9 * sum(losses[:2]):
+            return  # fallen by more than is asked for: the rest would only take time
     assert sum(losses[-2:]) < 0.95 * sum(losses[:2])
 
 
