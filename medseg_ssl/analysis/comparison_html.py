@@ -95,7 +95,8 @@ def differences_table(summary: Mapping[str, Any]) -> str:
     )
     note = (
         f'<p class="caption">Same cases, same draws, same seeds; 95 % intervals for {new}. Green and '
-        "red: the interval excludes zero."
+        "red: the interval excludes zero, and its p-value is below 0.05 after Holm's correction over the pairs of its "
+        "column."
         + unjudged
         + (
             " Detectable: the smallest true difference that this many cases and draws would find."
@@ -137,7 +138,8 @@ def _judged(c: Row) -> bool:
 
 
 def _difference_cell(c: Row) -> str:
-    mark = "" if not _judged(c) else "better" if c["low"] > 0 else "worse" if c["high"] < 0 else ""
+    sure = _judged(c) and c["p_holm"] < 0.05
+    mark = "" if not sure else "better" if c["low"] > 0 else "worse" if c["high"] < 0 else ""
     detectable = c.get("detectable")
     least = (
         "" if detectable is None or math.isnan(detectable) else f"<small>detectable {detectable:.3f}</small>"

@@ -28,8 +28,8 @@ from medseg_ssl.analysis.scores import (
     budgets_of,
     common,
     inits_of,
+    on_common,
     paired,
-    shared,
     tables,
 )
 from medseg_ssl.analysis.statistics import (
@@ -109,10 +109,7 @@ def area(tables_: Tables, init: str, budgets: Sequence[int]) -> Interval:
 
 def area_table(parts: Sequence[Table], budgets: Sequence[int]) -> Table:
     """The area of every (case, draw, pretraining) that all budgets have."""
-    cases, draws, pretrainings = shared(parts)
-    stacked_SNDP = np.stack([t.select(cases, draws, pretrainings) for t in parts])
-    area_NDP = _trapezoids(stacked_SNDP, budgets)
-    return Table(area_NDP, tuple(cases), tuple(draws), tuple(pretrainings or ()))
+    return on_common(_trapezoids(common(parts), budgets), parts)
 
 
 def _trapezoids(scores_SNDP: Sequence[np.ndarray] | np.ndarray, budgets: Sequence[int]) -> np.ndarray:
@@ -174,14 +171,18 @@ def _comparison(
 
 
 def adjust(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add Holm-adjusted p-values, within each scope over all inits and baselines."""
+    """Add Holm-adjusted p-values, within each scope over all inits and baselines that two draws and cases can judge."""
     scopes: dict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(found):
         scopes[item["scope"]].append(index)
     out = [dict(item) for item in found]
     for indices in scopes.values():
         for column in ("p", "t_p", "wilcoxon_p"):
-            for index, value in zip(indices, holm([found[i][column] for i in indices]), strict=True):
+            judged = [
+                found[i][column] if min(found[i]["cases"], found[i]["draws"]) > 1 else math.nan
+                for i in indices
+            ]
+            for index, value in zip(indices, holm(judged), strict=True):
                 out[index][f"{column}_holm"] = value
     return out
 

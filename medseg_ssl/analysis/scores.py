@@ -156,6 +156,13 @@ def shared(tables_: Sequence[Table]) -> tuple[list[str], list[int], list[int] | 
     return cases, draws, sorted(reduce(set.intersection, numbered)) if numbered else None
 
 
+def on_common(scores_NDP: np.ndarray, parts: Sequence[Table]) -> Table:
+    """A table of what was made cell by cell of ``common`` or ``paired`` of these: empty where one of them is."""
+    cases, draws, pretrainings = shared(parts)
+    empty_NDP = np.any([t.select_empty(cases, draws, pretrainings) for t in parts], axis=0)
+    return Table(scores_NDP, tuple(cases), tuple(draws), tuple(pretrainings or ()), empty_NDP)
+
+
 def budgets_of(tables_: Tables, init: str) -> list[int]:
     """Budgets at which an init has scores, ascending."""
     return sorted(b for i, b in tables_ if i == init)

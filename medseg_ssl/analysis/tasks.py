@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from medseg_ssl.analysis.label_efficiency import area_table
-from medseg_ssl.analysis.scores import Row, budgets_of, common, inits_of, tables
+from medseg_ssl.analysis.scores import Row, budgets_of, inits_of, paired, tables
 from medseg_ssl.analysis.statistics import EXACT, Interval, complete, crossed_interval
 
 MIN_TASKS = 4
@@ -211,7 +211,7 @@ def pool(
 
 
 def _task(name: str, rows: Sequence[Row], inits: Sequence[str], metric: str) -> Task | None:
-    """None without inits, a budget, a case and a draw that all inits have."""
+    """None without inits, a budget, a case and a draw that all inits have; without cases of a false alarm."""
     scores = tables(rows, metric)
     budgets = (
         [b for b in budgets_of(scores, inits[0]) if all((i, b) in scores for i in inits)] if inits else []
@@ -220,7 +220,7 @@ def _task(name: str, rows: Sequence[Row], inits: Sequence[str], metric: str) -> 
         return None
     areas = [area_table([scores[init, b] for b in budgets], budgets) for init in inits]
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-    both = [sign * table_NDP for table_NDP in common(areas)]
+    both = [sign * table_NDP for table_NDP in paired(areas)[0]]
     if np.isnan(np.sum(both, axis=0)).all():
         return None
     cases = frozenset.intersection(*(frozenset(area.cases) for area in areas))

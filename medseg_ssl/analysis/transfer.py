@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from medseg_ssl.analysis.metrics import METRICS
-from medseg_ssl.analysis.scores import Row, Table, Tables, budgets_of, common, tables
+from medseg_ssl.analysis.scores import Row, Table, Tables, budgets_of, common, on_common, paired, tables
 from medseg_ssl.analysis.statistics import Interval, crossed_interval, detectable_difference, holm
 
 MATRIX_COLUMNS = (
@@ -114,7 +114,7 @@ class Cells:
         known = [name for name in self.target.baselines if all((name, b) in self.dice for b in budgets)]
         if not known or not budgets:
             return None
-        scores = common([mean_table([self.dice[name, b] for b in budgets]) for name in known])
+        scores, _ = paired([mean_table([self.dice[name, b] for b in budgets]) for name in known])
         means = {name: crossed_interval(s_ND).mean for name, s_ND in zip(known, scores, strict=True)}
         return max(known, key=lambda name: -math.inf if math.isnan(means[name]) else means[name])
 
@@ -131,21 +131,13 @@ class Cells:
 
 def mean_table(parts: Sequence[Table]) -> Table:
     """Cell by cell mean of several tables, on the cases, draws and pretrainings that all have."""
-    return _on_common(np.mean(common(parts), axis=0), parts)
+    return on_common(np.mean(common(parts), axis=0), parts)
 
 
 def difference_table(first: Table, second: Table) -> Table:
-    """Cell by cell difference of two tables, on the cases, draws and pretrainings that both have."""
-    return _on_common(np.subtract(*common([first, second])), [first, second])
-
-
-def _on_common(scores_NDP: np.ndarray, parts: Sequence[Table]) -> Table:
-    """A table of scores on what ``common`` kept of these, with the names of it."""
-    cases = sorted(set.intersection(*(set(t.cases) for t in parts)))
-    draws = sorted(set.intersection(*(set(t.draws) for t in parts)))
-    numbered = [set(t.pretrainings) for t in parts if t.pretrainings]
-    layers = sorted(set.intersection(*numbered)) if numbered else ()
-    return Table(scores_NDP, tuple(cases), tuple(draws), tuple(layers))
+    """Cell by cell difference of two tables, on what both have, without cases of a false alarm (``scores.paired``)."""
+    both, _ = paired([first, second])
+    return on_common(np.subtract(*both), [first, second])
 
 
 def independent_difference(first: Interval, second: Interval, *, level: float = 0.95) -> Interval:

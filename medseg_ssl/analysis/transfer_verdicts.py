@@ -166,9 +166,11 @@ def _line(what: str, item: Mapping[str, Any], more: str, less: str) -> str:
         return f"{what}: {numbers}; too few draws or cases to judge."
     numbers += f" (95 % interval {item['low']:+.3f} to {item['high']:+.3f})"
     if item["low"] > 0 or item["high"] < 0:
-        corrected = item["p_holm"] < 0.05
-        word = more if item["low"] > 0 else less
-        return f"{what}: {numbers}, significantly {word}{'' if corrected else ' (not after the correction)'}."
+        if not item["p_holm"] < 0.05:
+            return (
+                f"{what}: {numbers}, no significant difference: it excludes 0 only without Holm's correction."
+            )
+        return f"{what}: {numbers}, significantly {more if item['low'] > 0 else less}."
     return f"{what}: {numbers}, no significant difference."
 
 

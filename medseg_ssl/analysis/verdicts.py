@@ -58,16 +58,22 @@ def _verdict(
 
 
 def _claim(init: str, pooled: Sequence[Comparison], where: str) -> str:
-    won, lost = [c for c in pooled if c["low"] > 0], [c for c in pooled if c["high"] < 0]
-    open_ = [c for c in pooled if c not in won and c not in lost]
-    weak = [c for c in (*won, *lost) if not c["p_holm"] < 0.05]
-    against = "" if len(weak) == len(won) + len(lost) else f" against {_names(weak)}" if weak else ""
-    tail = f" (not{against} after Holm's correction for all inits)" if weak else ""
+    """Significant is what Holm's correction leaves; an interval that excludes 0 by itself is told as just that."""
+    above, below = [c for c in pooled if c["low"] > 0], [c for c in pooled if c["high"] < 0]
+    sure = [c for c in pooled if c["p_holm"] < 0.05]
+    won, lost = [c for c in above if c in sure], [c for c in below if c in sure]
+    weak = [c for c in (*above, *below) if c not in sure]
     if len(won) == len(pooled):
-        return f"{init} beats {_names(won)} {where}, significantly{tail}"
+        return f"{init} beats {_names(won)} {where}, significantly"
     clauses = [f"beats {_names(won)}"] if won else []
+    open_ = [c for c in pooled if c not in won and c not in lost]
     clauses += [f"shows no significant difference from {_names(open_)}"] if open_ else []
     clauses += [f"is significantly worse than {_names(lost)}"] if lost else []
+    tail = (
+        f" (against {_names(weak)} the interval excludes 0 only without Holm's correction for all inits)"
+        if weak
+        else ""
+    )
     return f"{init} {_and(clauses)} {where}{tail}" + (", so no saving can be claimed" if won else "")
 
 

@@ -313,7 +313,22 @@ def test_verdict_says_where_holm_takes_the_claim_away():
     assert "mae beats scratch at 1, 2 and 4 labels, significantly: " in alone["verdicts"][0]
     others = {f"other{n}": SCRATCH for n in range(5)}
     many = le.summarise(rows_of(curves | others, noise=0.03), baselines=["scratch"])
-    assert "mae beats scratch at 1, 2 and 4 labels, significantly (not after Holm's" in many["verdicts"][0]
+    told = many["verdicts"][0]
+    assert told.startswith(
+        "mae shows no significant difference from scratch at 1, 2 and 4 labels (against scratch "
+    )
+    assert "excludes 0 only without Holm's correction for all inits)" in told
+    assert "beats" not in told
+
+
+def test_what_cannot_be_judged_costs_the_others_nothing():
+    """A pair of a single draw is shown without a verdict, so Holm does not count it."""
+    rows = rows_of({"scratch": SCRATCH, "mae": BETTER, "other": BETTER}, noise=0.03)
+    alone = le.summarise([r for r in rows if r["init"] != "other"], baselines=["scratch"])["comparisons"]
+    beside = [r for r in rows if r["init"] != "other" or r["draw"] == 0]
+    found = le.summarise(beside, baselines=["scratch"])["comparisons"]
+    assert [c["p_holm"] for c in found if c["init"] == "mae"] == [c["p_holm"] for c in alone]
+    assert all(math.isnan(c["p_holm"]) for c in found if c["init"] == "other")
 
 
 def test_detectable_difference_stands_in_every_comparison():

@@ -155,6 +155,17 @@ def test_pooled_ranks_and_effects_cover_the_truth():
     assert 0.92 <= covered["effect"] / 500 <= 0.98
 
 
+def test_a_case_that_only_false_alarms_score_ranks_nobody():
+    given = tasks_of(1, {"scratch": SCRATCH, "mae": BETTER}, noise=0.001)
+    clear = summarise_tasks(given, baselines=["scratch"])["inits"]["mae"]
+    for row in given["t0"]:
+        if row["case"] in {f"t0 case{n}" for n in range(6)}:
+            row["dice"] = 0.0 if row["draw"] == 0 else math.nan
+    found = summarise_tasks(given, baselines=["scratch"])
+    assert found["tasks"]["t0"]["cases"] == 6
+    assert found["inits"]["mae"]["rank"]["mean"] == clear["rank"]["mean"] == 1.0
+
+
 def test_the_page_ranks_inits_best_first_and_names_what_was_left_out():
     tasks = tasks_of(2, {"scratch": SCRATCH, "mae": BETTER})
     tasks["t0"] += [{**row, "init": "<own>"} for row in tasks["t0"] if row["init"] == "mae"]

@@ -401,3 +401,24 @@ def test_page_holds_every_part_and_escapes():
         assert text in page, text
     assert 'href="targets/organs/report.html"' in page
     assert found.picture.startswith(b"\x89PNG")
+
+
+def test_a_case_that_only_false_alarms_score_dilutes_nothing():
+    """Half the cases hold no class; all inits raise a false alarm there in the first draw alone."""
+    whole = rows(noise=0.0, cases=12)
+    absent = {f"{target}{n}" for target in GAINS for n in range(6)}
+    holed = [
+        row | {"dice": 0.0 if row["draw"] == 0 else math.nan} if row["case"] in absent else row
+        for row in whole
+    ]
+    known = [row for row in whole if row["case"] not in absent]
+    expected, found = (transfer_summary(given, SOURCES, targets()) for given in (known, holed))
+    for part in ("cells", "controls", "mixed", "asymmetry"):
+        assert expected[part]
+        for wanted, item in zip(expected[part], found[part], strict=True):
+            assert item["mean"] == pytest.approx(wanted["mean"], abs=1e-9)
+            assert item["cases"] == wanted["cases"]
+    gains = [row for row in matrix_rows("t", holed, SOURCES, targets()) if row["metric"] == "dice"]
+    assert {(r["source"], r["target"]): round(r["gain"], 6) for r in gains} == {
+        (source, target): round(gain - 0.02, 6) for target, of in GAINS.items() for source, gain in of.items()
+    }
