@@ -13,6 +13,7 @@ from medseg_ssl.config import UserError, find, parse, shelf
 from medseg_ssl.nets import nnunet
 from medseg_ssl.nets.encoders.swin import CORNERS, Merging
 from medseg_ssl.nets.imports import _files
+from medseg_ssl.nets.imports import timm as timm_reader
 from medseg_ssl.nets.imports.base import Import, build
 from tests.nets.foreign_files import (
     STAGES,
@@ -657,10 +658,10 @@ def test_genesis_on_axes_as_ours(tmp_path):
     assert foreign.unused == ("up_tr64.up_conv.weight", "out_tr.final_conv.bias")
     image = torch.randn(1, 1, 16, 32, 24)
     with torch.no_grad():
-        theirs = net(image.permute(0, 1, 4, 3, 2))
-        ours = imported.encoder(image)
+        theirs = net.double()(image.double().permute(0, 1, 4, 3, 2))
+        ours = imported.encoder.double()(image.double())
     for mine, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, their.permute(0, 1, 4, 3, 2), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine, their.permute(0, 1, 4, 3, 2), atol=1e-5, rtol=1e-5)
     _, imported = bring("genesis", path, axes="zyx", norm="batch")
     assert imported.audit.coverage == 1.0
 
@@ -692,6 +693,29 @@ def test_timm_slice_by_slice(tmp_path, model, unused, form):
         ours = imported.encoder.network(image)[-1]
         theirs = net.forward_intermediates(image[:, :, 1], indices=1, intermediates_only=True)[0]
     torch.testing.assert_close(ours[:, :, 1], theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_timm_leaves_out_what_its_maps_do_not_need():
+    """The last norm of a windowed transformer ends in the name of others that are used."""
+    import timm
+
+    torch.manual_seed(0)
+    model = "swin_tiny_patch4_window7_224"
+    options = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "img_size": 64, "window_size": 4}
+    net = shaken(timm.create_model(model, **options))
+    names = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    assert "norm.weight" in names
+    assert any(name.endswith("downsample.norm.weight") for name in names)
+    loaded = {
+        name.replace("layers.", "layers_"): tensor for name, tensor in names.items() if "head" not in name
+    }
+    loaded.pop("norm.weight")
+    loaded["patch_embed.proj.weight"] = loaded["patch_embed.proj.weight"].sum(1, keepdim=True)
+    assert timm_reader._used(names, loaded) == {n for n in names if "head" not in n and n != "norm.weight"}
+    renamed = {"old." + name: tensor for name, tensor in names.items()}
+    assert timm_reader._used(renamed, loaded) == {
+        n for n in renamed if "head" not in n and n not in ("old.norm.weight", "old.patch_embed.proj.weight")
+    }
 
 
 def test_timm_adapts_the_channels_and_says_so(tmp_path):

@@ -51,16 +51,13 @@ class Timm(Import):
         options = {**self.config.encoder, "model": self.config.model}
         config = parse(Lifted2D.Config, options, where="options", prefix="encoder")
         encoder, loaded, found = self._lifted(path, config, tensors)
-        # timm joins the names of what it takes apart for its maps: stem.0.weight becomes stem_0.weight
-        flat = tuple(name.replace(".", "_") for name in loaded)
-        used = {name for name in tensors if any(own.endswith(name.replace(".", "_")) for own in flat)}
-        same = {name for name in tensors if _among(tensors[name], loaded)}
-        adapted = sorted(used - same)
+        used = _used(tensors, loaded)
+        adapted = sorted(name for name in used if not _among(tensors[name], loaded))
         return Foreign(
             encoder={"name": "lifted2d", **encoder.config.model_dump(mode="json")},
             tensors=found,
             channels_in=self.config.channels_in,
-            unused=tuple(name for name in tensors if name not in used | same),
+            unused=tuple(name for name in tensors if name not in used),
             format=f"timm {self.config.model}, 2D",
             notes=(f"timm adapted {', '.join(adapted)}",) if adapted else (),
         )
@@ -102,9 +99,38 @@ class Timm(Import):
         return encoder, loaded, {f"encoder.{places[name]}": own[places[name]] for name in loaded}
 
 
+def _used(tensors: dict[str, Tensor], loaded: dict[str, Tensor]) -> set[str]:
+    """Names in the file of what timm took from it.
+
+    By name; then, among the places that no name explains, by value (timm renamed it) and by the end of the name (it was
+    renamed and adapted). Ends alone would take ``norm.weight`` for ``layers_1.downsample.norm.weight``.
+    """
+    flat = {_joined(name): name for name in loaded}
+    used = {name for name in tensors if _joined(name) in flat}
+    left = {own: loaded[own] for place, own in flat.items() if place not in {_joined(name) for name in used}}
+    renamed = {name for name in tensors if name not in used and _among(tensors[name], left)}
+    values = [tensors[name] for name in renamed]
+    left = {own: tensor for own, tensor in left.items() if not any(_same(tensor, value) for value in values)}
+    ends = {
+        name
+        for name in tensors
+        if name not in used | renamed and any(_joined(own).endswith("_" + _joined(name)) for own in left)
+    }
+    return used | renamed | ends
+
+
+def _joined(name: str) -> str:
+    """A name as networks of maps have it in timm: stem.0.weight is stem_0.weight there, or model.stem.0.weight."""
+    return name.removeprefix("model.").replace(".", "_")
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)
+
+
 def _among(tensor: Tensor, loaded: dict[str, Tensor]) -> bool:
     """Whether a tensor stands among the loaded ones, under whatever name."""
-    return any(tensor.shape == other.shape and torch.equal(tensor, other) for other in loaded.values())
+    return any(_same(tensor, other) for other in loaded.values())
 
 
 def _some(tensors: dict[str, Tensor]) -> str:
