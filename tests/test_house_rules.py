@@ -107,6 +107,47 @@ def test_no_print_no_star_no_pickle(path):
     assert not re.search(r"weights_only\s*=\s*False", text)
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_modules_keep_no_state(path):
+    """No ``global``, and no name of a module is assigned, or what it holds changed, inside a function."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.Global)]
+    held = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+    changing = {
+        "append",
+        "extend",
+        "add",
+        "update",
+        "pop",
+        "clear",
+        "setdefault",
+        "insert",
+        "remove",
+        "discard",
+    }
+    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
+        own = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        own |= {a.arg for a in (*function.args.args, *function.args.kwonlyargs)}
+        for node in ast.walk(function):
+            spot = None
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in changing
+            ):
+                spot = node.func.value
+            elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+                spot = node.value
+            if isinstance(spot, ast.Name) and spot.id in held - own:
+                pytest.fail(f"{path}:{node.lineno} changes {spot.id} of the module")
+
+
 def test_no_rooms_without_a_name():
     names = {p.stem for p in SOURCES}
     assert not names & {"utils", "util", "misc", "common", "helpers"}

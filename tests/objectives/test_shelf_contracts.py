@@ -5,6 +5,7 @@ Exact resume is in ``tests/train/test_resume.py``, two processes in ``tests/trai
 
 import copy
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,15 +51,17 @@ def trained(request, as_made):
     return copy.deepcopy(as_made(request.param))
 
 
-def made(name, archive, tmp_path, *, encoder, **more):
-    """An objective with this encoder and these options, and a batch as the loader makes it."""
+def made(name, archive, tmp_path, *, encoder, channels=None, **more):
+    """An objective with this encoder, these options and channels, and a batch as the loader makes it."""
     cls = find("medseg_ssl.objectives", name, Objective)
     given = {"name": name, "size": (16, 16, 16), **more}
-    if cls.needs_previous:  # no pretraining has a segmenter that it could go on from
+    facts = archive.facts() if channels is None else replace(archive.facts(), channels=channels)
+    if cls.needs_previous or channels:  # no pretraining has a segmenter that it could go on from
         options = parse(cls.Config, {key: value for key, value in given.items() if key != "name"})
         torch.manual_seed(0)
-        objective = cls(options, build_encoder(**encoder), archive.facts())  # pyright: ignore[reportAbstractUsage]
-        objective.begin((0, 1))
+        objective = cls(options, build_encoder(**encoder, channels_in=facts.channels), facts)  # pyright: ignore[reportAbstractUsage]
+        if cls.needs_previous:
+            objective.begin((0, 1))
     else:
         config = PretrainConfig(
             encoder=Block.model_validate(encoder),
@@ -144,6 +147,63 @@ def test_a_batch_without_body_or_data_gives_no_nan(trained):
     assert output.loss.isfinite()
     output.loss.backward()
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("size", "channels"), [((8, 24, 16), 2), pytest.param((9, 21, 15), 4, marks=pytest.mark.slow)], ids=str
+)
+def test_flat_crops_of_long_voxels_and_several_channels(name, size, channels, archive, tmp_path, monkeypatch):
+    """Non-cubic and odd crops of 3.0 x 1.5 x 1.0 mm: finite, and the preview and the gradient have their shapes."""
+    quick_templates(monkeypatch)
+    given = {"encoder": encoder_for(name), "channels": channels, "size": size, **options_for(name)}
+    try:
+        objective, batch = made(name, archive, tmp_path, **given)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    for view in {id(view): view for views in batch.views.values() for view in views}.values():
+        stretched = torch.tensor([3.0, 1.5, 1.0])
+        view.spacing_mm_B3, view.noted_mm_B = view.spacing_mm_B3 * stretched, None
+        view.affine_B44 = view.affine_B44 * torch.cat([stretched, torch.ones(1)]).double()
+        for part in ("image_BCDHW", "clean_BCDHW"):
+            image = getattr(view, part)
+            if image is not None:
+                gains = torch.linspace(1.0, -0.5, channels).view(1, -1, 1, 1, 1)
+                setattr(view, part, image[:, :1] * gains)
+    output = objective(batch, 0.5)
+    assert output.loss.isfinite()
+    output.loss.backward()
+    stem = dict(objective.encoder.named_parameters())[objective.encoder.stems[0]]
+    assert stem.shape[1] == channels or stem.ndim == 2
+    assert stem.grad.isfinite().all()
+    assert stem.grad.abs().max() > 0
+    with torch.no_grad():
+        pictures = objective.eval().preview(batch)
+    views = {tuple(view.image_BCDHW.shape[2:]) for views in batch.views.values() for view in views}
+    for picture in pictures.values():
+        assert picture.isfinite().all()
+        assert tuple(picture.shape[1:]) in views or picture.ndim == 4
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_parameter_and_buffer_is_initialised(name, archive, tmp_path, monkeypatch):
+    """What is allocated and never filled stays NaN: tokens, heads, predictors and teachers too."""
+
+    allocate = torch.empty
+
+    def poisoned(*args, **kwargs):
+        full = allocate(*args, **kwargs)
+        return full.fill_(float("nan")) if full.is_floating_point() else full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned)
+        assert torch.nn.Linear(2, 2).weight.isfinite().all()  # it fills what it allocates
+        assert torch.empty(1).isnan()
+        cls = find("medseg_ssl.objectives", name, Objective)
+        options = parse(cls.Config, {"size": (16, 16, 16), **options_for(name)})
+        objective = cls(options, build_encoder(**encoder_for(name)), archive.facts())  # pyright: ignore[reportAbstractUsage]
+    for part, value in objective.state_dict().items():
+        assert value.isfinite().all(), part
 
 
 def test_the_preview_shows_the_batch(trained):
