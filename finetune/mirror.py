@@ -55,6 +55,10 @@ GAINS = (
 )
 
 
+DIRECT = ("controls", "asymmetry", "mixed", "beside")
+"""Differences of a transfer's summary that are no gain of a cell; a table each."""
+
+
 def group_in(out: Path) -> str | None:
     """Name of the group that the runs of a comparison form, the same whenever it goes on; None outside of one."""
     try:
@@ -294,6 +298,10 @@ def send_matrix(
             ("gains", GAINS, page.summary["cells"]),
         ):
             recorder.table(name, columns, [[row[c] for c in columns] for row in rows])
+        for name in DIRECT:
+            if rows := page.summary.get(name):
+                columns = [c for c, value in rows[0].items() if not isinstance(value, dict)]
+                recorder.table(name, columns, [[_plain(row[c]) for c in columns] for row in rows])
         recorder.table("verdicts", ("verdict",), [[line] for line in page.summary["verdicts"]])
         shown = heat_map(gain_cells(page.summary), columns=page.sources, targets=page.targets, gain=True)
         recorder.chart("transfer_matrix", shown)
@@ -308,3 +316,8 @@ def send_matrix(
             recorder.artifact(f"{task}-{source}", "encoder", {ENCODER: file}, about={"source": source})
         for file in sorted(out.glob(f"targets/*/{BUDGETS}")):
             recorder.artifact(f"{task}-{file.parent.name}-budgets", "budgets", {BUDGETS: file})
+
+
+def _plain(value: Any) -> Any:
+    """A cell of a table: names and numbers of a list joined."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value

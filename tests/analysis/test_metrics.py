@@ -57,7 +57,12 @@ def test_tolerance_counts_surface_voxels():
 @pytest.mark.parametrize("seed", range(4))
 def test_agrees_with_monai(seed):
     import torch
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+    from monai.metrics import (
+        compute_dice,
+        compute_hausdorff_distance,
+        compute_iou,
+        compute_surface_dice,
+    )
 
     rng = np.random.default_rng(seed)
     spacing = tuple(rng.uniform(0.6, 3.0, 3))
@@ -78,7 +83,11 @@ def test_agrees_with_monai(seed):
         onehot(prediction), onehot(label), class_thresholds=[2.0, 2.0], spacing=spacing
     )
     hd = compute_hausdorff_distance(onehot(prediction), onehot(label), percentile=95, spacing=spacing)
+    dice = compute_dice(onehot(prediction), onehot(label), include_background=False)
+    iou = compute_iou(onehot(prediction), onehot(label), include_background=False)
     for k, name in enumerate(CLASSES[1:]):
+        assert rows[name]["dice"] == pytest.approx(float(dice[0, k]), abs=1e-6)
+        assert rows[name]["iou"] == pytest.approx(float(iou[0, k]), abs=1e-6)
         assert rows[name]["nsd"] == pytest.approx(float(nsd[0, k]), abs=1e-6)
         assert rows[name]["hd95_mm"] == pytest.approx(float(hd[0, k]), rel=1e-5)
 

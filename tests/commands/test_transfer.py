@@ -14,7 +14,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from finetune import looks, mirror, report, transfer_tables
 from finetune import matrix as plans
@@ -34,7 +36,7 @@ from medseg_ssl.train.interrupt import Interrupted
 from medseg_ssl.train.settings import WandbConfig
 from tests.evaluations.fakes import Threshold, card
 from tests.train import offline
-from tests.train.archives import write_archive
+from tests.train.archives import TEST, write_archive
 
 from . import fake_transfer as fakes
 
@@ -286,6 +288,10 @@ def test_the_matrix_and_its_curves_stand_in_the_offline_run(tmp_path, finished, 
     table = json.loads((files / history["tables/matrix"]["path"]).read_text())
     gains = [row[table["columns"].index("gain")] for row in table["data"]]
     assert gains == pytest.approx([row["gain"] for row in found.matrix], nan_ok=True)
+    for name in ("controls", "asymmetry", "mixed"):
+        told = json.loads((files / history[f"tables/{name}"]["path"]).read_text())
+        means = [row[told["columns"].index("mean")] for row in told["data"]]
+        assert means == pytest.approx([item["mean"] for item in found.page.summary[name]])
     chart = json.loads((files / history["charts/transfer_matrix"]["path"]).read_text())
     assert chart["data"][0]["x"] == ["CT", "MR", "CT+MR"]
     (group,) = {r.run.run_group for r in recorded if r.WhichOneof("record_type") == "run"}
@@ -640,8 +646,8 @@ def test_shipped_configs_parse_and_round_trip(path):
 # -- real networks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_whole_benchmark_with_real_networks(tmp_path):
+def real_benchmark(tmp_path, **of_archive):
+    """Words that start a transfer of two steps a network, into the folder that they name second."""
     network = {"name": "resenc", "size": "tiny", "features": [4, 8, 8, 8]}
     steps = {"steps": "2 steps", "accelerator": "cpu", "preview_every": None}
     tree = {
@@ -669,12 +675,20 @@ def test_the_whole_benchmark_with_real_networks(tmp_path):
         "similarity": True,
         "wandb": {"mode": "disabled"},
     }
-    write_archive(tmp_path / "archive")
-    write_archive(tmp_path / "both", channels=("CT", "MR"))
+    write_archive(tmp_path / "archive", **of_archive)
     (tmp_path / "balls.yaml").write_text(yaml.safe_dump(tree))
-    out = tmp_path / "out"
-    words = [str(tmp_path / "balls.yaml"), str(out), "--archive", f"balls={tmp_path / 'archive'}"]
-    words += ["--workers", "1", "--quiet"]
+    words = [
+        str(tmp_path / "balls.yaml"),
+        str(tmp_path / "out"),
+        "--archive",
+        f"balls={tmp_path / 'archive'}",
+    ]
+    return [*words, "--workers", "1", "--quiet"]
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_with_real_networks(tmp_path):
+    words, out = real_benchmark(tmp_path), tmp_path / "out"
     command.main(words)
     assert len(rows_of(out / "matrix.csv")) == 3 * 1 * 2 * 6
     told = json.loads((out / "targets" / "CT" / "summary.json").read_text())["conditions"]
@@ -701,6 +715,46 @@ def test_the_whole_benchmark_with_real_networks(tmp_path):
     command.main(words)
     assert {name: (out / name).read_bytes() for name in TABLES} == written, "a fit done again is the same fit"
     assert sum(p.stat().st_mtime_ns != when for p, when in before.items()) == 1
+
+
+@pytest.mark.slow
+def test_no_choice_reads_a_label_that_is_scored(tmp_path):
+    """Other labels of test subjects: other scores, and the same budgets, weights and transferability estimates."""
+    outs = [tmp_path / name / "out" for name in ("as_drawn", "turned")]
+    for out, turned in zip(outs, ((), TEST), strict=True):
+        out.parent.mkdir()
+        command.main(real_benchmark(out.parent, turned=turned))
+    scores = [[row["dice"] for row in rows_of(out / "cases.csv")] for out in outs]
+    assert scores[0] != scores[1]
+    first, second = (
+        json.loads((out / "targets" / "CT" / "budgets.json").read_text())["cases"] for out in outs
+    )
+    assert first == second
+    first, second = (json.loads((out / "summary.json").read_text())["estimates"]["values"] for out in outs)
+    assert first == second
+    weights = [sorted(path.relative_to(out) for path in out.rglob("*.safetensors")) for out in outs]
+    assert weights[0] == weights[1]
+    assert {path.name for path in weights[0]} == {"encoder.safetensors", "segmenter.safetensors"}
+    for path in weights[0]:
+        one, other = (load_file(out / path) for out in outs)
+        assert all(torch.equal(one[name], other[name]) for name in one), path
+
+
+@pytest.mark.slow
+def test_a_cluster_gives_the_tables_of_real_networks(tmp_path):
+    """Pretrainings, fits and frozen features in workers of Ray, at one thread each as on one machine."""
+    pytest.importorskip("ray", reason="the extra 'cluster' (ray) is not installed")
+    config, _, *words = real_benchmark(tmp_path)
+    script = "import sys; from finetune.transfer import main; main(sys.argv[1:])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for engine in ("local", "ray"):
+        given = [config, str(tmp_path / engine), *words, "--engine", engine, "finetune.train.threads=1"]
+        subprocess.run(
+            [sys.executable, "-c", script, *given], env=environment, cwd=ROOT, check=True, timeout=900
+        )
+    assert not (tmp_path / "out").exists()
+    for name in TABLES:
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "local" / name).read_bytes(), name
 
 
 @pytest.mark.slow

@@ -47,11 +47,12 @@ def write_archive(
     classes: tuple[str, str] = ("background", "organ"),
     channels: tuple[str, ...] = ("CT",),
     labeled_mr: bool = False,
+    turned: tuple[str, ...] = (),
 ) -> Archive:
     """Eight subjects; the scan named ``broken`` (such as ``s1-MR``) holds no data anywhere; a case has these channels.
 
     The annotator stated the classes ``known``, in the subjects ``stating`` all of them. ``labeled_mr`` gives the
-    label to the MR scan as a case of its own too.
+    label to the MR scan as a case of its own too. The label of the subjects ``turned`` is upside down.
     """
     writer = ArchiveWriter.open(path, RECIPE, classes if labels else ())
     scans, cases, pairs = [], [], []
@@ -72,7 +73,7 @@ def write_archive(
         )
         if labels:
             affine = np.array(scans[-2].affine_44)
-            label = organ.astype(np.uint8)
+            label = (organ[::-1] if subject in turned else organ).astype(np.uint8)
             label_args = {"original_DHW": label, "original_affine_44": affine, "recipe": RECIPE, "stamp": ""}
             write_label(path, case.case, label, **label_args)
         cases.append(case)
