@@ -45,7 +45,7 @@ ESTIMATE_CAPTION = (
 )
 SIMILARITY_CAPTION = (
     "Linear CKA with the unbiased estimator (arXiv 1905.00414, 2010.15327) on training crops of the target: 1 = the "
-    "same up to rotation and scale, 0 = unrelated. Rows are levels, finest first."
+    "same up to rotation and scale, 0 = unrelated. Levels from the finest, 0, on."
 )
 MISSING_CAPTION = (
     "Mean Dice on test cases with only these channels given, the others zero; one budget, all draws. A "
@@ -295,7 +295,34 @@ def _similarity(rows: Sequence[Row]) -> str:
             for n, of in pairs.items()
         ]
         out += f"<h3>{text(target)}</h3>" + table(["features", *(f"level {n}" for n in levels)], cells)
+        out += _across_levels([row for row in rows if row["target"] == target])
     return out + f'<p class="caption">{text(SIMILARITY_CAPTION)}</p>' if out else ""
+
+
+def _across_levels(rows: Sequence[Row]) -> str:
+    """Every level of an init before fine-tuning against every level of it after, on a click."""
+    own: dict[str, dict[tuple[int, int], float]] = {}
+    for row in rows:
+        if row["first"] == row["second"]:
+            own.setdefault(row["first"], {})[row["first_level"], row["second_level"]] = row["cka"]
+    shown = []
+    for init, of in own.items():
+        if all(first == second for first, second in of):
+            continue
+        before, after = (sorted({pair[i] for pair in of}) for i in (0, 1))
+        cells = [
+            [
+                f"level {first} before",
+                *(f"{of[first, second]:.2f}" if (first, second) in of else "" for second in after),
+            ]
+            for first in before
+        ]
+        shown.append(table([text(init), *(f"level {n} after" for n in after)], cells))
+    return (
+        details("every level against every level, before and after fine-tuning", "".join(shown))
+        if shown
+        else ""
+    )
 
 
 def _missing(rows: Sequence[Row]) -> str:

@@ -380,7 +380,10 @@ def test_page_holds_every_part_and_escapes():
         curve=curve_rows(rows()),
         sources=[s.name for s in SOURCES],
         targets=["organs", "lesions", "waiting"],
-        similarity=[alike | {"second_state": "fine-tuned", "first_level": 0, "cka": 0.87}],
+        similarity=[
+            alike | {"second_state": "fine-tuned", "first_level": level, "cka": cka}
+            for level, cka in ((0, 0.87), (1, 0.31))
+        ],
         missing=[given | {"ci_high": 0.3}],
         links={"organs": "targets/organs/report.html"},
         roles={"organs": {"CT": "source: same data", "scratch": "scratch"}},
@@ -394,6 +397,7 @@ def test_page_holds_every_part_and_escapes():
         "3 of 4 fits",
         "CT → lesions",
         "0.87",
+        "<td>level 1 before</td><td>0.31</td>",
         "0.250",
         "-0.5000",
         "Dice, 4 labels",

@@ -10,6 +10,7 @@ from finetune.evaluate import main
 from medseg_ssl.analysis.label_efficiency import CASE_COLUMNS
 from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.inference.predictor import Predictor
+from tests.browser import Page
 from tests.evaluations.fakes import MemoryArchive, Threshold, bright_cube, card
 
 BOX = (slice(4, 9), slice(3, 11), slice(5, 8))
@@ -314,3 +315,22 @@ def test_a_column_that_names_people_makes_no_group(world):
         with pytest.raises(ConfigError, match=rf"--by '{column}' is no column to group by; known: contrast"):
             run(folder, "--by", column)
     assert not (folder / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_page_opens_in_a_browser(world):
+    folder, _ = world
+    out = run(folder, "--robustness", "--calibration", "--by", "modality")
+    with Page(out / "report.html", folder / "profile") as shown:
+        assert shown.problems == []
+        assert [a for a in shown.asked if not a.startswith(("file:", "data:", "blob:"))] == []
+        heads = "[...document.querySelectorAll('h2')].map((h) => h.textContent)"
+        assert {"Robustness", "Calibration", "Subgroups"} <= set(shown.run(heads))
+        plots = "[...document.querySelectorAll('.js-plotly-plot')]"
+        assert shown.run(f"{plots}.length") >= 1
+        closed = "[...document.querySelectorAll('details')].filter((d) => !d.open)"
+        count = shown.run(f"{closed}.length")
+        if count:
+            shown.run(f"{closed}[0].querySelector('summary').click()")
+            assert shown.run(f"{closed}.length") == count - 1
+        assert shown.problems == []
