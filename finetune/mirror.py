@@ -299,9 +299,9 @@ def send_matrix(
         ):
             recorder.table(name, columns, [[row[c] for c in columns] for row in rows])
         for name in DIRECT:
-            if rows := page.summary.get(name):
-                columns = [c for c, value in rows[0].items() if not isinstance(value, dict)]
-                recorder.table(name, columns, [[_plain(row[c]) for c in columns] for row in rows])
+            if items := page.summary.get(name):
+                columns = list(items[0])
+                recorder.table(name, columns, [[_plain(item[c]) for c in columns] for item in items])
         recorder.table("verdicts", ("verdict",), [[line] for line in page.summary["verdicts"]])
         shown = heat_map(gain_cells(page.summary), columns=page.sources, targets=page.targets, gain=True)
         recorder.chart("transfer_matrix", shown)

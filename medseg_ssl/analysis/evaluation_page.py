@@ -194,7 +194,8 @@ def _change_table(rows: Sequence[tuple[str, Row]], head: str) -> str:
     for label, row in rows:
         amount = f"<small>{row['amount']:g} {text(row['unit'] or '')}</small>" if row.get("severity") else ""
         low, high = number(row["ci_low"]), number(row["ci_high"])
-        mark = "better" if low > 0 else "worse" if high < 0 else ""
+        sure = number(row["p_holm"]) < 0.05
+        mark = "better" if sure and low > 0 else "worse" if sure and high < 0 else ""
         difference = interval_cell(number(row["difference"]), low, high, sign=True)
         cells.append(
             [

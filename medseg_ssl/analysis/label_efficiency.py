@@ -171,7 +171,7 @@ def _comparison(
 
 
 def adjust(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add Holm-adjusted p-values, within each scope over all inits and baselines that two draws and cases can judge."""
+    """Add Holm-adjusted p-values, within each scope over the pairs of two draws and cases or more; else NaN."""
     scopes: dict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(found):
         scopes[item["scope"]].append(index)

@@ -310,7 +310,7 @@ def _by_subject(table: Table, target: Target) -> Table | None:
     """The table with subjects in place of cases, where each scored subject has one case."""
     subjects = [target.subjects.get(case, case) for case in table.cases]
     return (
-        Table(table.scores_NDP, tuple(subjects), table.draws, table.pretrainings)
+        Table(table.scores_NDP, tuple(subjects), table.draws, table.pretrainings, table.empty_NDP)
         if len(set(subjects)) == len(subjects)
         else None
     )
@@ -326,7 +326,8 @@ def _mixed(cells: Cells, sources: Sequence[Source]) -> list[dict[str, Any]]:
         ]  # fmt: skip
         if len(union.modalities) < 2 or len(singles) < 2 or not cells.has(union.name):
             continue
-        means = {s.name: crossed_interval(cells.pooled(s.name).scores_NDP).mean for s in singles}
+        scores, _ = paired([cells.pooled(s.name) for s in singles])
+        means = {s.name: crossed_interval(s_NDP).mean for s, s_NDP in zip(singles, scores, strict=True)}
         best = max(means, key=lambda name: means[name])
         for single in singles:
             table = difference_table(cells.pooled(union.name), cells.pooled(single.name))

@@ -47,7 +47,7 @@ def _verdict(
     if thin:
         reason = "a single draw or case"
         return f"{init} cannot be judged against {_names(thin)} {where} ({reason}): {numbers}."
-    unbeaten = [c for c in pooled if not c["low"] > 0]
+    unbeaten = [c for c in pooled if not (c["low"] > 0 and c["p_holm"] < 0.05)]
     doubt = (
         f"{_names(unbeaten)} {'is' if len(unbeaten) == 1 else 'are'} not beaten {where}" if unbeaten else ""
     )

@@ -81,7 +81,7 @@ class TrainConfig(Record):
         accelerator: ``auto`` takes a GPU where there is one; several by ``torchrun``.
         threads: CPU threads of torch; null leaves torch's own choice.
         channels_last: channels-last memory format of 5D weights.
-        compile: torch.compile of encoder and decoder (30 to 50 s before the first step).
+        compile: torch.compile of encoder and decoder (30 s to a minute before the first step).
         recompute: drop the encoder's inner activations and compute them again in the backward pass: less memory, more
             time.
         deterministic: deterministic kernels on a GPU too (slower); CPU runs always are.

@@ -319,6 +319,7 @@ def test_verdict_says_where_holm_takes_the_claim_away():
     )
     assert "excludes 0 only without Holm's correction for all inits)" in told
     assert "beats" not in told
+    assert "No label saving is shown" in told
 
 
 def test_what_cannot_be_judged_costs_the_others_nothing():

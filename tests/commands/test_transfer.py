@@ -718,7 +718,7 @@ def test_the_whole_benchmark_with_real_networks(tmp_path):
 
 
 @pytest.mark.slow
-def test_no_choice_reads_a_label_that_is_scored(tmp_path):
+def test_scored_labels_reach_neither_budgets_nor_weights_nor_estimates(tmp_path):
     """Other labels of test subjects: other scores, and the same budgets, weights and transferability estimates."""
     outs = [tmp_path / name / "out" for name in ("as_drawn", "turned")]
     for out, turned in zip(outs, ((), TEST), strict=True):
@@ -737,6 +737,7 @@ def test_no_choice_reads_a_label_that_is_scored(tmp_path):
     assert {path.name for path in weights[0]} == {"encoder.safetensors", "segmenter.safetensors"}
     for path in weights[0]:
         one, other = (load_file(out / path) for out in outs)
+        assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one), path
 
 

@@ -714,8 +714,22 @@ def test_timm_leaves_out_what_its_maps_do_not_need():
     assert timm_reader._used(names, loaded) == {n for n in names if "head" not in n and n != "norm.weight"}
     renamed = {"old." + name: tensor for name, tensor in names.items()}
     assert timm_reader._used(renamed, loaded) == {
-        n for n in renamed if "head" not in n and n not in ("old.norm.weight", "old.patch_embed.proj.weight")
+        n for n in renamed if "head" not in n and n != "old.norm.weight"
     }
+
+
+@pytest.mark.slow
+def test_timm_windowed_transformer(tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    model = "swin_tiny_patch4_window7_224"
+    path = tmp_path / "weights.pth"
+    torch.save(shaken(timm.create_model(model)).state_dict(), path)
+    more = {"model": model, "encoder": {"kind": "slices"}}
+    foreign, _ = bring("timm", path, minimum_coverage=0.3, **more)
+    assert {name for name in foreign.unused if "head" not in name} == {"norm.weight", "norm.bias"}
+    assert foreign.notes == ("timm adapted patch_embed.proj.weight",)
 
 
 def test_timm_adapts_the_channels_and_says_so(tmp_path):

@@ -129,8 +129,8 @@ def test_loss_falls_on_one_batch(trained):
         optimizer.step()
         objective.after_step(0.5)
         losses.append(loss.item())
-        if step > 3 and sum(losses[-2:]) < 0.9 * sum(losses[:2]):
-            return  # fallen by more than is asked for: the rest would only take time
+        if step > 4 and max(losses[-3:]) < 0.9 * min(losses[:2]):
+            return  # fallen by more than is asked for, three steps long: the rest would only take time
     assert sum(losses[-2:]) < 0.95 * sum(losses[:2])
 
 
@@ -149,18 +149,20 @@ def test_a_batch_without_body_or_data_gives_no_nan(trained):
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+ODD = [
+    pytest.param(n, (9, 21, 15), 4, marks=[] if n in ("mae", "segmentation") else [pytest.mark.slow])
+    for n in OBJECTIVES
+]
+
+
 @pytest.mark.parametrize(
-    ("size", "channels"), [((8, 24, 16), 2), pytest.param((9, 21, 15), 4, marks=pytest.mark.slow)], ids=str
+    ("name", "size", "channels"), [*((n, (8, 24, 16), 2) for n in OBJECTIVES), *ODD], ids=str
 )
 def test_flat_crops_of_long_voxels_and_several_channels(name, size, channels, archive, tmp_path, monkeypatch):
     """Non-cubic and odd crops of 3.0 x 1.5 x 1.0 mm: finite, and the preview and the gradient have their shapes."""
     quick_templates(monkeypatch)
     given = {"encoder": encoder_for(name), "channels": channels, "size": size, **options_for(name)}
-    try:
-        objective, batch = made(name, archive, tmp_path, **given)
-    except ConfigError as error:
-        pytest.skip(str(error))
+    objective, batch = made(name, archive, tmp_path, **given)
     for view in {id(view): view for views in batch.views.values() for view in views}.values():
         stretched = torch.tensor([3.0, 1.5, 1.0])
         view.spacing_mm_B3, view.noted_mm_B = view.spacing_mm_B3 * stretched, None
@@ -174,7 +176,7 @@ def test_flat_crops_of_long_voxels_and_several_channels(name, size, channels, ar
     assert output.loss.isfinite()
     output.loss.backward()
     stem = dict(objective.encoder.named_parameters())[objective.encoder.stems[0]]
-    assert stem.shape[1] == channels or stem.ndim == 2
+    assert stem.shape[1] == channels
     assert stem.grad.isfinite().all()
     assert stem.grad.abs().max() > 0
     with torch.no_grad():
@@ -182,26 +184,31 @@ def test_flat_crops_of_long_voxels_and_several_channels(name, size, channels, ar
     views = {tuple(view.image_BCDHW.shape[2:]) for views in batch.views.values() for view in views}
     for picture in pictures.values():
         assert picture.isfinite().all()
-        assert tuple(picture.shape[1:]) in views or picture.ndim == 4
+        assert tuple(picture.shape[-3:]) in views
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_parameter_and_buffer_is_initialised(name, archive, tmp_path, monkeypatch):
-    """What is allocated and never filled stays NaN: tokens, heads, predictors and teachers too."""
+def test_every_parameter_and_buffer_is_initialised(name, archive, monkeypatch):
+    """What is allocated and never filled stays NaN: tokens, heads, predictors and a teacher made at the beginning."""
 
-    allocate = torch.empty
+    def poisoned(allocate):
+        def full(*args, **kwargs):
+            made = allocate(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
 
-    def poisoned(*args, **kwargs):
-        full = allocate(*args, **kwargs)
-        return full.fill_(float("nan")) if full.is_floating_point() else full
+        return full
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", poisoned)
+        for where, call in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(where, call, poisoned(getattr(where, call)))
         assert torch.nn.Linear(2, 2).weight.isfinite().all()  # it fills what it allocates
         assert torch.empty(1).isnan()
+        assert torch.empty_like(torch.ones(1)).isnan()
         cls = find("medseg_ssl.objectives", name, Objective)
         options = parse(cls.Config, {"size": (16, 16, 16), **options_for(name)})
         objective = cls(options, build_encoder(**encoder_for(name)), archive.facts())  # pyright: ignore[reportAbstractUsage]
+        if cls.needs_previous:
+            objective.begin((0, 1))
     for part, value in objective.state_dict().items():
         assert value.isfinite().all(), part
 

@@ -107,14 +107,15 @@ def _used(tensors: dict[str, Tensor], loaded: dict[str, Tensor]) -> set[str]:
     """
     flat = {_joined(name): name for name in loaded}
     used = {name for name in tensors if _joined(name) in flat}
-    left = {own: loaded[own] for place, own in flat.items() if place not in {_joined(name) for name in used}}
+    taken = {_joined(name) for name in used}
+    left = {own: loaded[own] for place, own in flat.items() if place not in taken}
     renamed = {name for name in tensors if name not in used and _among(tensors[name], left)}
     values = [tensors[name] for name in renamed]
     left = {own: tensor for own, tensor in left.items() if not any(_same(tensor, value) for value in values)}
     ends = {
         name
         for name in tensors
-        if name not in used | renamed and any(_joined(own).endswith("_" + _joined(name)) for own in left)
+        if name not in used | renamed and any(_ends_alike(_joined(own), _joined(name)) for own in left)
     }
     return used | renamed | ends
 
@@ -122,6 +123,11 @@ def _used(tensors: dict[str, Tensor], loaded: dict[str, Tensor]) -> set[str]:
 def _joined(name: str) -> str:
     """A name as networks of maps have it in timm: stem.0.weight is stem_0.weight there, or model.stem.0.weight."""
     return name.removeprefix("model.").replace(".", "_")
+
+
+def _ends_alike(first: str, second: str) -> bool:
+    """Whether the longer of two names ends in the other."""
+    return f"_{first}".endswith(f"_{second}") or f"_{second}".endswith(f"_{first}")
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
