@@ -14,6 +14,8 @@ def test_error_known_answers():
     assert error(restored, target, torch.zeros_like(counted)).item() == 0.0
     absolute = Restoration(loss="l1", target_range=(-1, 1)).error(restored, target, counted)
     assert absolute.item() == pytest.approx((0 + 1 + 1 + 1 + 1) / 5)
+    robust = Restoration(loss="charbonnier", target_range=(-1, 1)).error(restored, target, counted)
+    assert robust.item() == pytest.approx((1e-3 + 4 * (1 + 1e-6) ** 0.5) / 5)
 
 
 def test_what_counts():

@@ -52,6 +52,24 @@ def test_hidden_voxels_never_reach_the_network(encoder):
     assert torch.equal(before, after)
 
 
+def test_a_learned_fill_stands_in_hidden_voxels_and_is_trained(encoder):
+    mae = build(encoder, fill="learned")
+    batch = one_batch()
+    mae(batch, 0.0).loss.backward()
+    assert mae.fill.grad is not None
+    assert mae.fill.grad.abs().max() > 0
+    view, hidden = batch.views["crop"][0], mae.eval().hidden(batch)
+    with torch.no_grad():
+        before, _ = mae.restore(view, hidden)
+        mae.fill += 1.0
+        after, _ = mae.restore(view, hidden)
+        nothing, _ = mae.restore(view, torch.zeros_like(hidden))
+        mae.fill -= 1.0
+        assert torch.equal(mae.restore(view, torch.zeros_like(hidden))[0], nothing)
+    assert not torch.allclose(before, after)
+    assert not build(encoder).fill.requires_grad
+
+
 def test_wrong_options():
     with pytest.raises(ConfigError, match="ratio must be"):
         parse(MAE.Config, {"hiding": {"ratio": [0.8, 0.6]}})
