@@ -112,13 +112,16 @@ def test_modules_keep_no_state(path):
     """No ``global``, and no function puts into, or takes from, a list, dictionary or set of its module by name."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Global)]
+    holding = (ast.List, ast.Dict, ast.Set, ast.Call, ast.ListComp, ast.DictComp, ast.SetComp)
     held = {
         target.id
         for node in tree.body
-        if isinstance(node, ast.Assign | ast.AnnAssign)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, holding)
         for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
         if isinstance(target, ast.Name)
     }
+    if not held:
+        return
     changing = {
         "append",
         "extend",
