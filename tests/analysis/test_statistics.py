@@ -89,6 +89,7 @@ def coverage_of_three(shape, mix, *, missing=0.0, runs=500, seed=0):
     return covered / runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(12, 5, 3), (50, 3, 3)], ids=str)
 @pytest.mark.parametrize("mix", MIXES_OF_THREE.values(), ids=MIXES_OF_THREE.keys())
 def test_95_percent_interval_covers_the_mean_over_pretrainings_too(mix, shape):

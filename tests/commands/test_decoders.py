@@ -15,6 +15,7 @@ def archive(tmp_path_factory):
     return write_archive(tmp_path_factory.mktemp("decoders") / "archive")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_decoder_is_a_name_in_a_config(archive, name, tmp_path):
     tree = {

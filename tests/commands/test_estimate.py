@@ -89,6 +89,7 @@ def test_estimate_with_and_without_an_archive(archive, capsys, monkeypatch):
     assert "waiting for data" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_config_too_large_for_this_machine_is_tried_smaller(monkeypatch):
     monkeypatch.setattr(counting, "_operations_per_second", lambda threads: 1e10)
     monkeypatch.setattr(counting, "SLOWEST_TRIAL_STEP_S", 0.2)

@@ -312,6 +312,7 @@ def test_what_a_segmenter_of_one_modality_does_not_know_is_not_scored(tmp_path, 
         finetune(archive, tmp_path / "none", "data.modalities=[PT]")
 
 
+@pytest.mark.slow
 def test_budgets_of_joined_cases_ask_for_their_modalities(tmp_path):
     from finetune.compare import main as compare
 

@@ -167,6 +167,7 @@ def test_what_an_evaluation_lacks_is_said_before_the_first_step(archive, tmp_pat
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_look_at_step_0_counts_for_the_time_spent_on_looking(archive, tmp_path, monkeypatch):
     """It takes a second here, the later one nothing."""
     looks = []

@@ -239,6 +239,7 @@ def test_interrupted_and_continued_gives_the_uninterrupted_tables(tmp_path, fini
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stand_ins")
 def test_a_matrix_goes_to_the_mirror_once_and_whole(tmp_path, monkeypatch):
     def send(out, found, *, wandb, config, known_id):

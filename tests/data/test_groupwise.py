@@ -189,6 +189,7 @@ def test_an_unlike_scan_gets_no_place(tmp_path, caplog):
     assert "1 of 5 scans are unlike the template" in caplog.text
 
 
+@pytest.mark.slow
 def test_air_stays_air_in_the_template(tmp_path):
     """Skin and lungs are the strongest edges of a CT: what is outside the body is averaged too."""
     scans = []

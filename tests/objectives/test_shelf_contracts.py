@@ -291,8 +291,11 @@ def assert_trained(objective, batch):
         assert not coarse, coarse
 
 
-KIN = ("simmim", "genesis", "volume_fusion", "pseudo_labels", "distillation")
-"""Objectives whose step is built like that of ``mae`` or ``mean_teacher``: watched in slow tests."""
+KIN = (
+    *("simmim", "genesis", "volume_fusion", "pseudo_labels", "distillation"),
+    *("mask_guided", "mean_teacher", "paired", "swinunetr", "template", "gvsl"),
+)
+"""Watched in slow tests: a step on ``meta`` takes seconds. The others are one of each kind."""
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ def test_what_can_be_packed_is_tried_with_the_blocks_that_are_hidden():
         build(encoder, hiding={"block": [2, 2, 2], "ratio": [0.75, 0.75]}, compute="packed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lifted", "block", "packed"),
     [

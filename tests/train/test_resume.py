@@ -30,8 +30,9 @@ STEPS = 4
 LIKE_MAE = (
     *("genesis", "simmim", "swinunetr", "volume_fusion"),
     *("spark", "mae_tokens", "segmentation", "distillation", "gvsl"),
+    *("mask_guided", "pseudo_labels"),
 )
-"""Networks and a loss, as ``mae`` has them, and nothing else that could be lost: broken off in slow tests."""
+"""Like ``mae``, ``mean_teacher`` or ``template`` in what could be lost: broken off in slow tests."""
 
 
 @pytest.fixture(scope="module", autouse=True)
