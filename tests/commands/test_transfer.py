@@ -744,13 +744,13 @@ def test_scored_labels_reach_neither_budgets_nor_weights_nor_estimates(tmp_path)
 
 @pytest.mark.slow
 def test_a_cluster_gives_the_tables_of_real_networks(tmp_path):
-    """Pretrainings, fits and frozen features in workers of Ray, at one thread each as on one machine."""
+    """Pretrainings, fits and frozen features in two workers of Ray, at as many threads each as on one machine."""
     pytest.importorskip("ray", reason="the extra 'cluster' (ray) is not installed")
     config, _, *words = real_benchmark(tmp_path)
     script = "import sys; from finetune.transfer import main; main(sys.argv[1:])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for engine in ("local", "ray"):
-        given = [config, str(tmp_path / engine), *words, "--engine", engine, "finetune.train.threads=1"]
+        given = [config, str(tmp_path / engine), *words, "--engine", engine, "--workers", "2"]
         subprocess.run(
             [sys.executable, "-c", script, *given], env=environment, cwd=ROOT, check=True, timeout=900
         )
