@@ -83,7 +83,6 @@ def estimate_sources(task: FeatureTask) -> Path:
     from medseg_ssl.evaluations.transferability import estimate
 
     if not task.file.is_file():
-        _take_threads(finetune_config(task.config.finetune).train.threads)
         views, voxels = _voxels(task, places=PLACES)
         channels = views[0].image_BCDHW.shape[1]
         built = {
@@ -106,7 +105,6 @@ def compare_features(task: FeatureTask) -> Path:
 
     if task.file.is_file():
         return task.file
-    _take_threads(finetune_config(task.config.finetune).train.threads)
     views, voxels = _voxels(task, places=SIMILARITY_PLACES)
     channels = views[0].image_BCDHW.shape[1]
     grams = {}
@@ -177,20 +175,11 @@ def score_missing(task: MissingTask) -> Path:
 
     if task.file.is_file():
         return task.file
-    _take_threads(task.train.get("threads"))
     predictor = load_segmenter(task.segmenter, train=task.train, flips=task.flips, precision=task.precision)
     archive = Archive.open(task.archive).limited(Access(channels=predictor.card.modalities))
     rows = missing_rows(predictor, archive, task.cases, nsd_tolerance_mm=task.nsd_tolerance_mm)
     head = {key: getattr(task, key) for key in ("target", "init", "budget", "draw", "pretraining")}
     return write_csv(task.file, ({**head, **row} for row in rows), columns=MISSING_COLUMNS)
-
-
-def _take_threads(threads: int | None) -> None:
-    """The threads of the fits, where their config states some: sums on a CPU depend on the number."""
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
 
 
 def name_of(task: FeatureTask | MissingTask) -> str:
