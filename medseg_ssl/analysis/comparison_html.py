@@ -138,13 +138,11 @@ def _judged(c: Row) -> bool:
 
 
 def _difference_cell(c: Row) -> str:
-    sure = _judged(c) and c["p_holm"] < 0.05
-    mark = "" if not sure else "better" if c["low"] > 0 else "worse" if c["high"] < 0 else ""
     detectable = c.get("detectable")
     least = (
         "" if detectable is None or math.isnan(detectable) else f"<small>detectable {detectable:.3f}</small>"
     )
-    return f'<span class="{mark}">{interval_cell(c["mean"], c["low"], c["high"], sign=True)}</span>{least}'
+    return marked_cell(c["mean"], c["low"], c["high"], p_holm=c["p_holm"]) + least
 
 
 def savings_table(summary: Mapping[str, Any], curve: Sequence[Row]) -> str:
@@ -201,6 +199,13 @@ def interval_cell(mean: float, low: float, high: float, *, sign: bool = False) -
     form = "+.3f" if sign else ".3f" if abs(mean) < 10 else ".1f"
     ends = "" if math.isnan(low) else f"<small>{low:{form}} to {high:{form}}</small>"
     return f"{mean:{form}}{ends}"
+
+
+def marked_cell(mean: float, low: float, high: float, *, p_holm: float) -> str:
+    """A difference with its interval, coloured where Holm's correction leaves it significant; NaN is not."""
+    sure = p_holm < 0.05
+    mark = "better" if sure and low > 0 else "worse" if sure and high < 0 else ""
+    return f'<span class="{mark}">{interval_cell(mean, low, high, sign=True)}</span>'
 
 
 def p_cell(value: float) -> str:

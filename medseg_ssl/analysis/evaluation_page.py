@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medseg_ssl.analysis.change import OVER_CLASSES
-from medseg_ssl.analysis.comparison_html import METRIC_LABELS, interval_cell, p_cell
+from medseg_ssl.analysis.comparison_html import METRIC_LABELS, interval_cell, marked_cell, p_cell
 from medseg_ssl.analysis.figures import COLOURS, GRID, layout
 from medseg_ssl.analysis.metrics import case_means
 from medseg_ssl.analysis.page import details, figure, made_again, page, section, sortable, table, text
@@ -193,17 +193,16 @@ def _change_table(rows: Sequence[tuple[str, Row]], head: str) -> str:
     cells = []
     for label, row in rows:
         amount = f"<small>{row['amount']:g} {text(row['unit'] or '')}</small>" if row.get("severity") else ""
-        low, high = number(row["ci_low"]), number(row["ci_high"])
-        sure = number(row["p_holm"]) < 0.05
-        mark = "better" if sure and low > 0 else "worse" if sure and high < 0 else ""
-        difference = interval_cell(number(row["difference"]), low, high, sign=True)
+        difference, low, high, p_holm = (
+            number(row[name]) for name in ("difference", "ci_low", "ci_high", "p_holm")
+        )
         cells.append(
             [
                 text(label) + amount,
                 _plain(number(row["before"])),
                 _plain(number(row["after"])),
-                "" if _is_reference(row) else f'<span class="{mark}">{difference}</span>',
-                p_cell(number(row["p_holm"])),
+                "" if _is_reference(row) else marked_cell(difference, low, high, p_holm=p_holm),
+                p_cell(p_holm),
                 _of(row),
                 text(row.get("one_sided") or ""),
             ]

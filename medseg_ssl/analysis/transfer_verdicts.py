@@ -166,7 +166,7 @@ def _line(what: str, item: Mapping[str, Any], more: str, less: str) -> str:
         return f"{what}: {numbers}; too few draws or cases to judge."
     numbers += f" (95 % interval {item['low']:+.3f} to {item['high']:+.3f})"
     if item["low"] > 0 or item["high"] < 0:
-        if not item["p_holm"] < 0.05:
+        if not is_found(item):
             return (
                 f"{what}: {numbers}, no significant difference: it excludes 0 only without Holm's correction."
             )

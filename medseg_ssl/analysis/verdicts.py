@@ -47,7 +47,7 @@ def _verdict(
     if thin:
         reason = "a single draw or case"
         return f"{init} cannot be judged against {_names(thin)} {where} ({reason}): {numbers}."
-    unbeaten = [c for c in pooled if not (c["low"] > 0 and c["p_holm"] < 0.05)]
+    unbeaten = [c for c in pooled if not _beats(c)]
     doubt = (
         f"{_names(unbeaten)} {'is' if len(unbeaten) == 1 else 'are'} not beaten {where}" if unbeaten else ""
     )
@@ -57,12 +57,15 @@ def _verdict(
     return " ".join(sentence for sentence in sentences if sentence)
 
 
+def _beats(c: Comparison) -> bool:
+    return c["low"] > 0 and c["p_holm"] < 0.05
+
+
 def _claim(init: str, pooled: Sequence[Comparison], where: str) -> str:
     """Significant is what Holm's correction leaves; an interval that excludes 0 by itself is told as just that."""
-    above, below = [c for c in pooled if c["low"] > 0], [c for c in pooled if c["high"] < 0]
-    sure = [c for c in pooled if c["p_holm"] < 0.05]
-    won, lost = [c for c in above if c in sure], [c for c in below if c in sure]
-    weak = [c for c in (*above, *below) if c not in sure]
+    won = [c for c in pooled if _beats(c)]
+    lost = [c for c in pooled if c["high"] < 0 and c["p_holm"] < 0.05]
+    weak = [c for c in pooled if (c["low"] > 0 or c["high"] < 0) and not c["p_holm"] < 0.05]
     if len(won) == len(pooled):
         return f"{init} beats {_names(won)} {where}, significantly"
     clauses = [f"beats {_names(won)}"] if won else []
