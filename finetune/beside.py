@@ -155,10 +155,14 @@ def write_forgetting(
     found = evaluate_cases(before, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
     # with the digits of a table, as those of now: equal predictions must differ by nothing
     rows = [{name: as_written(value) for name, value in row.items()} for row in found]
-    now, subjects = read_rows(out / "cases.csv"), _subjects(archive, cases)
+    known, subjects = {row["case"] for row in rows}, _subjects(archive, cases)
+    now = [row for row in read_rows(out / "cases.csv") if row["case"] in known]
+    several = (
+        [change.OVER_CLASSES] if len(archive.classes) > 2 else []
+    )  # of one class it would be the same test twice
     found = []
     for metric in ("dice", "nsd"):  # Holm's correction is over the classes here
-        names = (change.OVER_CLASSES, *archive.classes[1:])
+        names = (*several, *archive.classes[1:])
         block = [
             change.paired_change(rows, now, name=name, metric=metric, subjects=subjects) for name in names
         ]

@@ -24,14 +24,14 @@ from .comparison import CompareConfig
 from .comparison_tables import PLAN, write_comparison
 from .crew import Crew, failure_of, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
-from .flags import add_flags, check_workers, read_named, show
+from .flags import add_flags, check_workers, read_named, show, without_paths
 from .inits import SCRATCH_LONG
 from .mirror import send_left, send_once
 from .notes import notes_of
 from .planning import EncoderKey
 from .resolving import check_precision, expand, resolve
 from .scratch import WHOLE, sentence
-from .seen import check_seen, scored_sides, trained_on
+from .seen import check_seen, chosen_on, scored_sides, trained_on
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -205,6 +205,11 @@ def _check_networks(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]
 def _check_seen(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], scored: Archive) -> None:
     """An encoder from outside must not have seen who is scored, as far as its card tells."""
     for name, card in cards.items():
+        if score := chosen_on(card, scored, config.subset):
+            raise ConfigError(
+                f"the encoder of {name!r} was chosen by {score} on {config.subset} subjects of this archive, who are"
+                " scored; score another subset"
+            )
         own = {card["archive_fingerprint"], *(card.get("archives") or ())}
         if scored.fingerprint not in own | {entry["archive"] for entry in trained_on(card)}:
             continue
@@ -212,12 +217,6 @@ def _check_seen(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], s
             raise ConfigError(
                 f"the encoder of {name!r} was pretrained on this archive, and folds score all of its subjects; make it "
                 "{pretrain: …}, which pretrains once per fold, or leave out folds"
-            )
-        chosen = card.get("chosen_by") if scored.fingerprint in own else None
-        if chosen and chosen["subset"] == config.subset:
-            raise ConfigError(
-                f"the encoder of {name!r} was chosen by {chosen['score']} on {chosen['subset']} subjects of this "
-                "archive, who are scored; score another subset"
             )
         check_seen(f"the encoder of {name!r}", card, scored, split=config.split, subset=config.subset)
 
@@ -364,7 +363,7 @@ def _command(given: Any, *, encoders: Iterable[str]) -> str:
         words += ["--encoder", f"{name}=FILE"]
     if given.budgets is not None:
         words += ["--budgets", "BUDGETS"]
-    return shlex.join([*words, *given.assignments])
+    return shlex.join([*words, *without_paths(given.assignments)])
 
 
 if __name__ == "__main__":

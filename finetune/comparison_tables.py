@@ -22,6 +22,7 @@ from medseg_ssl.analysis.report import Comparison, comparison_page
 from medseg_ssl.analysis.tables import write_bytes, write_csv, write_json, write_text
 from medseg_ssl.analysis.verdicts import labels_text
 from medseg_ssl.config import UserError
+from medseg_ssl.train.run_folder import WARNINGS
 
 from .fits import DONE, ERROR
 from .gallery import Gallery
@@ -93,7 +94,7 @@ def read_comparison(out: Path, *, volumes_bytes: int = VOLUMES_BYTES) -> Read:
         picture=curve_png(curve, baselines=summary["baselines"], title=title),
         curve=curve,
         summary=summary,
-        notes=[*plan["notes"], *gaps_of(out)],
+        notes=[*plan["notes"], *warnings_of(out), *gaps_of(out)],
         cases=scores,
         viewer=gallery.viewer(limit_bytes=volumes_bytes),
         pictures=gallery.examples(),
@@ -124,6 +125,15 @@ def _comparable(out: Path, planned: Sequence[str], finished: Sequence[Path]) -> 
     left = {out / name for name in planned}.difference(finished)
     waiting = {place(folder) for folder in left if not (folder / ERROR).is_file()}
     return [folder for folder in finished if place(folder) not in waiting] or list(finished)
+
+
+def warnings_of(out: Path) -> list[str]:
+    """What the pretrainings of a comparison or a transfer warned of, such as a collapse, each in a sentence."""
+    return [
+        f"Pretraining {file.parent.name} warned: {line.removesuffix('.')}."
+        for file in sorted(out.glob(f"pretrain/*/{WARNINGS}"))
+        for line in dict.fromkeys(file.read_text(encoding="utf-8").splitlines())
+    ]
 
 
 def gaps_of(out: Path) -> list[str]:

@@ -23,7 +23,7 @@ from medseg_ssl.data.channels import told_left_out
 from medseg_ssl.data.partial import Access
 from medseg_ssl.train.run_folder import hash_file
 
-from .seen import check_seen, unchecked
+from .seen import check_seen, chosen_on, unchecked
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
@@ -254,12 +254,10 @@ def known_cases(predictor: Predictor, archive: Archive, cases: Sequence[str]) ->
 
 
 def _chosen_here(card: Card, archive: Archive, subset: str) -> str:
-    chosen = card.chosen_by
-    if not chosen or chosen["subset"] != subset or archive.fingerprint != card.archive_fingerprint:
-        return ""
-    return (
-        f"These weights were chosen by {chosen['score']} on the {subset} subjects of this archive: what they score here"
-        " flatters them; report --subset test"
+    score = chosen_on(card.model_dump(mode="json"), archive, subset)
+    return score and (
+        f"These weights, or those they began with, were chosen by {score} on the {subset} subjects of this archive:"
+        " what they score here flatters them; report --subset test"
     )
 
 

@@ -20,6 +20,7 @@ from medseg_ssl.config import Block, ConfigError, UserError, parse
 from medseg_ssl.data.partial import Access
 from medseg_ssl.data.protected import Protected
 from medseg_ssl.train.interrupt import Interrupted
+from medseg_ssl.train.settings import WandbConfig
 
 from .mirror import group_in
 
@@ -124,6 +125,7 @@ class PretrainTask:
         protect: archives whose test and development subjects it must not see (of the split that it is trained with),
             or other lists of them.
         more: archives that are drawn from beside ``archive``.
+        wandb: where its run stands beside the comparison's; of its own config only ``pictures`` counts then.
     """
 
     folder: Path
@@ -135,6 +137,7 @@ class PretrainTask:
     pretraining: int = 0
     access: Access = field(default_factory=Access)
     more: tuple[Path, ...] = ()
+    wandb: WandbConfig | None = None
 
     @property
     def name(self) -> str:
@@ -161,6 +164,7 @@ def pretrain_init(task: PretrainTask) -> Path:
         access=task.access,
         quiet=True,
         group=group,
+        wandb=task.wandb,
     )
 
 

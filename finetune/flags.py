@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from medseg_ssl.commandline import Parser
 from medseg_ssl.config import ConfigError
 from medseg_ssl.fanout import ENGINES
+
+YAML = (".yaml", ".yml")
 
 
 def add_flags(parser: Parser) -> None:
@@ -70,6 +76,32 @@ def check_names(
             f" config; known: {', '.join(wanted) or 'none'}"
         )
     return {name: Path(given[name]) for name in wanted}
+
+
+def without_paths(assignments: Sequence[str]) -> list[str]:
+    """Overrides for a command that is shown to others: of a path that they name, only what the file is called.
+
+    A config keeps its name, as that of the command itself does; anything else that is there reads ``PATH``.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if not isinstance(value, str) or not ("/" in value or os.sep in value):
+            return value
+        path = Path(value)
+        return path.stem if path.suffix in YAML else "PATH" if path.is_absolute() or path.exists() else value
+
+    shown = []
+    for text in assignments:
+        key, _, raw = text.partition("=")
+        value = yaml.safe_load(raw)
+        kept = plain(value)
+        flat = yaml.safe_dump(kept, default_flow_style=True, sort_keys=False, width=10_000)
+        shown.append(text if kept == value else f"{key}={flat.removesuffix('...' + chr(10)).strip()}")
+    return shown
 
 
 def show(report: Path) -> None:

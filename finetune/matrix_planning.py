@@ -13,6 +13,7 @@ from medseg_ssl.data.channels import told_left_out
 from .fits import PretrainTask
 from .labeling import held_channels, numbered, partial_labels, scored_cases, training_subsets
 from .matrix import MatrixConfig, SourceConfig, comparison_of, pretrain_tree
+from .notes import chosen_note
 from .planning import EncoderKey, pretrain_folder
 from .scratch import sentence
 
@@ -43,6 +44,7 @@ def pretrain_tasks(config: MatrixConfig, out: Path, archives: Mapping[str, Path]
                     protect=tuple(archives[other] for other in others),
                     more=tuple(archives[other] for other in more),
                     pretraining=number,
+                    wandb=config.wandb,
                 )
             )
     return tasks
@@ -178,9 +180,13 @@ def notes_of(
             ]
             where = " and ".join(named)
         spacing = "each scan's own spacing" if card.spacing_mm is None else f"{_triple(card.spacing_mm)} mm"
+        chosen = card.chosen_by
+        steps = chosen["of_steps"] if chosen else card.steps
         notes.append(
-            f"{name}: {card.objective or 'unknown objective'}, {card.steps} steps at {spacing} on {where}."
+            f"{name}: {card.objective or 'unknown objective'}, {steps} steps at {spacing} on {where}."
         )
+        if chosen:
+            notes.append(chosen_note(name, chosen))
         if name in config.own_sources() and config.own_sources()[name].pretrain:
             notes.append(
                 f"{name} is pretrained with settings of its own: {config.own_sources()[name].pretrain}."

@@ -160,16 +160,22 @@ def _card_notes(
         where = f"{'+'.join(card['modalities'])} of this archive" + (
             " and others" if len(several) > 1 else ""
         )
-    notes = [f"{init}: {card['objective'] or 'unknown objective'}, {card['steps']} steps on {where}."]
     chosen = card.get("chosen_by")
+    steps = chosen["of_steps"] if chosen else card["steps"]
+    notes = [f"{init}: {card['objective'] or 'unknown objective'}, {steps} steps on {where}."]
     if chosen:
-        notes.append(
-            f"{init}: these weights were chosen among {chosen['candidates']} by {chosen['score']} on "
-            f"{chosen['subset']} subjects; labels that this evaluation reads are not counted in the budgets."
-        )
+        notes.append(chosen_note(init, chosen))
     if why := _unchecked(card, config=config, test=test):
         notes.append(f"{init}: {why}.")
     return notes
+
+
+def chosen_note(name: str, chosen: Mapping[str, Any]) -> str:
+    """That weights were chosen on the way, and by what (``chosen_by`` of a card), as a condition of what they score."""
+    return (
+        f"{name}: these weights were chosen among {chosen['candidates']} by {chosen['score']} on {chosen['subset']}"
+        " subjects; labels that this evaluation reads are not counted in the budgets."
+    )
 
 
 def _unchecked(card: Mapping[str, Any], *, config: CompareConfig, test: Archive) -> str:

@@ -67,6 +67,7 @@ def pretrain_tasks(
             fold=fold,
             pretraining=number,
             access=folds[fold].access if folds else Access(),
+            wandb=config.wandb,
         )
         for number in range(config.pretrainings)
         for fold in range(max(1, len(folds)))

@@ -26,7 +26,7 @@ from medseg_ssl.train.session import (
 )
 
 from .scratch import without_a_file
-from .seen import inherited, warning
+from .seen import choices, inherited, warning
 from .segmenters import heads, make_card, never_trained, predictor
 from .settings import SHELVES, FinetuneConfig, TransferConfig, complete_config
 from .training_data import guarded, loader, steps_per_epoch, subset, training_cases, with_channels
@@ -174,6 +174,7 @@ def run_finetune(
         earlier = None if grown is None else grown.loaded.card
         made = make_card(config, opened, views, used, silent=unstated, steps=steps, earlier=earlier)
         seen = {"checked_against": (*inherited(before.values()), *checked)}
+        seen |= {"chosen_before": tuple(choice for known in before.values() for choice in choices(known))}
         # nothing is random of a segmenter that goes on but what never was trained; of a file what it lacks; else all
         random = ("",) if earlier is None else earlier.untrained
         if encoder is not None:

@@ -105,3 +105,19 @@ def trained_on(card: Card) -> list[dict[str, Any]]:
 def inherited(cards: Iterable[Card]) -> tuple[dict[str, Any], ...]:
     """What the cards of weights that are gone on from tell about who was seen, for the card of what comes of them."""
     return tuple(entry for card in cards for entry in trained_on(card))
+
+
+def choices(card: Card) -> tuple[dict[str, Any], ...]:
+    """How weights, and those they began with, were chosen: ``chosen_by`` with the ``archives`` that it was done on."""
+    chosen = card.get("chosen_by")
+    archives = [card["archive_fingerprint"], *card.get("archives", ())]
+    own = [{**chosen, "archives": archives}] if chosen else []
+    return (*card.get("chosen_before", ()), *own)
+
+
+def chosen_on(card: Card, archive: Archive, subset: str) -> str:
+    """The score by which weights, or those they began with, were chosen on these subjects; empty for none."""
+    for choice in choices(card):
+        if choice["subset"] == subset and archive.fingerprint in choice["archives"]:
+            return str(choice["score"])
+    return ""

@@ -27,7 +27,7 @@ from .compare import compare
 from .comparison_tables import PLAN
 from .crew import Crew, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
-from .flags import add_flags, check_names, check_workers, read_named, show
+from .flags import add_flags, check_names, check_workers, read_named, show, without_paths
 from .matrix import MatrixConfig, comparison_of, expand, files_of, resolve
 from .matrix_planning import (
     PlannedTarget,
@@ -362,7 +362,7 @@ def _command(given: Any, *, archives: Iterable[str], encoders: Iterable[str]) ->
     words = ["medseg-ssl", "transfer", Path(given.config).stem, "OUT"]
     for flag, names in (("archive", archives), ("encoder", encoders)):
         words += [word for name in names for word in (f"--{flag}", f"{name}=PATH")]
-    return shlex.join([*words, *given.assignments])
+    return shlex.join([*words, *without_paths(given.assignments)])
 
 
 if __name__ == "__main__":

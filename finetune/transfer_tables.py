@@ -27,7 +27,16 @@ from medseg_ssl.analysis.transfer_verdicts import transfer_verdicts
 from medseg_ssl.config import UserError
 
 from . import looks
-from .comparison_tables import PLAN, Read, gaps_of, made_of, read_comparison, without_nan, write_tables
+from .comparison_tables import (
+    PLAN,
+    Read,
+    gaps_of,
+    made_of,
+    read_comparison,
+    warnings_of,
+    without_nan,
+    write_tables,
+)
 from .fits import DONE
 
 MATRIX = "matrix.csv"
@@ -136,7 +145,7 @@ def read_transfer(out: Path, read: Mapping[str, Read]) -> Found:
         targets=[t.name for t in targets],
         roles={t.name: _roles(t, sources) for t in targets},
         picture=heat_map_png(gain_cells(summary), title=title, **shown),
-        notes=[*plan["notes"], *_gaps(out)],
+        notes=[*plan["notes"], *warnings_of(out), *_gaps(out)],
         similarity=[row for t in targets for row in _table(out / "features" / t.name / "similarity.csv")],
         missing=_missing(out, task, targets, names),
         configs={"benchmark": (out / "config.yaml").read_text(encoding="utf-8")},

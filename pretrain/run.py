@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
     from medseg_ssl.nets.encoder_file import Card
     from medseg_ssl.objectives.base import Objective
+    from medseg_ssl.train.settings import WandbConfig
     from medseg_ssl.types import Facts, ViewPlan
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def run_pretrain(
     access: Access | None = None,
     quiet: bool = False,
     group: str | None = None,
+    wandb: WandbConfig | None = None,
 ) -> Path:
     """Pretrain an encoder, or go on where an earlier call with the same config stopped.
 
@@ -63,6 +65,7 @@ def run_pretrain(
         access: splits that differ from what ``archive`` says.
         quiet: show no progress.
         group: of runs in the mirror: a comparison's, where the pretraining is part of one.
+        wandb: mode, project and entity of that group in place of the config's, which is left as it is.
 
     Returns:
         ``RUN/encoder.safetensors``.
@@ -135,7 +138,7 @@ def run_pretrain(
             seed=config.seed,
             train=with_interval(config, steps),
             optim=config.optim,
-            wandb=config.wandb,
+            wandb=config.wandb.within(wandb),
             steps=steps,
             steps_per_epoch=per_epoch,
             description=f"pretrain {config.objective.name}",

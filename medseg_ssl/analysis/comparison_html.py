@@ -47,7 +47,7 @@ def means_table(curve: Sequence[Row], summary: Mapping[str, Any]) -> str:
     ]
     cases = max(s["cases"] for s in sizes)
     note = (
-        f'<p class="caption">{cases} test cases. Area: mean Dice over log2(labels) by trapezoids, over the '
+        f'<p class="caption">{cases} test subjects. Area: mean Dice over log2(labels) by trapezoids, over the '
         "budgets that every init has.</p>"
     )
     return table(["init", *head, "area"], rows) + note

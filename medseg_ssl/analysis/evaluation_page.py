@@ -21,8 +21,8 @@ Row = Mapping[str, Any]
 
 CHANGE_CAPTION = (
     "Cases of a subject averaged, paired by subject; small print and bars are 95 % intervals for new subjects. "
-    "Green and red: the interval excludes 0. p of a paired t-test. 'One-sided' cases have a class with a score on "
-    "one side alone, such as one that is absent and falsely found. "
+    "Green and red: the interval excludes 0, and p of a paired t-test is below 0.05 after Holm's correction. "
+    "'One-sided' cases have a class with a score on one side alone, such as one that is absent and falsely found. "
 )
 ROBUSTNESS_CAPTION = (
     "From the scans as they are to the disturbed ones; severity 1 is the mildest. A disturbance is compared on "

@@ -48,6 +48,7 @@ class Card(BaseModel):
         checked_against: protected scans that no training scan repeats, one entry per archive (``data/leakage.py``).
         untrained: beginnings of the names of the encoder's parameters that the objective did not train.
         chosen_by: where the weights are the best evaluated ones, not the last: score, value, subset, step, candidates.
+        chosen_before: how weights that fine-tuning began with were chosen, with the ``archives`` it was done on.
         source: where imported weights come from; ``licence`` theirs, or that of the training data's use.
     """
 
@@ -73,6 +74,7 @@ class Card(BaseModel):
     checked_against: tuple[dict[str, Any], ...] = ()
     untrained: tuple[str, ...] = ()
     chosen_by: dict[str, Any] | None = None
+    chosen_before: tuple[dict[str, Any], ...] = ()
     licence: str = ""
     source: str = ""
 

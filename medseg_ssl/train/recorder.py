@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.config import UserError
 from medseg_ssl.train.progress import Progress
+from medseg_ssl.train.run_folder import WARNINGS
 from medseg_ssl.train.settings import WandbConfig
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Recorder:
         if not self.writes or kind in self._warned:
             return
         self._warned.add(kind)
-        with open(self.run / "warnings.txt", "a", encoding="utf-8") as file:
+        with open(self.run / WARNINGS, "a", encoding="utf-8") as file:
             file.write(message + "\n")
         if self._progress is not None:
             self._progress.say(f"warning: {message}")

@@ -33,9 +33,15 @@ PACKAGES = (
     "nibabel",
     "blosc2",
     "safetensors",
+    "scipy",
+    "scikit-image",
+    "SimpleITK",
+    "peft",
 )
 
 
+WARNINGS = "warnings.txt"
+"""What a run warned of, a line each."""
 BEFORE_THE_RUN = {
     ".lock",
     "config.yaml",
@@ -47,7 +53,7 @@ BEFORE_THE_RUN = {
     "plan.json",
     "budgets.json",
     "error.txt",
-    "warnings.txt",
+    WARNINGS,
 }
 """Files that may be there before anything was computed; whatever else is there belongs to the config beside it."""
 TEMPLATE = "template_*.npz"

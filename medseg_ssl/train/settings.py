@@ -146,3 +146,7 @@ class WandbConfig(Record):
     project: str = "medseg-ssl"
     entity: str | None = None
     pictures: bool = False
+
+    def within(self, group: WandbConfig | None) -> WandbConfig:
+        """Where a run of this config stands beside those of ``group``; whether it sends pictures it says itself."""
+        return self if group is None else group.model_copy(update={"pictures": self.pictures})

@@ -76,6 +76,7 @@ def card(path: Path) -> SimpleNamespace:
     return SimpleNamespace(
         objective="mae",
         steps=100,
+        chosen_by=None,
         spacing_mm=None,
         modalities=modalities,
         archive_fingerprint="",

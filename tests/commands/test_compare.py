@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,9 @@ from medseg_ssl.data.archive import Archive
 from medseg_ssl.data.manifest import Split
 from medseg_ssl.data.protected import Protected
 from medseg_ssl.train.interrupt import Interrupted
+from medseg_ssl.train.recorder import Recorder
 from medseg_ssl.train.run_folder import RunFolder, hash_file
+from medseg_ssl.train.settings import WandbConfig
 from tests.data.heads import head, seen
 
 from . import fake_comparison as fakes
@@ -614,6 +617,51 @@ def test_too_large_budget_and_scored_scans_in_training_are_refused(tmp_path):
         labeling.scored_cases(fakes.config(), looking, looking)
     with pytest.raises(UserError, match="no labeled case in subset 'development'"):
         labeling.scored_cases(fakes.config(subset="development"), fakes.archive(), fakes.archive())
+
+
+def test_what_a_pretraining_warned_of_is_a_condition_of_its_numbers(tmp_path):
+    def collapsing(task):
+        made = fakes.fake_pretrain(task)
+        with Recorder(made.parent) as recorder:
+            recorder.warn("features collapse (rank 1.00)")
+        return made
+
+    config = fakes.config(budgets=[1], draws=1)
+    command.compare(
+        config, tmp_path / "out", archive=Path("archive"), quiet=True, fit=fakes.fake_fit, pretrain=collapsing
+    )
+    told = json.loads((tmp_path / "out" / "summary.json").read_text())["conditions"]
+    assert told[-1] == "Pretraining mae warned: features collapse (rank 1.00)."
+    assert told[-1] in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_pretrainings_stand_in_the_mirror_where_their_comparison_does(tmp_path, monkeypatch):
+    wandb = WandbConfig(mode="disabled", project="mine", entity="us")
+    config = fakes.config(wandb=wandb.model_dump())
+    (task,) = planning.pretrain_tasks(config, tmp_path, archive=Path("archive"))
+    assert task.wandb == wandb
+    opened = []
+    located = importlib.import_module(locate("pretrain.run"))
+    see = lambda config, *_, **given: opened.append(config.wandb.within(given["wandb"]))  # noqa: E731
+    monkeypatch.setattr(located, "run_pretrain", see)
+    own = {"wandb": {"project": "other", "pictures": True}}
+    fits.pretrain_init(dataclasses.replace(task, config={**PRETRAINING, **own}))
+    assert opened == [WandbConfig(mode="disabled", project="mine", entity="us", pictures=True)]
+    assert WandbConfig(**own["wandb"]).within(None).project == "other"
+
+
+def test_the_command_of_a_report_names_no_path(tmp_path):
+    config = tmp_path / "Doe_Jane" / "ft.yaml"
+    given = command.parser().parse_intermixed_args(
+        ["phantom", str(tmp_path / "out"), "--archive", "a", f"finetune={config}", "task=two words",
+         f"inits.x={{pretrain: {config}}}", f"inits.y.pretrain.data.protect=[{tmp_path}]", "keep=knn/dice"]
+    )  # fmt: skip
+    told = command._command(given, encoders=[])
+    assert str(tmp_path) not in told
+    assert shlex.split(told)[6:] == [
+        *("finetune=ft", "task=two words", "inits.x={pretrain: ft}", "inits.y.pretrain.data.protect=[PATH]"),
+        "keep=knn/dice",
+    ]
 
 
 @pytest.mark.slow

@@ -435,9 +435,19 @@ def test_who_is_scored_does_not_choose_an_encoder(tmp_path, monkeypatch):
         budgets=[1], draws=1, inits={"scratch": "scratch", "given": "encoder"}, subset="development"
     )
     chosen = {"score": "knn/dice", "subset": "development", "step": 1, "of_steps": 2, "candidates": 2}
-    monkeypatch.setattr(command, "_card", lambda path: {**fakes.card(path), "chosen_by": chosen})
-    with pytest.raises(ConfigError, match="chosen by knn/dice on development subjects of this archive"):
-        run(tmp_path / "out", config, encoders={"given": tmp_path / "e"})
+    before = {"chosen_before": [{**chosen, "archives": [fakes.card(None)["archive_fingerprint"]]}]}
+    for told in ({"chosen_by": chosen}, before):
+        monkeypatch.setattr(command, "_card", lambda path, told=told: {**fakes.card(path), **told})
+        with pytest.raises(ConfigError, match="chosen by knn/dice on development subjects of this archive"):
+            run(tmp_path / "out", config, encoders={"given": tmp_path / "e"})
+    scored = config.model_copy(update={"subset": "test"})
+    monkeypatch.setattr(command, "_card", lambda path: {**fakes.card(path), "steps": 1, "chosen_by": chosen})
+    run(tmp_path / "out", scored, encoders={"given": tmp_path / "e"})
+    told = json.loads((tmp_path / "out" / "summary.json").read_text())["conditions"]
+    assert any(line.startswith("given: ") and line.endswith(" 2 steps on this archive.") for line in told)
+    assert any(
+        "given: these weights were chosen among 2 by knn/dice on development subjects" in t for t in told
+    )
     probed = {"pretrain": {"base": "mae_probed"}}
     words = {"task": "t", "inits": {"scratch": "scratch", "mae": probed}, "budgets": [1]}
     tree = {**words, "finetune": {"base": "segmentation"}, "subset": "development"}

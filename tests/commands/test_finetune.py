@@ -98,9 +98,17 @@ def test_it_learns_from_few_labels(world, tmp_path):
 
 
 def test_the_encoder_of_the_file_is_the_default(world, tmp_path):
+    """And what its card says of who chose it goes on the segmenter's."""
     archive, encoder = world
-    finetune(archive, tmp_path, "encoder=null", "--encoder", str(encoder))
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["encoder"]["size"] == "tiny"
+    loaded = encoder_file.build(encoder)
+    choice = {"score": "knn/dice", "subset": "development"}
+    chosen = loaded.card.model_copy(update={"chosen_by": choice})
+    encoder = encoder_file.save(tmp_path / "e.safetensors", encoder=loaded.encoder, card=chosen)
+    shipped = finetune(archive, tmp_path / "run", "encoder=null", "--encoder", str(encoder))
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["encoder"]["size"] == "tiny"
+    made = encoder_file.load_card(shipped)
+    assert made.chosen_by is None
+    assert made.chosen_before == ({**choice, "archives": [chosen.archive_fingerprint]},)
     with pytest.raises(
         ConfigError, match="no encoder: give the config an 'encoder:' block, or an encoder file"
     ):

@@ -167,6 +167,15 @@ def test_what_an_evaluation_lacks_is_said_before_the_first_step(archive, tmp_pat
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_collapse_that_an_evaluation_finds_is_warned_of(archive, tmp_path, monkeypatch):
+    scores = [Score("effective_rank/CT", 1.0, "dimensions"), Score("distinct_crops/CT", 8.0, "crops")]
+    monkeypatch.setattr(Health, "run", lambda self, model, archive: iter(scores))
+    changed = config(evaluations={"health": {}}, keep_best=None, train={"steps": 1, "accelerator": "cpu"})
+    run_pretrain(changed, tmp_path / "run", archive=archive, quiet=True)
+    (told,) = (tmp_path / "run" / "warnings.txt").read_text().splitlines()
+    assert "the encoder's features of CT scans collapse: effective_rank is 1" in told
+
+
 @pytest.mark.slow
 def test_the_look_at_step_0_counts_for_the_time_spent_on_looking(archive, tmp_path, monkeypatch):
     """It takes a second here, the later one nothing."""

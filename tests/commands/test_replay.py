@@ -105,6 +105,9 @@ def test_one_archive_replays_cases_of_another_modality(tmp_path):
     with (tmp_path / "scores" / "forgetting.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["cases"] for row in rows} == {str(len(TEST))}, "those of CT"
+    assert {row["one_sided"] for row in rows} == {"0"}, "cases of MR are not half a pair"
+    assert {row["class"] for row in rows} == {"organ"}, "of one class the mean over classes is the same test"
+    assert all(row["p_holm"] == row["p"] for row in rows)
     assert json.loads((tmp_path / "scores" / "summary.json").read_text())["cases"] == 2 * len(TEST)
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune.seen import check_seen, inherited, unchecked, warning
+from finetune.seen import check_seen, choices, chosen_on, inherited, unchecked, warning
 from medseg_ssl.config import ConfigError
 from medseg_ssl.data.manifest import Split
 
@@ -78,3 +78,15 @@ def test_a_segmenter_tells_what_its_encoder_saw():
     assert said.endswith("keeps for scoring; 'evaluate' will not score its test subjects")
     assert warning("the encoder", encoder, ARCHIVE, split="second") == ""
     assert warning("the encoder", encoder, ARCHIVE, split="outside") == "", "it keeps nobody back"
+
+
+def test_how_an_encoder_was_chosen_is_known_of_its_segmenter():
+    encoder = card() | {"chosen_by": {"score": "knn/dice", "subset": "development"}}
+    segmenter = card(own="finetuned") | {"chosen_before": choices(encoder)}
+    for weights in (encoder, segmenter):
+        assert chosen_on(weights, ARCHIVE, "development") == "knn/dice"
+        assert chosen_on(weights, ARCHIVE, "test") == ""
+        assert chosen_on(weights, SimpleNamespace(fingerprint="finetuned"), "development") == ""
+    again = segmenter | {"chosen_by": {"score": "segmentation/dice", "subset": "development"}}
+    assert [choice["archives"] for choice in choices(again)] == [["here"], ["finetuned"]]
+    assert choices(card()) == ()

@@ -409,6 +409,22 @@ def test_missing_channels_are_counted_by_subject(tmp_path):
 
 
 @pytest.mark.usefixtures("stand_ins")
+def test_an_encoder_that_was_chosen_says_so_and_has_cost_all_its_steps(tmp_path):
+    chosen = {"score": "knn/dice", "subset": "development", "step": 2, "of_steps": 400, "candidates": 5}
+    of_source = fakes.card(write_text(tmp_path / "encoder.safetensors", "CT"))
+    card = SimpleNamespace(**{**vars(of_source), "steps": 2, "chosen_by": chosen})
+    config = fakes.config(
+        archives=["balls"],
+        sources={"CT": {"archives": {"balls": ["CT"]}}},
+        targets={"balls": {"archive": "balls"}},
+    )
+    told = planning.notes_of(config, {"balls": fakes.archive(tmp_path / "ct")}, {"CT": card}, [])
+    assert any(note.startswith("CT: ") and ", 400 steps at " in note for note in told)
+    assert "CT: these weights were chosen among 5 by knn/dice on development subjects; labels that this evaluation" \
+        " reads are not counted in the budgets." in told  # fmt: skip
+
+
+@pytest.mark.usefixtures("stand_ins")
 def test_subjects_whose_scans_cannot_be_joined_are_counted(tmp_path):
     """Of two test subjects one lost its pair: it is not scored, and the page says so."""
     archive = write_archive(tmp_path / "archive")
