@@ -130,9 +130,10 @@ def compare(
         pretrains = planning.pretrain_tasks(config, out, archive=archive, protect=protect, folds=folds)
         files = crew.pretrain(pretrain, pretrains) | given
         cards = {name: _card(files[EncoderKey(name)]) for name in config.pretrained()}
-        _check_networks(config, cards | {key.label: _card(path) for key, path in given.items()})
+        every = cards | {key.label: _card(path) for key, path in given.items()}
+        _check_networks(config, every)
         # an encoder that was chosen on the way has cost all the steps of its pretraining
-        spent = [(card.get("chosen_by") or {}).get("of_steps", card["steps"]) for card in cards.values()]
+        spent = [(card.get("chosen_by") or {}).get("of_steps", card["steps"]) for card in every.values()]
         longest = max(spent, default=0)
         if longest == 0 and SCRATCH_LONG in config.inits.values():
             raise ConfigError(

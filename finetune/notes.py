@@ -72,6 +72,7 @@ def notes_of(
         )
     notes += _channel_notes(tasks, cards=cards, archive=archive)
     notes += _init_notes(config, cards=cards, archive=archive, test=test or archive)
+    notes += _subject_notes(tasks, archive)
     notes += _cost_notes(folds)
     return notes + _unstated_notes(tasks, archive)
 
@@ -88,6 +89,26 @@ def _channel_notes(tasks: Sequence[FitTask], *, cards: Mapping[str, Any], archiv
         *([f"{', '.join(adapted)}: pretrained on another number of channels; the first layer's weights are spread over"
            f" the {len(channels)} of a case so that equal channels are answered as before."] if adapted else []),
     ]  # fmt: skip
+
+
+def _subject_notes(tasks: Sequence[FitTask], archive: Archive) -> list[str]:
+    """How many people the labels of a budget are of, where that is fewer than labels."""
+    counts: dict[int, set[int]] = {}
+    for task in tasks:
+        people = {archive.cases[case].subject for case in task.train_cases}
+        counts.setdefault(task.budget, set()).add(len(people))
+    if all(min(of) == budget for budget, of in counts.items()):
+        return []
+    told = [
+        f"{labels_text(budget)} of {_range(of)} subject{'s' if max(of) > 1 else ''}"
+        for budget, of in sorted(counts.items())
+    ]
+    return [f"A subject's cases are labeled together: {', '.join(told)}."]
+
+
+def _range(counts: set[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _folded(config: CompareConfig) -> str:

@@ -30,6 +30,7 @@ from medseg_ssl.analysis.scores import (
     inits_of,
     on_common,
     paired,
+    settled,
     tables,
 )
 from medseg_ssl.analysis.statistics import (
@@ -201,6 +202,8 @@ def summarise(
         low_budgets: budgets that count as few labels.
     """
     dice = tables(rows, "dice")
+    even, left_out = settled(rows)
+    differing = tables(even, "dice")
     inits = inits_of(rows)
     baselines = [b for b in baselines if b in inits]
     everywhere = (
@@ -212,7 +215,7 @@ def summarise(
             for init in inits
             for baseline in baselines
             if init not in baselines
-            for comparison in comparisons(dice, init=init, baseline=baseline, low_budgets=low_budgets)
+            for comparison in comparisons(differing, init=init, baseline=baseline, low_budgets=low_budgets)
         ]
     )
     per_init: dict[str, Any] = {}
@@ -220,7 +223,7 @@ def summarise(
         own = area(dice, init, everywhere) if everywhere else crossed_interval(np.empty((0, 0)))
         per_init[init] = {"area": own.mean, "area_ci": [own.low, own.high], "area_budgets": everywhere}
         if init not in baselines:
-            each = savings_by_baseline(dice, init, baselines)
+            each = savings_by_baseline(differing, init, baselines)
             per_init[init] |= {"savings": strictest_savings(each), "savings_by_baseline": each}
     summary = {
         "task": rows[0]["task"] if rows else "",
@@ -228,5 +231,6 @@ def summarise(
         "low_budgets": list(low_budgets),
         "inits": per_init,
         "comparisons": found,
+        "false_alarms": left_out,
     }
     return summary | {"verdicts": verdicts(summary)}

@@ -115,6 +115,31 @@ def tables(rows: Iterable[Row], metric: str = "dice", *, of_class: str | None = 
     return out
 
 
+def settled(rows: Iterable[Row]) -> tuple[list[Row], int]:
+    """Rows that paired differences are taken of, and how many (case, class) were left out.
+
+    A class that is absent in a case has a Dice, 0, only under the fits that predict it. In a mean over classes, or over
+    the cases of a subject, such a false alarm would count as a miss of everything there. So a (case, class) that some
+    fits have a score for and others none enters no difference, as long as something else of its subject is scored by
+    all; where nothing is, ``paired`` sees to it.
+
+    Args:
+        rows: of one target, all inits, budgets, draws and pretrainings.
+    """
+    rows = list(rows)
+    scored: set[tuple[str, str]] = set()
+    empty: set[tuple[str, str]] = set()
+    subjects: dict[str, str] = {}
+    for row in rows:
+        value = row["dice"]
+        known = value is not None and not math.isnan(float(value))
+        (scored if known else empty).add((str(row["case"]), str(row["class"])))
+        subjects[str(row["case"])] = str(row.get("subject") or row["case"])
+    whole = {subjects[case] for case, _ in scored - empty}
+    left = {(case, name) for case, name in scored & empty if subjects[case] in whole}
+    return [row for row in rows if (str(row["case"]), str(row["class"])) not in left], len(left)
+
+
 def _mean_of_known(values: Sequence[float]) -> float:
     known = [v for v in values if not math.isnan(v)]
     return sum(known) / len(known) if known else math.nan

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from medseg_ssl.analysis.label_efficiency import area_table
-from medseg_ssl.analysis.scores import Row, budgets_of, inits_of, paired, tables
+from medseg_ssl.analysis.scores import Row, budgets_of, inits_of, paired, settled, tables
 from medseg_ssl.analysis.statistics import EXACT, Interval, complete, crossed_interval
 
 MIN_TASKS = 4
@@ -212,7 +212,7 @@ def pool(
 
 def _task(name: str, rows: Sequence[Row], inits: Sequence[str], metric: str) -> Task | None:
     """None without inits, a budget, a case and a draw that all inits have; without cases of a false alarm."""
-    scores = tables(rows, metric)
+    scores = tables(settled(rows)[0], metric)
     budgets = (
         [b for b in budgets_of(scores, inits[0]) if all((i, b) in scores for i in inits)] if inits else []
     )

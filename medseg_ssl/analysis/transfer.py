@@ -19,7 +19,17 @@ from typing import Any
 import numpy as np
 
 from medseg_ssl.analysis.metrics import METRICS
-from medseg_ssl.analysis.scores import Row, Table, Tables, budgets_of, common, on_common, paired, tables
+from medseg_ssl.analysis.scores import (
+    Row,
+    Table,
+    Tables,
+    budgets_of,
+    common,
+    on_common,
+    paired,
+    settled,
+    tables,
+)
 from medseg_ssl.analysis.statistics import Interval, crossed_interval, detectable_difference, holm
 
 MATRIX_COLUMNS = (
@@ -190,7 +200,9 @@ def matrix_rows(
     for target in targets:
         of_target = [row for row in rows if row["target"] == target.name]
         by_metric = {metric: tables(of_target, metric) for metric in METRICS}
-        cells = Cells(target, by_metric["dice"])
+        even, _ = settled(of_target)
+        differing = {metric: tables(even, metric) for metric in METRICS}
+        cells = Cells(target, differing["dice"])
         for source in sources:
             for budget in budgets_of(cells.dice, source.name):
                 baseline = cells.baseline([budget])
@@ -198,7 +210,8 @@ def matrix_rows(
                     own = crossed_interval(found[source.name, budget].scores_NDP)
                     gain = None
                     if baseline is not None:
-                        pair = difference_table(found[source.name, budget], found[baseline, budget])
+                        others = differing[metric]
+                        pair = difference_table(others[source.name, budget], others[baseline, budget])
                         gain = crossed_interval(pair.scores_NDP)
                     out.append(
                         {"task": task, "source": source.name, "target": target.name, "budget": budget}
@@ -220,11 +233,11 @@ def transfer_summary(
         sources: columns of the matrix.
         targets: rows of the matrix; those without scores yet are left out.
     """
-    found = {
-        t.name: Cells(t, tables([row for row in rows if row["target"] == t.name], "dice")) for t in targets
-    }
+    even = {t.name: settled(row for row in rows if row["target"] == t.name) for t in targets}
+    found = {t.name: Cells(t, tables(even[t.name][0], "dice")) for t in targets}
     known = [cells for cells in found.values() if cells.budgets]
     return {
+        "false_alarms": {name: count for name, (_, count) in even.items() if count},
         "cells": _gains(known, sources),
         "controls": _with_holm([item for cells in known for item in _controls(cells, sources)]),
         "asymmetry": _asymmetry(known, sources),
@@ -280,9 +293,9 @@ def _asymmetry(known: Sequence[Cells], sources: Sequence[Source]) -> list[dict[s
         if there is None or back is None:
             continue
         paired = _by_subject(there, b.target), _by_subject(back, a.target)
-        same = a.target.archive == b.target.archive and paired[0] is not None and paired[1] is not None
-        if same and set(paired[0].cases) == set(paired[1].cases):  # pyright: ignore[reportOptionalMemberAccess]
-            interval = crossed_interval(difference_table(*paired).scores_NDP)  # pyright: ignore[reportArgumentType]
+        if a.target.archive == b.target.archive and (same := _on_same(*paired)) is not None:
+            there, back = same
+            interval = crossed_interval(difference_table(there, back).scores_NDP)
         else:
             interval = independent_difference(
                 crossed_interval(there.scores_NDP), crossed_interval(back.scores_NDP)
@@ -314,6 +327,21 @@ def _by_subject(table: Table, target: Target) -> Table | None:
         if len(set(subjects)) == len(subjects)
         else None
     )
+
+
+def _on_same(first: Table | None, second: Table | None) -> tuple[Table, Table] | None:
+    """Both tables on the subjects that they share; None where these are not most of either's."""
+    if first is None or second is None:
+        return None
+    cases = [case for case in first.cases if case in second.cases]
+    if len(cases) < 2 or 2 * len(cases) < max(len(first.cases), len(second.cases)):
+        return None
+    return _of_cases(first, cases), _of_cases(second, cases)
+
+
+def _of_cases(table: Table, cases: Sequence[str]) -> Table:
+    kept = table.select(cases, table.draws), table.select_empty(cases, table.draws)
+    return Table(kept[0], tuple(cases), table.draws, table.pretrainings, kept[1])
 
 
 def _mixed(cells: Cells, sources: Sequence[Source]) -> list[dict[str, Any]]:

@@ -40,8 +40,9 @@ BESIDE_CAPTION = (
     "crops give the place away, a score below that of a baseline which reads no voxel says nothing about images."
 )
 ESTIMATE_CAPTION = (
-    "LogME (arXiv 2102.11005): log evidence of the voxels' classes under frozen features, from training labels alone; "
-    "higher promises more. 'Random weights' is the same network untrained."
+    "LogME (arXiv 2102.11005): log evidence of the voxels' classes under frozen features, from the labels of all "
+    "training cases (more than a budget has, and no scored one); higher promises more. 'Random weights' is the same "
+    "network untrained."
 )
 SIMILARITY_CAPTION = (
     "Linear CKA with the unbiased estimator (arXiv 1905.00414, 2010.15327) on training crops of the target: 1 = the "

@@ -8,7 +8,7 @@ from typing import Any
 
 from medseg_ssl.analysis.statistics import holm
 from medseg_ssl.analysis.transfer import JUDGED, is_found
-from medseg_ssl.analysis.verdicts import few_levels, labels_text
+from medseg_ssl.analysis.verdicts import false_alarms, few_levels, labels_text
 
 ONE_PRETRAINING = "One pretraining per source: differences between pretrainings are not in the intervals."
 
@@ -42,6 +42,8 @@ def transfer_verdicts(summary: Mapping[str, Any]) -> list[str]:
         )
     for item in summary.get("estimates", {}).get("ranking", ()):
         lines.append(_ranking_verdict(item))
+    for name, count in summary.get("false_alarms", {}).items():
+        lines += false_alarms({"false_alarms": count}, f"Target {name}: ")
     return lines + _limits(summary["cells"]) + _pretraining_verdict(summary["cells"])
 
 

@@ -55,6 +55,14 @@ def test_coverage_with_few_cases_and_missing_scores():
     assert 0.92 <= coverage(40, 5, MIXES["rest"], missing=0.1) <= 0.98
 
 
+@pytest.mark.parametrize(("cases", "draws"), [(12, 2), (100, 2), (2, 3)])
+def test_coverage_with_two_of_something_is_what_the_verdicts_say(cases, draws):
+    for mix in MIXES.values():
+        assert (
+            0.84 <= coverage(cases, draws, mix, runs=300) <= 0.99
+        )  # 86 to 98, but for the simulation's own error
+
+
 MIXES_OF_THREE = {
     # case, draw, pretraining, case × draw, case × pretraining, fit (draw × pretraining), rest
     "balanced": (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0),

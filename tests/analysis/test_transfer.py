@@ -164,6 +164,15 @@ def test_asymmetry_of_independent_targets_is_welch_and_of_shared_subjects_paired
     assert (paired["mean"], paired["low"], paired["high"]) == pytest.approx(
         (by_hand.mean, by_hand.low, by_hand.high)
     )
+    # one scan of one subject is missing: both are taken on the five that both have
+    less = [r for r in found if (r["target"], r["case"]) != ("lesions", "lesions0")]
+    (most,) = transfer_summary(less, sources, one)["asymmetry"]
+    by_hand = paired_interval(gain_there[1:], gain_back[1:])
+    assert (most["mean"], most["low"], most["high"]) == pytest.approx(
+        (by_hand.mean, by_hand.low, by_hand.high)
+    )
+    assert most["gain_back"] == pytest.approx(gain_back[1:].mean())
+    assert most["cases"] == 5
 
 
 def test_independent_difference_is_welchs_test():

@@ -619,6 +619,38 @@ def test_too_large_budget_and_scored_scans_in_training_are_refused(tmp_path):
         labeling.scored_cases(fakes.config(subset="development"), fakes.archive(), fakes.archive())
 
 
+def test_the_longest_of_several_files_of_an_encoder_is_what_it_cost(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(
+        command, "_card", lambda p: {**fakes.card(p), "steps": 1000 if p.name == "b" else 100}
+    )
+    inits = {"scratch": "scratch", "scratch_long": "scratch_long", "given": "encoder"}
+    started = []
+    run(
+        tmp_path / "out",
+        config=fakes.config(inits=inits, budgets=[1], draws=1),
+        encoders={"given": tmp_path / "a", "given@p1": tmp_path / "b"},
+        fit=lambda task: started.append(task) or fakes.fake_fit(task),
+    )
+    assert {t.init: t.steps for t in started} == {"scratch": 20, "scratch_long": 1020, "given": 20}
+
+
+def test_labels_of_one_person_are_said_to_be(tmp_path):
+    archive = fakes.archive()
+    config = fakes.config(budgets=[1, 2], draws=1)
+    run(tmp_path / "a", config=config)
+    tasks = [SimpleNamespace(budget=b, train_cases=list(archive.cases)[:b]) for b in (1, 2)]
+    assert notes._subject_notes(tasks, archive) == []
+    first, second, *_ = archive.cases
+    twin = SimpleNamespace(cases={**archive.cases, second: archive.cases[first]})
+    assert notes._subject_notes(tasks, twin) == [
+        "A subject's cases are labeled together: 1 label of 1 subject, 2 labels of 1 subject."
+    ]
+    told = json.loads((tmp_path / "a" / "summary.json").read_text())["conditions"]
+    assert not any("labeled together" in line for line in told)
+
+
 def test_what_a_pretraining_warned_of_is_a_condition_of_its_numbers(tmp_path):
     def collapsing(task):
         made = fakes.fake_pretrain(task)
