@@ -69,13 +69,24 @@ def check_names(
         raise ConfigError(
             "; ".join(f"{flag} {name!r} needs its path: --{flag} {name}={what}" for name in missing)
         )
+    check_known(flag, wanted, given)
+    return {name: Path(given[name]) for name in wanted}
+
+
+def check_known(flag: str, wanted: Iterable[str], given: Mapping[str, Path]) -> dict[str, Path]:
+    """The paths that are given, each of a name that the config has.
+
+    Raises:
+        ConfigError: a path for a name that it does not have.
+    """
+    wanted = list(wanted)
     unknown = [name for name in given if name not in wanted]
     if unknown:
         raise ConfigError(
             f"{', '.join(f'--{flag} {name}=…' for name in unknown)} {'is' if len(unknown) == 1 else 'are'} not in the"
             f" config; known: {', '.join(wanted) or 'none'}"
         )
-    return {name: Path(given[name]) for name in wanted}
+    return {name: Path(path) for name, path in given.items()}
 
 
 def without_paths(assignments: Sequence[str]) -> list[str]:

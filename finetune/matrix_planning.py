@@ -11,7 +11,7 @@ from medseg_ssl.config import ConfigError, UserError
 from medseg_ssl.data.channels import told_left_out
 
 from .fits import PretrainTask
-from .labeling import held_channels, numbered, partial_labels, scored_cases, training_subsets
+from .labeling import folds_of, held_channels, numbered, scored_cases
 from .matrix import MatrixConfig, SourceConfig, comparison_of, pretrain_tree
 from .notes import chosen_note
 from .planning import EncoderKey, pretrain_folder
@@ -19,6 +19,7 @@ from .scratch import sentence
 
 if TYPE_CHECKING:
     from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.budget_file import BudgetFile
     from medseg_ssl.nets.encoder_file import Card
 
     from .comparison import CompareConfig
@@ -111,11 +112,20 @@ class PlannedTarget(NamedTuple):
     shares: list[str]
 
 
-def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) -> PlannedTarget:
+def target_of(
+    config: MatrixConfig, name: str, archives: Mapping[str, Archive], *, given: BudgetFile | None = None
+) -> PlannedTarget:
     """What is done on a target, once budgets, scored cases and modalities are known to be there.
 
+    Args:
+        config: of the benchmark.
+        name: of the target.
+        archives: by name.
+        given: budgets whose labeled cases are used as they are; None draws them.
+
     Raises:
-        ConfigError: a modality that no labeled case has, or cases of several modalities and none named.
+        ConfigError: a modality that no labeled case has, cases of several modalities and none named, or a file of
+            budgets that does not go with them.
     """
     plan, archive = comparison_of(config, name), archives[config.targets[name].archive]
     try:
@@ -133,7 +143,7 @@ def target_of(config: MatrixConfig, name: str, archives: Mapping[str, Archive]) 
     cases = scored_cases(plan, archive, archive)
     try:
         plan, shares = numbered(plan, archive, [archive.split(plan.split)])
-        partial_labels(plan, archive, training_subsets(plan, archive))
+        folds_of(plan, archive, archive, given=given)
     except ConfigError as error:
         raise ConfigError(f"targets.{name}: {error}") from error
     facts = Target(

@@ -27,7 +27,7 @@ from .compare import compare
 from .comparison_tables import PLAN
 from .crew import Crew, visible_gpus
 from .fits import FitTask, PretrainTask, fit_and_score, pretrain_init
-from .flags import add_flags, check_names, check_workers, read_named, show, without_paths
+from .flags import add_flags, check_known, check_names, check_workers, read_named, show, without_paths
 from .matrix import MatrixConfig, comparison_of, expand, files_of, resolve
 from .matrix_planning import (
     PlannedTarget,
@@ -54,6 +54,7 @@ def transfer(
     *,
     archives: Mapping[str, Path],
     encoders: Mapping[str, Path] | None = None,
+    budgets: Mapping[str, Path] | None = None,
     workers: int | None = None,
     engine: str = "local",
     keep: bool = False,
@@ -69,6 +70,7 @@ def transfer(
         out: folder of the benchmark.
         archives: path of every archive that the config names.
         encoders: file of each source of kind ``encoder``.
+        budgets: by target, ``budgets.json`` of another run, whose labeled cases are used as they are.
         workers: pretrainings or fits side by side; None chooses by cores or GPUs.
         engine: ``local`` or ``ray``.
         keep: keep weights of every fit.
@@ -85,17 +87,22 @@ def transfer(
         UserError: fits failed; what finished is in the tables all the same.
     """
     from medseg_ssl.data.archive import Archive
+    from medseg_ssl.data.budget_file import read_budgets
 
     paths = check_names("archive", config.archives, archives)
     given = check_names("encoder", config.given_sources(), encoders or {})
     opened = {name: Archive.open(path) for name, path in paths.items()}
     check_archives(opened)
     check_sources(config, opened)
-    planned = [target_of(config, name, opened) for name in config.targets]
+    files_of_budgets = check_known("budgets", config.targets, budgets or {})
+    reused = {name: read_budgets(path) for name, path in files_of_budgets.items()}
+    planned = [target_of(config, name, opened, given=reused.get(name)) for name in config.targets]
     inputs = {
         "archives": {name: archive.fingerprint for name, archive in opened.items()},
         "encoders": {name: hash_file(path) for name, path in given.items()},
     }
+    if files_of_budgets:
+        inputs["budgets"] = {name: hash_file(path) for name, path in files_of_budgets.items()}
     gpus = visible_gpus(planned[0].comparison)
     crew = Crew(workers=workers, engine=engine, gpus=gpus, quiet=quiet)
     device = f"{len(gpus)} GPUs" if gpus else "cpu"
@@ -119,6 +126,7 @@ def transfer(
                     out / "targets" / target.name,
                     archive=paths[target.archive],
                     encoders=files | further,
+                    budgets=files_of_budgets.get(target.name),
                     workers=workers,
                     engine=engine,
                     keep=keep,
@@ -312,6 +320,13 @@ def parser() -> Parser:
         metavar="NAME=FILE",
         help="file of a source of kind 'encoder'",
     )
+    parser.add_argument(
+        "--budgets",
+        action="append",
+        default=[],
+        metavar="TARGET=FILE",
+        help="budgets.json of another run: label exactly those cases of a target",
+    )
     add_flags(parser)
     return parser
 
@@ -344,23 +359,25 @@ def _run(given: Any) -> Path:
     check_workers(given.workers)
     config = read_config(find_config(given.config, kind="transfer"), given.assignments)
     archives, encoders = read_named("archive", given.archive), read_named("encoder", given.encoder)
+    budgets = read_named("budgets", given.budgets, what="FILE")
     return transfer(
         config,
         given.out,
         archives=archives,
         encoders=encoders,
+        budgets=budgets,
         workers=given.workers,
         engine=given.engine,
         keep=given.keep,
         quiet=given.quiet,
-        command=_command(given, archives=archives, encoders=encoders),
+        command=_command(given, archives=archives, encoders=encoders, budgets=budgets),
     )
 
 
-def _command(given: Any, *, archives: Iterable[str], encoders: Iterable[str]) -> str:
+def _command(given: Any, *, archives: Iterable[str], encoders: Iterable[str], budgets: Iterable[str]) -> str:
     """The command without paths of this machine."""
     words = ["medseg-ssl", "transfer", Path(given.config).stem, "OUT"]
-    for flag, names in (("archive", archives), ("encoder", encoders)):
+    for flag, names in (("archive", archives), ("encoder", encoders), ("budgets", budgets)):
         words += [word for name in names for word in (f"--{flag}", f"{name}=PATH")]
     return shlex.join([*words, *without_paths(given.assignments)])
 

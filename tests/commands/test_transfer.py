@@ -409,6 +409,29 @@ def test_missing_channels_are_counted_by_subject(tmp_path):
 
 
 @pytest.mark.usefixtures("stand_ins")
+def test_budgets_of_another_run_are_labeled_again(tmp_path, finished):
+    """The file of one target, under another seed; the other target draws its own."""
+    config = fakes.config(seed=5, unions="none", budgets=[2], low_budgets=[2], draws=1)
+    given = finished / "targets" / "organs" / "budgets.json"
+    for name, budgets in (("own", {}), ("again", {"organs": given})):
+        run(tmp_path / name, config=config, budgets=budgets)
+
+    def subsets(out, target):
+        return json.loads((out / "targets" / target / "plan.json").read_text())["subsets"]["0"]["2"]
+
+    assert subsets(tmp_path / "again", "organs") == subsets(finished, "organs")
+    assert subsets(tmp_path / "own", "organs") != subsets(finished, "organs")
+    assert subsets(tmp_path / "again", "lesions") == subsets(tmp_path / "own", "lesions")
+    with pytest.raises(ConfigError, match="another"):
+        run(tmp_path / "own", config=config, budgets={"organs": given})
+    with pytest.raises(ConfigError, match=r"--budgets organ=… is not in the config; known: organs, lesions"):
+        run(tmp_path / "none", config=config, budgets={"organ": given})
+    with pytest.raises(ConfigError, match=r"targets\.lesions: .*budgets"):
+        run(tmp_path / "none", config=config, budgets={"lesions": given})
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.usefixtures("stand_ins")
 def test_an_encoder_that_was_chosen_says_so_and_has_cost_all_its_steps(tmp_path):
     chosen = {"score": "knn/dice", "subset": "development", "step": 2, "of_steps": 400, "candidates": 5}
     of_source = fakes.card(write_text(tmp_path / "encoder.safetensors", "CT"))
