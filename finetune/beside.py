@@ -155,11 +155,11 @@ def write_forgetting(
     found = evaluate_cases(before, archive, cases, nsd_tolerance_mm=nsd_tolerance_mm, on_case=on_case)
     # with the digits of a table, as those of now: equal predictions must differ by nothing
     rows = [{name: as_written(value) for name, value in row.items()} for row in found]
+    # the earlier segmenter scores no case of a modality that it does not know
     known, subjects = {row["case"] for row in rows}, _subjects(archive, cases)
     now = [row for row in read_rows(out / "cases.csv") if row["case"] in known]
-    several = (
-        [change.OVER_CLASSES] if len(archive.classes) > 2 else []
-    )  # of one class it would be the same test twice
+    # of one class the mean over classes would be the same test twice
+    several = [change.OVER_CLASSES] if len(archive.classes) > 2 else []
     found = []
     for metric in ("dice", "nsd"):  # Holm's correction is over the classes here
         names = (*several, *archive.classes[1:])

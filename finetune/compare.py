@@ -94,7 +94,8 @@ def compare(
     test = opened if test_archive is None else Archive.open(test_archive).limited(config.access())
     labeling.check_held(config, opened)
     labeling.check_held(config, test, what="the test archive")
-    _check_seen(config, {key.label: _card(path) for key, path in given.items()}, test)
+    known = {key.label: _card(path) for key, path in given.items()}
+    _check_seen(config, known, test)
     reused = None if budgets is None else read_budgets(budgets)
     splits = labeling.splits_of(config, opened, given=reused)
     counted, shares = labeling.numbered(config, opened, splits)
@@ -113,6 +114,9 @@ def compare(
     if sentence(config.inits, config.finetune, config.init_overrides):
         # fits of an earlier version, which held them back, are not to be counted with new ones
         inputs["from_scratch"] = WHOLE
+    if SCRATCH_LONG in config.inits.values() and _longest(known) > _longest(_first(known)):
+        # fits of an earlier version, which counted the first file of an init alone, are not to be counted with new ones
+        inputs["scratch_long"] = "steps of the longest of all files"
     if reused is not None and apart:
         inputs["budgets_drawn_from"] = reused.archive
         if not quiet:
@@ -130,11 +134,8 @@ def compare(
         pretrains = planning.pretrain_tasks(config, out, archive=archive, protect=protect, folds=folds)
         files = crew.pretrain(pretrain, pretrains) | given
         cards = {name: _card(files[EncoderKey(name)]) for name in config.pretrained()}
-        every = cards | {key.label: _card(path) for key, path in given.items()}
-        _check_networks(config, every)
-        # an encoder that was chosen on the way has cost all the steps of its pretraining
-        spent = [(card.get("chosen_by") or {}).get("of_steps", card["steps"]) for card in every.values()]
-        longest = max(spent, default=0)
+        _check_networks(config, cards | known)
+        longest = _longest(cards | known)
         if longest == 0 and SCRATCH_LONG in config.inits.values():
             raise ConfigError(
                 "scratch_long needs the steps of pretraining, but no encoder file's card states them"
@@ -201,6 +202,17 @@ def _check_networks(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]
             f"the encoders of {first!r} and {different[0]!r} are different networks, which compares more than the init;"
             " compare each with scratch on its own"
         )
+
+
+def _longest(cards: Mapping[str, Mapping[str, Any]]) -> int:
+    """Steps of the longest pretraining; an encoder that was chosen on the way has cost all the steps of its own."""
+    spent = [(card.get("chosen_by") or {}).get("of_steps", card["steps"]) for card in cards.values()]
+    return max(spent, default=0)
+
+
+def _first(cards: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Those of the first pretraining of each init."""
+    return {label: card for label, card in cards.items() if "@" not in label}
 
 
 def _check_seen(config: CompareConfig, cards: Mapping[str, Mapping[str, Any]], scored: Archive) -> None:

@@ -22,7 +22,7 @@ from medseg_ssl.analysis.report import Comparison, comparison_page
 from medseg_ssl.analysis.tables import write_bytes, write_csv, write_json, write_text
 from medseg_ssl.analysis.verdicts import labels_text
 from medseg_ssl.config import UserError
-from medseg_ssl.train.run_folder import WARNINGS
+from medseg_ssl.train.run_folder import WARNINGS, kind_of_warning
 
 from .fits import DONE, ERROR
 from .gallery import Gallery
@@ -129,11 +129,13 @@ def _comparable(out: Path, planned: Sequence[str], finished: Sequence[Path]) -> 
 
 def warnings_of(out: Path) -> list[str]:
     """What the pretrainings of a comparison or a transfer warned of, such as a collapse, each in a sentence."""
-    return [
-        f"Pretraining {file.parent.name} warned: {line.removesuffix('.')}."
-        for file in sorted(out.glob(f"pretrain/*/{WARNINGS}"))
-        for line in dict.fromkeys(file.read_text(encoding="utf-8").splitlines())
-    ]
+    found = []
+    for file in sorted(out.glob(f"pretrain/*/{WARNINGS}")):
+        first: dict[str, str] = {}
+        for line in file.read_text(encoding="utf-8").splitlines():  # a run that went on may say it again
+            first.setdefault(kind_of_warning(line), line.removesuffix("."))
+        found += [f"Pretraining {file.parent.name} warned: {line}." for line in first.values()]
+    return found
 
 
 def gaps_of(out: Path) -> list[str]:

@@ -125,7 +125,7 @@ class PretrainTask:
         protect: archives whose test and development subjects it must not see (of the split that it is trained with),
             or other lists of them.
         more: archives that are drawn from beside ``archive``.
-        wandb: where its run stands beside the comparison's; of its own config only ``pictures`` counts then.
+        wandb: mirror of the comparison, whose mode, project and entity its run takes over.
     """
 
     folder: Path

@@ -25,7 +25,7 @@ from medseg_ssl.train.session import (
     with_spacing,
 )
 
-from .scratch import without_a_file
+from .scratch import with_new_decoder, without_a_file
 from .seen import choices, inherited, warning
 from .segmenters import heads, make_card, never_trained, predictor
 from .settings import SHELVES, FinetuneConfig, TransferConfig, complete_config
@@ -138,6 +138,7 @@ def run_finetune(
         audit = grown.load_into(objective, stated)
         unstated = grown.silent(stated)
     fresh = () if audit is None else audit.fresh
+    optim = with_new_decoder(config.optim, audit)
     tuned = tune(objective, config.tune, seed=config.seed, fresh=fresh)
     objective.begin(() if grown is None else grown.kept)
     per_epoch = steps_per_epoch(config, opened, used)
@@ -188,6 +189,8 @@ def run_finetune(
         "cases": hash_names(sorted(used)),
         **access.identity(),
     }
+    if optim != config.optim:  # a run that began at the decoder's reduced rate does not go on at another
+        inputs["decoder"] = "new, at the full rate"
     if drawn_from is not None:
         inputs["budgets_drawn_from"] = drawn_from
     if continue_from is not None:
@@ -235,7 +238,7 @@ def run_finetune(
             config=config.model_dump(mode="json"),
             seed=config.seed,
             train=config.train,
-            optim=config.optim,
+            optim=optim,
             wandb=config.wandb,
             steps=steps,
             steps_per_epoch=per_epoch,

@@ -106,3 +106,15 @@ def without_a_file(config: FinetuneConfig) -> FinetuneConfig:
     spared = ", ".join(f"{key}={value}" for key, value in held.items())
     logger.warning("no encoder file is given, so nothing is pretrained: %s is not heeded", spared)
     return config.model_copy(update={"optim": parse(OptimConfig, freed(tree)["optim"], prefix="optim")})
+
+
+def with_new_decoder(optim: OptimConfig, audit: Any) -> OptimConfig:
+    """The optimizer of a run whose decoder starts from nothing, at the full rate as scratch's; else as it is.
+
+    Args:
+        optim: as the config says.
+        audit: of the encoder file that was loaded; None where none was.
+    """
+    if audit is None or audit.decoder_coverage is not None:
+        return optim
+    return optim.model_copy(update={"decoder_lr_scale": FULL_RATE["decoder_lr_scale"]})

@@ -65,7 +65,7 @@ def run_pretrain(
         access: splits that differ from what ``archive`` says.
         quiet: show no progress.
         group: of runs in the mirror: a comparison's, where the pretraining is part of one.
-        wandb: mode, project and entity of that group in place of the config's, which is left as it is.
+        wandb: the comparison's mirror, whose mode, project and entity hold in place of the config's.
 
     Returns:
         ``RUN/encoder.safetensors``.

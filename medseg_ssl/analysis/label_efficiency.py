@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from medseg_ssl.analysis.metrics import METRICS
-from medseg_ssl.analysis.savings import savings_by_baseline, strictest_savings
+from medseg_ssl.analysis.savings import savings, strictest_savings
 from medseg_ssl.analysis.scores import (
     Row,
     Table,
@@ -202,20 +202,17 @@ def summarise(
         low_budgets: budgets that count as few labels.
     """
     dice = tables(rows, "dice")
-    even, left_out = settled(rows)
-    differing = tables(even, "dice")
     inits = inits_of(rows)
     baselines = [b for b in baselines if b in inits]
+    pairs = _pairs(rows, [(i, b) for i in inits for b in baselines if i not in baselines])
     everywhere = (
         [b for b in budgets_of(dice, inits[0]) if all((i, b) in dice for i in inits)] if inits else []
     )
     found = adjust(
         [
-            comparison
-            for init in inits
-            for baseline in baselines
-            if init not in baselines
-            for comparison in comparisons(differing, init=init, baseline=baseline, low_budgets=low_budgets)
+            comparison | {"false_alarms": left_out}
+            for (init, baseline), (own, left_out) in pairs.items()
+            for comparison in comparisons(own, init=init, baseline=baseline, low_budgets=low_budgets)
         ]
     )
     per_init: dict[str, Any] = {}
@@ -223,7 +220,7 @@ def summarise(
         own = area(dice, init, everywhere) if everywhere else crossed_interval(np.empty((0, 0)))
         per_init[init] = {"area": own.mean, "area_ci": [own.low, own.high], "area_budgets": everywhere}
         if init not in baselines:
-            each = savings_by_baseline(differing, init, baselines)
+            each = {b: savings(pairs[init, b][0], init=init, baseline=b) for b in baselines}
             per_init[init] |= {"savings": strictest_savings(each), "savings_by_baseline": each}
     summary = {
         "task": rows[0]["task"] if rows else "",
@@ -231,6 +228,19 @@ def summarise(
         "low_budgets": list(low_budgets),
         "inits": per_init,
         "comparisons": found,
-        "false_alarms": left_out,
     }
     return summary | {"verdicts": verdicts(summary)}
+
+
+def _pairs(
+    rows: Sequence[Row], pairs: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], tuple[Tables, int]]:
+    """By (init, baseline): the tables that the two are compared by, and how many (case, class) these leave out."""
+    if not settled(rows)[1]:  # the same for every pair, and quicker
+        whole = tables(rows, "dice")
+        return dict.fromkeys(pairs, (whole, 0))
+    found = {}
+    for pair in pairs:
+        even, left_out = settled(row for row in rows if row["init"] in pair)
+        found[pair] = tables(even, "dice"), left_out
+    return found

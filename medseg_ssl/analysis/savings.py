@@ -110,18 +110,14 @@ def _ends(
     return _crossing(labels_G, low_G, first), _crossing(labels_G, high_G, first)  # narrower than the grid
 
 
-def savings_by_baseline(dice: Tables, init: str, baselines: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """``savings`` against each baseline: one with the same steps of fine-tuning, one with those of pretraining too."""
-    return {baseline: savings(dice, init=init, baseline=baseline) for baseline in baselines}
-
-
 def strictest_savings(each: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Savings against the baseline that needs fewest labels at each budget: the strictest reading.
 
     Where two are bounds at the same number of labels, the one that scores more there.
 
     Args:
-        each: of ``savings_by_baseline``.
+        each: ``savings`` against each baseline: one with the same steps of fine-tuning, one with those of pretraining
+            too.
     """
     by_budget: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for items in each.values():

@@ -124,7 +124,7 @@ def settled(rows: Iterable[Row]) -> tuple[list[Row], int]:
     all; where nothing is, ``paired`` sees to it.
 
     Args:
-        rows: of one target, all inits, budgets, draws and pretrainings.
+        rows: of one target, and of those inits that are compared, at all budgets, draws and pretrainings.
     """
     rows = list(rows)
     scored: set[tuple[str, str]] = set()

@@ -212,7 +212,7 @@ def pool(
 
 def _task(name: str, rows: Sequence[Row], inits: Sequence[str], metric: str) -> Task | None:
     """None without inits, a budget, a case and a draw that all inits have; without cases of a false alarm."""
-    scores = tables(settled(rows)[0], metric)
+    scores = tables(settled(row for row in rows if row["init"] in inits)[0], metric)
     budgets = (
         [b for b in budgets_of(scores, inits[0]) if all((i, b) in scores for i in inits)] if inits else []
     )

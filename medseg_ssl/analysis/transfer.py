@@ -96,10 +96,30 @@ class Target:
 
 @dataclass(frozen=True)
 class Cells:
-    """Dice of one target by (init, budget)."""
+    """Dice of one target by (init, budget).
+
+    Attributes:
+        target: whose.
+        rows: of all its inits.
+        dice: as scored.
+        differing: what gains, controls and unions are taken of: sources and scratch baselines, without false alarms
+            that would count as misses elsewhere (``scores.settled``, over all of them, so that every cell of the
+            matrix stands on the same scores).
+        false_alarms: how many (case, class) that left out.
+    """
 
     target: Target
+    rows: Sequence[Row]
     dice: Tables
+    differing: Tables
+    false_alarms: int
+
+    @classmethod
+    def of(cls, target: Target, rows: Sequence[Row]) -> Cells:
+        """Of all rows of a benchmark."""
+        own = [row for row in rows if row["target"] == target.name]
+        even, left_out = settled(row for row in own if row["init"] not in target.beside)
+        return cls(target, own, tables(own), tables(even), left_out)
 
     @property
     def budgets(self) -> list[int]:
@@ -117,14 +137,14 @@ class Cells:
 
     def pooled(self, init: str) -> Table:
         """Mean over the pooled budgets of every (case, draw): budgets are nested, so it stays one observation."""
-        return mean_table([self.dice[init, b] for b in self.budgets])
+        return mean_table([self.differing[init, b] for b in self.budgets])
 
     def baseline(self, budgets: Sequence[int]) -> str | None:
         """The scratch baseline that scores more at these budgets, on what all baselines have: the strictest reading."""
         known = [name for name in self.target.baselines if all((name, b) in self.dice for b in budgets)]
         if not known or not budgets:
             return None
-        scores, _ = paired([mean_table([self.dice[name, b] for b in budgets]) for name in known])
+        scores, _ = paired([mean_table([self.differing[name, b] for b in budgets]) for name in known])
         means = {name: crossed_interval(s_ND).mean for name, s_ND in zip(known, scores, strict=True)}
         return max(known, key=lambda name: -math.inf if math.isnan(means[name]) else means[name])
 
@@ -200,9 +220,9 @@ def matrix_rows(
     for target in targets:
         of_target = [row for row in rows if row["target"] == target.name]
         by_metric = {metric: tables(of_target, metric) for metric in METRICS}
-        even, _ = settled(of_target)
+        even, _ = settled(row for row in of_target if row["init"] not in target.beside)
         differing = {metric: tables(even, metric) for metric in METRICS}
-        cells = Cells(target, differing["dice"])
+        cells = Cells.of(target, of_target)
         for source in sources:
             for budget in budgets_of(cells.dice, source.name):
                 baseline = cells.baseline([budget])
@@ -233,11 +253,9 @@ def transfer_summary(
         sources: columns of the matrix.
         targets: rows of the matrix; those without scores yet are left out.
     """
-    even = {t.name: settled(row for row in rows if row["target"] == t.name) for t in targets}
-    found = {t.name: Cells(t, tables(even[t.name][0], "dice")) for t in targets}
-    known = [cells for cells in found.values() if cells.budgets]
+    known = [cells for cells in (Cells.of(t, rows) for t in targets) if cells.budgets]
     return {
-        "false_alarms": {name: count for name, (_, count) in even.items() if count},
+        "false_alarms": {c.target.name: c.false_alarms for c in known if c.false_alarms},
         "cells": _gains(known, sources),
         "controls": _with_holm([item for cells in known for item in _controls(cells, sources)]),
         "asymmetry": _asymmetry(known, sources),
@@ -330,11 +348,15 @@ def _by_subject(table: Table, target: Target) -> Table | None:
 
 
 def _on_same(first: Table | None, second: Table | None) -> tuple[Table, Table] | None:
-    """Both tables on the subjects that they share; None where these are not most of either's."""
+    """Both tables on the subjects that they share; None where these are not most of either's.
+
+    A pairing over few of them would say little of the two gains beside it; these then pass for independent, as those of
+    different archives do.
+    """
     if first is None or second is None:
         return None
     cases = [case for case in first.cases if case in second.cases]
-    if len(cases) < 2 or 2 * len(cases) < max(len(first.cases), len(second.cases)):
+    if len(cases) < 2 or 2 * len(cases) <= max(len(first.cases), len(second.cases)):
         return None
     return _of_cases(first, cases), _of_cases(second, cases)
 
@@ -370,11 +392,14 @@ def _beside(cells: Cells, sources: Sequence[Source]) -> list[dict[str, Any]]:
     for name in cells.target.beside:
         if not cells.has(name):
             continue
-        own = crossed_interval(cells.pooled(name).scores_NDP)
+        own = crossed_interval(mean_table([cells.dice[name, b] for b in cells.budgets]).scores_NDP)
         shown = {"own_mean": own.mean, "own_low": own.low, "own_high": own.high}
         for init in (*(s.name for s in sources), *cells.target.baselines):
             if cells.has(init):
-                table = difference_table(cells.pooled(init), cells.pooled(name))
+                pair = tables(settled(row for row in cells.rows if row["init"] in (init, name))[0])
+                table = difference_table(
+                    *(mean_table([pair[i, b] for b in cells.budgets]) for i in (init, name))
+                )
                 head = {"beside": name, "init": init, "target": cells.target.name, "budgets": cells.budgets}
                 out.append(head | shown | asdict(crossed_interval(table.scores_NDP)))
     return out

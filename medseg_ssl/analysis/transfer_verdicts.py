@@ -43,7 +43,7 @@ def transfer_verdicts(summary: Mapping[str, Any]) -> list[str]:
     for item in summary.get("estimates", {}).get("ranking", ()):
         lines.append(_ranking_verdict(item))
     for name, count in summary.get("false_alarms", {}).items():
-        lines += false_alarms({"false_alarms": count}, f"Target {name}: ")
+        lines.append(f"Target {name}: {false_alarms(str(count))}")
     return lines + _limits(summary["cells"]) + _pretraining_verdict(summary["cells"])
 
 

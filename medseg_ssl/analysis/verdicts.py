@@ -17,20 +17,28 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
     """
     lines = []
     inits = [i for i in summary["inits"] if i not in summary["baselines"]]
+    judged = [c for c in summary["comparisons"] if min(c["cases"], c["draws"]) > 1]
     for init in inits:
         own = [c for c in summary["comparisons"] if c["init"] == init]
         # one budget that counts as many labels has neither few labels nor an area: it is all there is
         scopes = [[c for c in own if c["scope"] == scope] for scope in ("low budgets", "area")]
         pooled = next(filter(None, scopes), own)
         if pooled:
-            lines.append(_verdict(init, pooled, summary["inits"][init], summary["low_budgets"]))
+            corrected = sum(c["scope"] == pooled[0]["scope"] for c in judged) > 1
+            about = summary["inits"][init]
+            lines.append(_verdict(init, pooled, about, summary["low_budgets"], corrected=corrected))
     if not lines and inits:
         lines.append("No scratch baseline has finished fits yet: nothing can be said about savings.")
-    return lines + false_alarms(summary)
+    return lines
 
 
 def _verdict(
-    init: str, pooled: Sequence[Comparison], about: Mapping[str, Any], low_budgets: Sequence[int]
+    init: str,
+    pooled: Sequence[Comparison],
+    about: Mapping[str, Any],
+    low_budgets: Sequence[int],
+    *,
+    corrected: bool,
 ) -> str:
     first = pooled[0]
     where = f"at {_and(first['budgets'])} {'label' if first['budgets'] == [1] else 'labels'}"
@@ -52,7 +60,7 @@ def _verdict(
         f"{_names(unbeaten)} {'is' if len(unbeaten) == 1 else 'are'} not beaten {where}" if unbeaten else ""
     )
     saved = _saved(about, low_budgets, doubt=doubt)
-    told = (_limit(pooled), _one_sided(pooled), few_levels(pooled), saved)
+    told = (_limit(pooled, corrected=corrected), _one_sided(pooled), few_levels(pooled), saved)
     sentences = [f"{_claim(init, pooled, where)}: {numbers}.", *told]
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -80,10 +88,13 @@ def _claim(init: str, pooled: Sequence[Comparison], where: str) -> str:
     return f"{init} {_and(clauses)} {where}{tail}" + (", so no saving can be claimed" if won else "")
 
 
-def _limit(pooled: Sequence[Comparison]) -> str:
-    """What the noise hides, at 80 % power; the design's property, whatever the difference turned out to be."""
+def _limit(pooled: Sequence[Comparison], *, corrected: bool) -> str:
+    """What the noise hides, at 80 % power; the design's property, whatever the difference turned out to be.
+
+    It is that of a single test at 5 %; where Holm's correction takes several, each can see less.
+    """
     sizes = {c["baseline"]: f"{c['detectable']:.3f}" for c in pooled}
-    before = ", even before the correction" if any(c["p_holm"] > c["p"] for c in pooled) else ""
+    before = ", even before the correction" if corrected else ""
     named = [f"{size} ({baseline})" for baseline, size in sizes.items()]
     below = next(iter(sizes.values())) if len(set(sizes.values())) == 1 else " or ".join(named)
     return f"More than one in five such comparisons would miss a true difference below {below}{before}."
@@ -106,17 +117,17 @@ def _one_sided(pooled: Sequence[Comparison]) -> str:
         if named
         else ""
     )
-    return " ".join(filter(None, (alone, partly)))
+    gone = {c["baseline"]: c.get("false_alarms", 0) for c in pooled}
+    named = [f"{count} ({baseline})" for baseline, count in gone.items() if count]
+    return " ".join(filter(None, (alone, partly, false_alarms(_and(named)) if named else "")))
 
 
-def false_alarms(summary: Mapping[str, Any], where: str = "") -> list[str]:
-    """A sentence where classes were left out of all differences (``scores.settled``)."""
-    count = summary.get("false_alarms", 0)
-    return [
-        f"{where}{count} {'times a class has' if count > 1 else 'class has'} a score in a case under some fits alone"
-        " (it is absent, and they predict it) and is left out of all differences: such a false alarm lowers a mean, but"
-        " no difference."
-    ] if count else []  # fmt: skip
+def false_alarms(counts: str) -> str:
+    """A sentence where classes were left out of differences (``scores.settled``)."""
+    return (
+        f"{counts} classes of a case have a score under some of these fits alone (they are absent, and predicted) and"
+        " are left out: such a false alarm lowers a mean, but no difference."
+    )
 
 
 def few_levels(items: Sequence[Comparison]) -> str:

@@ -321,8 +321,6 @@ def load_into(
     if decoder is not None and not takes_decoder:
         notes.append(f"decoder not loaded: {'not asked for' if card.decoder else 'the file holds none'}")
     fresh = tuple(f"encoder.{name}" for name in card.untrained) + audit.missing + tuple(audit.mismatched)
-    if decoder is not None and not takes_decoder:
-        fresh += ("decoder.",)
     return changed(audit, note="; ".join(notes), fresh=fresh)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from medseg_ssl.config import UserError
 from medseg_ssl.train.progress import Progress
-from medseg_ssl.train.run_folder import WARNINGS
+from medseg_ssl.train.run_folder import WARNINGS, kind_of_warning
 from medseg_ssl.train.settings import WandbConfig
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Recorder:
 
     def warn(self, message: str) -> None:
         """Say something once on the terminal and keep it in ``warnings.txt``."""
-        kind = re.sub(r"[0-9.]+", "#", message)
+        kind = kind_of_warning(message)
         if not self.writes or kind in self._warned:
             return
         self._warned.add(kind)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -239,6 +240,11 @@ def hash_file(path: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     return digest.hexdigest()[:16]
+
+
+def kind_of_warning(message: str) -> str:
+    """The message without its numbers: of one kind, a run says only the first."""
+    return re.sub(r"[0-9.]+", "#", message)
 
 
 def hash_names(names: Any) -> str:

@@ -147,6 +147,11 @@ class WandbConfig(Record):
     entity: str | None = None
     pictures: bool = False
 
-    def within(self, group: WandbConfig | None) -> WandbConfig:
-        """Where a run of this config stands beside those of ``group``; whether it sends pictures it says itself."""
-        return self if group is None else group.model_copy(update={"pictures": self.pictures})
+    def within(self, others: WandbConfig | None) -> WandbConfig:
+        """Mode, project and entity of ``others``, whose run this one is part of.
+
+        Whether it sends pictures, or anything at all, it says itself.
+        """
+        if others is None or self.mode == "disabled":
+            return self
+        return others.model_copy(update={"pictures": self.pictures})

@@ -175,6 +175,28 @@ def test_asymmetry_of_independent_targets_is_welch_and_of_shared_subjects_paired
     assert most["cases"] == 5
 
 
+def test_what_stands_beside_decides_no_gain_and_keeps_its_false_alarms():
+    """Of a second class that nobody's case has, sources say nothing; ``otsu`` predicts it in half of the cases."""
+    found = [row | {"class": "a"} for row in rows()]
+    beside = [{**row, "init": "otsu", "source": ""} for row in found if row["init"] == "scratch"]
+    empty = [{**row, "class": "b", "dice": math.nan} for row in [*found, *beside]]
+    alarms = [
+        {**row, "dice": 0.0} if row["init"] == "otsu" and row["case"][-1] in "012" else row for row in empty
+    ]
+    with_beside = [replace(t, beside=("otsu",)) for t in targets()]
+    plain = transfer_summary(found, SOURCES, targets())
+    told = transfer_summary([*found, *beside, *alarms], SOURCES, with_beside)
+    for part in ("cells", "controls", "asymmetry", "mixed"):
+        assert told[part] == plain[part], part
+    quiet = transfer_summary([*found, *beside, *empty], SOURCES, with_beside)["beside"]
+    for loud, still in zip(told["beside"], quiet, strict=True):
+        assert loud["own_mean"] == pytest.approx(still["own_mean"] * 0.75, rel=0.01), (
+            "half of the cases lose half"
+        )
+        assert loud["mean"] == pytest.approx(still["mean"]), "and no difference does"
+    assert told["false_alarms"] == {}
+
+
 def test_independent_difference_is_welchs_test():
     generator = np.random.default_rng(1)
     a, b = generator.normal(1, 1, 9), generator.normal(0, 3, 5)

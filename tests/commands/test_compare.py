@@ -30,6 +30,7 @@ from medseg_ssl.train.recorder import Recorder
 from medseg_ssl.train.run_folder import RunFolder, hash_file
 from medseg_ssl.train.settings import WandbConfig
 from tests.data.heads import head, seen
+from tests.train.archives import write_archive
 
 from . import fake_comparison as fakes
 
@@ -656,6 +657,8 @@ def test_what_a_pretraining_warned_of_is_a_condition_of_its_numbers(tmp_path):
         made = fakes.fake_pretrain(task)
         with Recorder(made.parent) as recorder:
             recorder.warn("features collapse (rank 1.00)")
+        with Recorder(made.parent) as recorder:  # of a run that was broken off and goes on
+            recorder.warn("features collapse (rank 1.08)")
         return made
 
     config = fakes.config(budgets=[1], draws=1)
@@ -664,22 +667,40 @@ def test_what_a_pretraining_warned_of_is_a_condition_of_its_numbers(tmp_path):
     )
     told = json.loads((tmp_path / "out" / "summary.json").read_text())["conditions"]
     assert told[-1] == "Pretraining mae warned: features collapse (rank 1.00)."
+    assert sum("warned" in line for line in told) == 1
     assert told[-1] in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_pretrainings_stand_in_the_mirror_where_their_comparison_does(tmp_path, monkeypatch):
-    wandb = WandbConfig(mode="disabled", project="mine", entity="us")
-    config = fakes.config(wandb=wandb.model_dump())
-    (task,) = planning.pretrain_tasks(config, tmp_path, archive=Path("archive"))
+    wandb = WandbConfig(mode="online", project="mine", entity="us")
+    (task,) = planning.pretrain_tasks(
+        fakes.config(wandb=wandb.model_dump()), tmp_path, archive=Path("archive")
+    )
     assert task.wandb == wandb
+    archive = write_archive(tmp_path / "archive").path
     opened = []
-    located = importlib.import_module(locate("pretrain.run"))
-    see = lambda config, *_, **given: opened.append(config.wandb.within(given["wandb"]))  # noqa: E731
-    monkeypatch.setattr(located, "run_pretrain", see)
-    own = {"wandb": {"project": "other", "pictures": True}}
-    fits.pretrain_init(dataclasses.replace(task, config={**PRETRAINING, **own}))
-    assert opened == [WandbConfig(mode="disabled", project="mine", entity="us", pictures=True)]
-    assert WandbConfig(**own["wandb"]).within(None).project == "other"
+
+    class StopError(Exception):
+        pass
+
+    def session(**given):
+        opened.append(given["wandb"])
+        raise StopError
+
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.import_module(locate("pretrain.run")), "Session", session)
+    tree = {**PRETRAINING, "objective": {"name": "mae", "size": [16, 16, 16]}}
+    own = {"project": "other", "pictures": True}
+    for number, words in enumerate((own, {**own, "mode": "disabled"})):
+        task = dataclasses.replace(
+            task, config={**tree, "wandb": words}, archive=archive, folder=tmp_path / f"{number}/pretrain/mae"
+        )
+        with pytest.raises(StopError):
+            fits.pretrain_init(task)
+    assert opened == [
+        WandbConfig(mode="online", project="mine", entity="us", pictures=True),
+        WandbConfig(mode="disabled", project="other", pictures=True),  # who sends nothing goes on so
+    ]
 
 
 def test_the_command_of_a_report_names_no_path(tmp_path):

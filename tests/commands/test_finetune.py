@@ -115,6 +115,27 @@ def test_the_encoder_of_the_file_is_the_default(world, tmp_path):
         finetune(archive, tmp_path / "none", "encoder=null")
 
 
+def test_a_decoder_that_no_file_filled_learns_at_the_full_rate(world, tmp_path):
+    """``decoder_lr_scale`` is for one that was pretrained; else it would hold back what scratch trains freely."""
+    archive, encoder = world
+    loaded = encoder_file.build(encoder)
+    alone = encoder_file.save(tmp_path / "e.safetensors", encoder=loaded.encoder, card=loaded.card)
+    rates = ["optim.encoder_lr_scale=0.5", "optim.decoder_lr_scale=0.25", "train.log_every=1"]
+    learned = {}
+    for name, file in (("whole", encoder), ("alone", alone)):
+        run = tmp_path / name
+        finetune(archive, run, "transfer.decoder=true", *rates, "--encoder", str(file))
+        learned[name] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        told = json.loads((run / "inputs.json").read_text()).get("decoder")
+        assert told == (None if name == "whole" else "new, at the full rate")
+    for found, scale in ((learned["whole"], 0.25), (learned["alone"], 1.0)):
+        keys = [key for key in found if key.endswith("lr_decoder")]
+        assert len(keys) == 1
+        whole = found[keys[0].replace("decoder", "rest")]
+        assert found[keys[0]] == pytest.approx(scale * whole)
+        assert found[keys[0].replace("decoder", "encoder")] == pytest.approx(0.5 * whole)
+
+
 def test_weights_really_come_from_the_file(world, tmp_path):
     archive, encoder = world
     frozen = ["optim.encoder_lr_scale=0", "--encoder", str(encoder)]

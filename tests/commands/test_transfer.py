@@ -443,6 +443,8 @@ def test_an_encoder_that_was_chosen_says_so_and_has_cost_all_its_steps(tmp_path)
     )
     told = planning.notes_of(config, {"balls": fakes.archive(tmp_path / "ct")}, {"CT": card}, [])
     assert any(note.startswith("CT: ") and ", 400 steps at " in note for note in told)
+    made = planning.pretrain_tasks(config, tmp_path, {"balls": tmp_path})
+    assert [task.wandb for task in made] == [config.wandb]
     assert "CT: these weights were chosen among 5 by knn/dice on development subjects; labels that this evaluation" \
         " reads are not counted in the budgets." in told  # fmt: skip
 

@@ -8,13 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from medseg_ssl.config import UserError, parse
+from medseg_ssl.config import UserError
 from medseg_ssl.nets import encoder_file
 from medseg_ssl.nets.decoders.unet import UNet
 from medseg_ssl.nets.encoder_file import Card, build, load_card, load_into, save
 from medseg_ssl.nets.encoders.resenc import ResEnc
 from medseg_ssl.nets.segmenter import Segmenter
-from medseg_ssl.train.optim import OptimConfig, build_optimizer
 
 CARD = Card(
     encoder={},
@@ -333,26 +332,3 @@ def test_what_a_file_has_not_trained_is_fresh(tmp_path):
     audit = load_into(save(tmp_path / "e.safetensors", encoder=encoder, card=card), encoder=nets(seed=2)[0])
     assert audit.fresh == ("encoder.stages.2.",)
     assert "not trained in the file: encoder.stages.2.*" in str(audit)
-
-
-def test_a_decoder_that_no_file_filled_learns_at_the_full_rate(tmp_path):
-    """``decoder_lr_scale`` is for one that was pretrained; else it would hold back what scratch trains freely."""
-    encoder, decoder = nets(seed=1)
-    whole = save(tmp_path / "whole.safetensors", encoder=encoder, decoder=decoder, card=CARD)
-    alone = save(tmp_path / "alone.safetensors", encoder=encoder, card=CARD)
-    for path, allowed, fresh in (
-        (whole, True, ()),
-        (whole, False, ("decoder.",)),
-        (alone, True, ("decoder.",)),
-    ):
-        objective = torch.nn.Module()
-        objective.encoder, objective.decoder = nets(seed=2)
-        audit = load_into(path, encoder=objective.encoder, decoder=objective.decoder, allow_decoder=allowed)
-        assert audit.fresh == fresh
-        config = parse(OptimConfig, {"lr": 1.0, "encoder_lr_scale": 0.3, "decoder_lr_scale": 0.1})
-        optimizer = build_optimizer(objective, config, total_steps=10, fresh=audit.fresh)
-        optimizer.set_rates(0.0)
-        rates = {id(p): group["lr"] for group in optimizer.optimizer.param_groups for p in group["params"]}
-        learned = {rates[id(p)] for p in objective.decoder.parameters()}
-        assert list(learned) == [pytest.approx(1.0 if fresh else 0.1)]
-        assert all(rates[id(p)] == pytest.approx(0.3) for p in objective.encoder.parameters())
