@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,9 @@ from medseg_ssl.train.loop import TrainPlan
 from medseg_ssl.train.optim import build_optimizer
 from medseg_ssl.train.session import build_evaluations, read_config, with_defaults, with_spacing
 from medseg_ssl.train.trial import measure
+
+# a script sees its own folder, not the checkout's commands
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from pretrain.probing import frozen, with_interval
 from pretrain.run import SHELVES, PretrainConfig, build, loader, make_card, steps_per_epoch
 
@@ -79,7 +83,7 @@ def main() -> None:
     )
     for column in ("evaluation", "seconds", "share of training"):
         table.add_column(column, justify="left" if column == "evaluation" else "right")
-    chosen = 0.0
+    chosen = whole = 0.0
     for name in names:
         (evaluation,) = build_evaluations({name: config.evaluations.get(name, {})}).values()
         if evaluation.of != "encoder":
@@ -90,10 +94,12 @@ def main() -> None:
             table.add_row(name, "–", str(error).split(";")[0][:60])
             continue
         share = took / (between * found.step_s)
+        whole += share
         chosen += share if name in config.evaluations else 0.0
         mark = " *" if name in config.evaluations else ""
         table.add_row(name + mark, f"{took:.2f}", f"{share:.2%}")
     table.add_row("* together", "", f"{chosen:.2%}")
+    table.add_row("all together", "", f"{whole:.2%}")
     Console().print(table)
 
 

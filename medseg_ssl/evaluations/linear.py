@@ -7,6 +7,7 @@ frozen features (Alain and Bengio, arXiv 1610.01644).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import numpy as np
 from pydantic import Field
@@ -29,6 +30,9 @@ class Linear(VoxelProbe):
         penalty: float = Field(default=1e-3, gt=0)
 
     config: Config  # pyright: ignore[reportIncompatibleVariableOverride]
+    sparing = MappingProxyType(
+        {**VoxelProbe.sparing, "taught_voxels": 1024}
+    )  # the fit takes most of the time
 
     def teach(
         self, taught: Tensor, label_N: np.ndarray, weight_K: np.ndarray, blocks: Sequence[int]

@@ -8,6 +8,7 @@ a segmentation as arXiv 2307.11958 argues, with classes drawn evenly). Only trai
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -58,6 +59,7 @@ class Transferability(Evaluation):
         seed: int = 0
 
     config: Config
+    sparing = MappingProxyType({"crops": 24})
 
     def run(self, model: FrozenEncoder, archive: Archive) -> Iterator[Score]:
         """Yield ``logme``.
