@@ -52,7 +52,7 @@ def test_averaged_kernels_say_of_a_repeated_slice_what_2d_ones_say_of_the_slice(
 
 @pytest.mark.parametrize("inflation", ["average", "centre"])
 @pytest.mark.parametrize("depth_from", [1, 4, None])
-@pytest.mark.parametrize("model", ["test_resnet", "regnetx_002"])
+@pytest.mark.parametrize("model", ["test_resnet", pytest.param("regnetx_002", marks=pytest.mark.slow)])
 def test_a_single_slice_gets_the_2d_networks_answer(model, depth_from, inflation):
     network, image = flat(model), torch.randn(2, 1, *SLICE)
     with torch.no_grad():
