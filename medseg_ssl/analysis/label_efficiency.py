@@ -30,8 +30,8 @@ from medseg_ssl.analysis.scores import (
     inits_of,
     on_common,
     paired,
-    settled,
     tables,
+    tables_of_pairs,
 )
 from medseg_ssl.analysis.statistics import (
     Interval,
@@ -204,7 +204,8 @@ def summarise(
     dice = tables(rows, "dice")
     inits = inits_of(rows)
     baselines = [b for b in baselines if b in inits]
-    pairs = _pairs(rows, [(i, b) for i in inits for b in baselines if i not in baselines])
+    wanted = [(i, b) for i in inits for b in baselines if i not in baselines]
+    pairs = tables_of_pairs(rows, wanted, whole=dice)
     everywhere = (
         [b for b in budgets_of(dice, inits[0]) if all((i, b) in dice for i in inits)] if inits else []
     )
@@ -230,17 +231,3 @@ def summarise(
         "comparisons": found,
     }
     return summary | {"verdicts": verdicts(summary)}
-
-
-def _pairs(
-    rows: Sequence[Row], pairs: Sequence[tuple[str, str]]
-) -> dict[tuple[str, str], tuple[Tables, int]]:
-    """By (init, baseline): the tables that the two are compared by, and how many (case, class) these leave out."""
-    if not settled(rows)[1]:  # the same for every pair, and quicker
-        whole = tables(rows, "dice")
-        return dict.fromkeys(pairs, (whole, 0))
-    found = {}
-    for pair in pairs:
-        even, left_out = settled(row for row in rows if row["init"] in pair)
-        found[pair] = tables(even, "dice"), left_out
-    return found

@@ -140,6 +140,25 @@ def settled(rows: Iterable[Row]) -> tuple[list[Row], int]:
     return [row for row in rows if (str(row["case"]), str(row["class"])) not in left], len(left)
 
 
+def tables_of_pairs(
+    rows: Sequence[Row], pairs: Sequence[tuple[str, str]], *, whole: Tables
+) -> dict[tuple[str, str], tuple[Tables, int]]:
+    """By two inits: the tables of Dice that they are compared by, and how many (case, class) these leave out.
+
+    Args:
+        rows: of one target.
+        pairs: of inits; each is ``settled`` by itself, so that no third decides what two are compared on.
+        whole: tables of all rows, which serve all pairs where nothing is left out.
+    """
+    if not settled(rows)[1]:
+        return dict.fromkeys(pairs, (whole, 0))
+    found = {}
+    for pair in pairs:
+        even, left_out = settled(row for row in rows if row["init"] in pair)
+        found[pair] = tables(even), left_out
+    return found
+
+
 def _mean_of_known(values: Sequence[float]) -> float:
     known = [v for v in values if not math.isnan(v)]
     return sum(known) / len(known) if known else math.nan
@@ -186,6 +205,17 @@ def on_common(scores_NDP: np.ndarray, parts: Sequence[Table]) -> Table:
     cases, draws, pretrainings = shared(parts)
     empty_NDP = np.any([t.select_empty(cases, draws, pretrainings) for t in parts], axis=0)
     return Table(scores_NDP, tuple(cases), tuple(draws), tuple(pretrainings or ()), empty_NDP)
+
+
+def mean_table(parts: Sequence[Table]) -> Table:
+    """Cell by cell mean of several tables, on the cases, draws and pretrainings that all have."""
+    return on_common(np.mean(common(parts), axis=0), parts)
+
+
+def difference_table(first: Table, second: Table) -> Table:
+    """Cell by cell difference of two tables, on what both have, without cases of a false alarm (``scores.paired``)."""
+    both, _ = paired([first, second])
+    return on_common(np.subtract(*both), [first, second])
 
 
 def budgets_of(tables_: Tables, init: str) -> list[int]:

@@ -10,8 +10,9 @@ P pretrainings. NaN is a missing score.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -196,6 +197,27 @@ def paired_tests(scores_NDP: np.ndarray, baseline_NDP: np.ndarray) -> PairedTest
     wilcoxon = stats.wilcoxon(difference_N, zero_method="wilcox")
     wilcoxon_p = float(wilcoxon.pvalue)  # pyright: ignore[reportAttributeAccessIssue]
     return PairedTests(len(difference_N), t_p, wilcoxon_p)
+
+
+def independent_difference(first: Interval, second: Interval, *, level: float = 0.95) -> Interval:
+    """Interval for the difference of two means that share neither cases nor draws (Welch 1947, Satterthwaite 1946)."""
+    from scipy.special import stdtr, stdtrit
+
+    error = math.hypot(first.standard_error, second.standard_error)
+    mean = first.mean - second.mean
+    covers = first.covers if first.covers == second.covers else "nothing"
+    counts = {
+        name: min(getattr(first, name), getattr(second, name)) for name in ("cases", "draws", "pretrainings")
+    }
+    if math.isnan(error) or error == 0.0:
+        return replace(first, mean=mean, low=math.nan, high=math.nan, p=math.nan, standard_error=error, freedom=0.0,
+                       covers="nothing", **counts)  # fmt: skip
+    spread = first.standard_error**4 / first.freedom + second.standard_error**4 / second.freedom
+    freedom = error**4 / spread
+    half = float(stdtrit(freedom, 0.5 + level / 2)) * error
+    p = float(2 * stdtr(freedom, -abs(mean) / error))
+    return replace(first, mean=mean, low=mean - half, high=mean + half, p=p, standard_error=error, freedom=freedom,
+                   covers=covers, **counts)  # fmt: skip
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
-
-import numpy as np
 
 from medseg_ssl.analysis.metrics import METRICS
 from medseg_ssl.analysis.scores import (
@@ -24,13 +22,19 @@ from medseg_ssl.analysis.scores import (
     Table,
     Tables,
     budgets_of,
-    common,
-    on_common,
+    difference_table,
+    mean_table,
     paired,
     settled,
     tables,
+    tables_of_pairs,
 )
-from medseg_ssl.analysis.statistics import Interval, crossed_interval, detectable_difference, holm
+from medseg_ssl.analysis.statistics import (
+    crossed_interval,
+    detectable_difference,
+    holm,
+    independent_difference,
+)
 
 MATRIX_COLUMNS = (
     "task", "source", "target", "budget", "metric", "mean", "ci_low", "ci_high",
@@ -102,15 +106,17 @@ class Cells:
         target: whose.
         rows: of all its inits.
         dice: as scored.
-        differing: what gains, controls and unions are taken of: sources and scratch baselines, without false alarms
+        even: rows that gains, controls and unions are taken of: of sources and scratch baselines, without false alarms
             that would count as misses elsewhere (``scores.settled``, over all of them, so that every cell of the
             matrix stands on the same scores).
+        differing: Dice of these.
         false_alarms: how many (case, class) that left out.
     """
 
     target: Target
     rows: Sequence[Row]
     dice: Tables
+    even: Sequence[Row]
     differing: Tables
     false_alarms: int
 
@@ -119,7 +125,7 @@ class Cells:
         """Of all rows of a benchmark."""
         own = [row for row in rows if row["target"] == target.name]
         even, left_out = settled(row for row in own if row["init"] not in target.beside)
-        return cls(target, own, tables(own), tables(even), left_out)
+        return cls(target, own, tables(own), even, tables(even), left_out)
 
     @property
     def budgets(self) -> list[int]:
@@ -156,41 +162,6 @@ class Cells:
         return difference_table(self.pooled(source), self.pooled(baseline))
 
 
-# -- tables --------------------------------------------------------------------------------------------------
-
-
-def mean_table(parts: Sequence[Table]) -> Table:
-    """Cell by cell mean of several tables, on the cases, draws and pretrainings that all have."""
-    return on_common(np.mean(common(parts), axis=0), parts)
-
-
-def difference_table(first: Table, second: Table) -> Table:
-    """Cell by cell difference of two tables, on what both have, without cases of a false alarm (``scores.paired``)."""
-    both, _ = paired([first, second])
-    return on_common(np.subtract(*both), [first, second])
-
-
-def independent_difference(first: Interval, second: Interval, *, level: float = 0.95) -> Interval:
-    """Interval for the difference of two means that share neither cases nor draws (Welch 1947, Satterthwaite 1946)."""
-    from scipy.special import stdtr, stdtrit
-
-    error = math.hypot(first.standard_error, second.standard_error)
-    mean = first.mean - second.mean
-    covers = first.covers if first.covers == second.covers else "nothing"
-    counts = {
-        name: min(getattr(first, name), getattr(second, name)) for name in ("cases", "draws", "pretrainings")
-    }
-    if math.isnan(error) or error == 0.0:
-        return replace(first, mean=mean, low=math.nan, high=math.nan, p=math.nan, standard_error=error, freedom=0.0,
-                       covers="nothing", **counts)  # fmt: skip
-    spread = first.standard_error**4 / first.freedom + second.standard_error**4 / second.freedom
-    freedom = error**4 / spread
-    half = float(stdtrit(freedom, 0.5 + level / 2)) * error
-    p = float(2 * stdtr(freedom, -abs(mean) / error))
-    return replace(first, mean=mean, low=mean - half, high=mean + half, p=p, standard_error=error, freedom=freedom,
-                   covers=covers, **counts)  # fmt: skip
-
-
 # -- the matrix ----------------------------------------------------------------------------------------------
 
 
@@ -218,11 +189,9 @@ def matrix_rows(
     """
     out = []
     for target in targets:
-        of_target = [row for row in rows if row["target"] == target.name]
-        by_metric = {metric: tables(of_target, metric) for metric in METRICS}
-        even, _ = settled(row for row in of_target if row["init"] not in target.beside)
-        differing = {metric: tables(even, metric) for metric in METRICS}
-        cells = Cells.of(target, of_target)
+        cells = Cells.of(target, rows)
+        by_metric = {metric: tables(cells.rows, metric) for metric in METRICS}
+        differing = {metric: tables(cells.even, metric) for metric in METRICS}
         for source in sources:
             for budget in budgets_of(cells.dice, source.name):
                 baseline = cells.baseline([budget])
@@ -394,14 +363,13 @@ def _beside(cells: Cells, sources: Sequence[Source]) -> list[dict[str, Any]]:
             continue
         own = crossed_interval(mean_table([cells.dice[name, b] for b in cells.budgets]).scores_NDP)
         shown = {"own_mean": own.mean, "own_low": own.low, "own_high": own.high}
-        for init in (*(s.name for s in sources), *cells.target.baselines):
-            if cells.has(init):
-                pair = tables(settled(row for row in cells.rows if row["init"] in (init, name))[0])
-                table = difference_table(
-                    *(mean_table([pair[i, b] for b in cells.budgets]) for i in (init, name))
-                )
-                head = {"beside": name, "init": init, "target": cells.target.name, "budgets": cells.budgets}
-                out.append(head | shown | asdict(crossed_interval(table.scores_NDP)))
+        others = [i for i in (*(s.name for s in sources), *cells.target.baselines) if cells.has(i)]
+        pairs = tables_of_pairs(cells.rows, [(init, name) for init in others], whole=cells.dice)
+        for init in others:
+            pair, _ = pairs[init, name]
+            table = difference_table(*(mean_table([pair[i, b] for b in cells.budgets]) for i in (init, name)))
+            head = {"beside": name, "init": init, "target": cells.target.name, "budgets": cells.budgets}
+            out.append(head | shown | asdict(crossed_interval(table.scores_NDP)))
     return out
 
 
