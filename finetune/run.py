@@ -25,10 +25,11 @@ from medseg_ssl.train.session import (
     with_spacing,
 )
 
+from .loading import load_encoder, tell
 from .scratch import with_new_decoder, without_a_file
 from .seen import choices, inherited, warning
 from .segmenters import heads, make_card, never_trained, predictor
-from .settings import SHELVES, FinetuneConfig, TransferConfig, complete_config
+from .settings import SHELVES, FinetuneConfig, complete_config
 from .training_data import guarded, loader, steps_per_epoch, subset, training_cases, with_channels
 from .tuning import keeper, ship_plain, tune
 
@@ -129,7 +130,7 @@ def run_finetune(
     audit = None
     if encoder is not None:
         channels = [opened.scans[key].modality for key in opened.cases[used[0]].scans]
-        audit = transfer(objective, encoder, config.transfer, modalities=channels)
+        audit = load_encoder(objective, encoder, config.transfer, modalities=channels)
     if grown is None:
         # a class that is unknown in every case would be free to take over the background
         silence(heads(objective.export().head), [opened.classes.index(name) for name in unstated])
@@ -298,43 +299,6 @@ def build(config: FinetuneConfig, facts: Facts) -> tuple[Objective, Any]:
             f"objective '{config.objective.name}' has no class heads, so nothing to segment with; 'segmentation' has"
         )
     return objective, options
-
-
-def transfer(
-    objective: Objective, encoder: Path, config: TransferConfig, *, modalities: Sequence[str] = ()
-) -> Any:
-    """Load an encoder file into the objective's networks and return the audit.
-
-    Raises:
-        UserError: broken file, another topology, or too little of it fits.
-    """
-    from torch import nn
-
-    from medseg_ssl.nets.encoder_file import load_into
-
-    if not config.encoder:
-        raise ConfigError(
-            "transfer.encoder is false but an encoder file is given; leave out --encoder for scratch"
-        )
-    decoder = objective.export().decoder
-    assert decoder is None or isinstance(decoder, nn.Module)
-    return load_into(
-        encoder,
-        encoder=objective.encoder,
-        decoder=decoder,
-        minimum_coverage=config.minimum_coverage,
-        allow_decoder=config.decoder,
-        modalities=modalities,
-    )
-
-
-def tell(audit: Any, run: Path, *, quiet: bool) -> None:
-    """Keep the audit of a load in the run folder and show it."""
-    (run / "audit.txt").write_text(f"{audit}\n", encoding="utf-8")
-    if not quiet:
-        from rich.console import Console
-
-        Console(stderr=True).print(str(audit), markup=False, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
